@@ -1,0 +1,26 @@
+"""Where a figure was measured: the line that belongs under every table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """Processor, cores and versions. No host name, no path."""
+    packages = ("torch", "learn2learn", "numpy", "ray", "bomemeta")
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _cpu_model() -> str:
+    information = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE) if information.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()

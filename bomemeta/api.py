@@ -1,0 +1,211 @@
+"""The three things one does with a run: train it, resume it, evaluate it. The command line and Ray Tune call these too."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bomemeta import checkpoint as checkpoints
+from bomemeta import engine
+from bomemeta.assembly import build_problem, build_solver, open_transport
+from bomemeta.checkpoint import Checkpoint, check_same_run, load_latest, upper_sha256
+from bomemeta.config import Config, load_config
+from bomemeta.core.solver import LowerStates
+from bomemeta.engine import Job, State
+from bomemeta.errors import CheckpointError, DivergenceError, LowerStateLost
+from bomemeta.health import HealthMonitor
+from bomemeta.metrics import MetricsLog, RunFolder
+from bomemeta.report import Listener, Quiet
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. `metrics` are the final figures, `upper` is x on the CPU, `upper_sha256` identifies its bits."""
+
+    run_dir: Path
+    steps: int
+    metrics: dict[str, float]
+    upper: dict[str, Tensor]
+    upper_sha256: str
+    interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = (), *, listener: Listener | None = None
+) -> Result:
+    """Trains from scratch in a new run folder, then evaluates.
+
+    `config` is a file, a mapping like one, or a checked config; `overrides` are `key.sub=value` texts. Raises a BomemetaError that
+    says what to do; nothing is written before the config, the data and the solver have been checked.
+    """
+    settings = load_config(config, overrides)
+    problem = build_problem(settings)
+    solver = build_solver(settings, problem)
+    name = Path(config).stem if isinstance(config, str | Path) else settings.problem.name
+    folder = RunFolder.create(settings.output_dir, name, settings)
+    return _Session(settings, folder, listener or Quiet()).run(problem, solver, None)
+
+
+def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None) -> Result:
+    """Goes on from the folder's newest readable checkpoint, to the bits that an undisturbed run would have reached.
+
+    Overrides may change whatever does not change the result (workers, address, logging ...) and `steps`, to train longer.
+    Raises CheckpointError where another key differs from the checkpoint's.
+    """
+    folder = RunFolder.open(run_dir)
+    settings = load_config(folder.config_file, overrides)
+    listener = listener or Quiet()
+    saved = None
+    if checkpoints.latest(folder.checkpoints) is not None:  # else the run died before its first checkpoint: begin again
+        loaded = load_latest(folder.checkpoints)
+        for note in loaded.notes:
+            listener.note(note)
+        saved = loaded.checkpoint
+        check_same_run(saved._replace(config={**saved.config, "steps": settings.steps}), settings)
+    folder.write_config(settings)
+    problem = build_problem(settings)
+    return _Session(settings, folder, listener).run(problem, build_solver(settings, problem), saved)
+
+
+def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None) -> Result:
+    """Evaluates the folder's newest checkpoint and writes nothing.
+
+    Overrides may change the protocol (`evaluation.episodes=1000`, `problem.ways=20`, another data set) as long as x keeps its shape.
+    """
+    folder = RunFolder.open(run_dir)
+    settings = load_config(folder.config_file, overrides)
+    loaded = load_latest(folder.checkpoints)
+    problem = build_problem(settings)
+    return _Session(settings, folder, listener or Quiet()).evaluate(problem, build_solver(settings, problem), loaded.checkpoint)
+
+
+class _Session:
+    """One process's work on one run folder."""
+
+    def __init__(self, config: Config, folder: RunFolder, listener: Listener) -> None:
+        self._config, self._folder, self._listener = config, folder, listener
+        self._health = HealthMonitor()
+        self._notes: list[str] = []
+        self._log: MetricsLog | None = None
+
+    def run(self, problem: Any, solver: Any, saved: Checkpoint | None) -> Result:
+        started = time.perf_counter()
+        with closing(open_transport(self._config, self._note)) as transport, closing(self):
+            job = Job(self._config, problem, solver, transport)
+            state = self._state(job, saved)
+            first_step = state.step
+            if saved is None:
+                self._save(job, state)  # what a lost node or a kill in the first steps goes back to
+            self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
+            self._listener.start(self._folder.path, state.step, self._config.steps, self._config.log.every_steps)
+            with engine.stop_on_signal(self._listener.note) as stop:
+                try:
+                    engine.fit(
+                        job,
+                        state,
+                        log=self._log_step,
+                        save=lambda state: self._save(job, state),
+                        roll_back=self._roll_back,
+                        stop=stop,
+                    )
+                except DivergenceError as error:
+                    raise DivergenceError(self._diverged(error)) from error
+                interrupted = state.step < self._config.steps
+                metrics = {} if interrupted else engine.final_metrics(job, state)
+            self._listener.close()
+            result = self._result(state, metrics, interrupted)
+            if not interrupted:
+                seconds = time.perf_counter() - started
+                self._folder.write_result(self._record(job, state, result, first_step, seconds))
+        return result
+
+    def evaluate(self, problem: Any, solver: Any, saved: Checkpoint) -> Result:
+        with closing(open_transport(self._config, self._note)) as transport:
+            job = Job(self._config, problem, solver, transport)
+            state = self._state(job, saved)
+            return self._result(state, engine.final_metrics(job, state), interrupted=False)
+
+    def close(self) -> None:
+        self._listener.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _state(self, job: Job, saved: Checkpoint | None) -> State:
+        upper = job.problem.init_upper(torch.Generator().manual_seed(self._config.seed))
+        state = State(0, job.solver.start(upper, self._config.steps), LowerStates.none())
+        if saved is not None:
+            _check_shapes(upper, saved)
+            engine.restore(state, saved)
+        return state
+
+    def _save(self, job: Job, state: State) -> None:
+        checkpoints.save(self._folder.checkpoints, engine.to_checkpoint(job, state), self._config.checkpoint.keep)
+
+    def _roll_back(self, state: State, error: LowerStateLost) -> None:
+        loaded = load_latest(self._folder.checkpoints)
+        self._note(f"step {state.step}: {error} Going back to the checkpoint of step {loaded.checkpoint.step}.")
+        engine.restore(state, loaded.checkpoint)
+        if self._log is not None:
+            self._log.close()
+        self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
+
+    def _log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._log is not None:
+            self._log.write(step, metrics)
+        self._listener.step(step, metrics)
+        for finding in self._health.update(step, metrics):
+            self._note(finding)
+
+    def _note(self, text: str) -> None:
+        self._notes.append(text)
+        self._listener.note(text)
+
+    def _diverged(self, error: DivergenceError) -> str:
+        last = checkpoints.latest(self._folder.checkpoints)
+        return (
+            f"{error}. x was not moved by this step. The last good checkpoint is {last}. Try smaller solver.upper_lr, lower_lr or "
+            f"inner_lr in a new run; metrics.jsonl in {self._folder.path} shows which loss grew first"
+        )
+
+    def _result(self, state: State, metrics: dict[str, float], interrupted: bool) -> Result:
+        upper = {name: tensor.clone() for name, tensor in state.upper.params.items()}
+        return Result(self._folder.path, state.step, metrics, upper, upper_sha256(upper), interrupted, list(self._notes))
+
+    def _record(self, job: Job, state: State, result: Result, first_step: int, seconds: float) -> dict[str, Any]:
+        return {
+            "steps": result.steps,
+            "seed": self._config.seed,
+            "upper_sha256": result.upper_sha256,
+            "wall_s": seconds,  # of this process, from opening the transport
+            "first_step": first_step,  # where this process began: not 0 after a resume
+            "versions": _versions(),
+            "metrics": result.metrics,
+            "final": engine.final_variables(job, state),
+            "health": self._health.summary(),
+            "notes": result.notes,
+            "config": self._config.to_dict(),
+        }
+
+
+def _check_shapes(upper: Mapping[str, Tensor], saved: Checkpoint) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in upper.items()}
+    got = {name: tuple(tensor.shape) for name, tensor in saved.upper.items()}
+    if wanted != got:
+        different = sorted(name for name in {**wanted, **got} if wanted.get(name) != got.get(name))
+        lines = [f"  {name}: checkpoint {got.get(name)}, config {wanted.get(name)}" for name in different]
+        raise CheckpointError("the checkpoint's upper variable has another shape than the config's problem:\n" + "\n".join(lines))
+
+
+def _versions() -> dict[str, str]:
+    packages = ("bomemeta", "torch", "torchvision", "ray", "numpy", "learn2learn")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

@@ -1,0 +1,96 @@
+"""From a config to the parts of a run: problem, solver, transport. The engine is given these and imports none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bomemeta.config import Config, load_config
+from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.solver import Solver
+from bomemeta.distributed.transport import Transport
+from bomemeta.distributed.worker import ShardWorker, variant_of
+from bomemeta.errors import ClusterError, ConfigError
+from bomemeta.imports import Import, execute_imports, read_imports
+
+
+def build_problem(config: Config) -> BilevelProblem:
+    """The config's problem with its data, ready to be asked for tasks.
+
+    Raises ConfigError where the two do not fit together, DataError where the data is missing or too small.
+    """
+    problem: BilevelProblem = config.problem.build()
+    if problem.needs_data and config.data is None:
+        raise ConfigError(f"data: missing; problem {config.problem.name} wants a `data:` section with a `dataset:`")
+    if not problem.needs_data and config.data is not None:
+        raise ConfigError(f"data: problem {config.problem.name} reads no data set; take the section out")
+    data = config.data.build() if config.data is not None else None
+    if data is not None:
+        data.prepare()
+    problem.attach(seed=config.seed, dtype=getattr(torch, config.dtype), data=data)
+    return problem
+
+
+def build_solver(config: Config, problem: BilevelProblem) -> Solver:
+    """The config's solver. Raises ConfigError where it cannot solve that problem."""
+    solver: Solver = config.solver.build()
+    solver.check(problem)
+    return solver
+
+
+def open_transport(config: Config, say: Callable[[str], None]) -> Transport:
+    """Where the tasks are computed: this process (`workers: 0`) or Ray actors.
+
+    Raises ConfigError or ClusterError where the device or the workers cannot be had.
+    """
+    factory = BuildWorker(config.to_dict(), tuple(read_imports(config.imports)))
+    # The driver adds and squares too; its thread count is the workers' for the same reason.
+    torch.set_num_threads(config.threads)
+    if config.workers == 0:
+        from bomemeta.distributed.serial import SerialTransport
+
+        return SerialTransport(factory, threads=config.threads, device=_serial_device(config))
+    if config.device == "cuda" and config.gpus_per_worker == 0:
+        raise ConfigError("device: cuda with gpus_per_worker: 0; a worker sees a GPU only where it asks for a share of one")
+    if config.device == "cpu" and config.gpus_per_worker > 0:
+        raise ConfigError(f"device: cpu with gpus_per_worker: {config.gpus_per_worker:g}; take one of the two out")
+    try:
+        from bomemeta.distributed.ray_transport import RayOptions, RayTransport
+    except ImportError as error:
+        raise ClusterError(f"workers: {config.workers} needs Ray, which cannot be imported ({error}). workers=0 runs here") from error
+
+    options = RayOptions(
+        workers=config.workers,
+        threads=config.threads,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=config.gpus_per_worker,
+        address=config.address,
+        step_timeout_s=config.step_timeout_s,
+    )
+    return RayTransport(factory, options, say)
+
+
+@dataclass(frozen=True)
+class BuildWorker:
+    """Makes a worker in whatever process it is called in; carries the config as plain values and user files as text."""
+
+    config: Mapping[str, Any]
+    imports: tuple[Import, ...]
+
+    def __call__(self, device: str) -> ShardWorker:
+        execute_imports(self.imports)
+        # The files have just been executed, and need not exist on this machine.
+        config = load_config({**self.config, "imports": []})
+        problem = build_problem(config)
+        return ShardWorker(lambda changes: variant_of(problem, changes), config.task_map, device)
+
+
+def _serial_device(config: Config) -> str:
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError("device: cuda, but torch sees no GPU here; use device: cpu or auto")
+    return "cuda:0"

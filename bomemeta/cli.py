@@ -1,0 +1,177 @@
+"""The command line. Whatever runs something comes from `bomemeta.api`; here are names, help, messages and exit codes.
+
+Exit codes: 0 done, 1 the run failed, 2 the config or the command is wrong, 130 interrupted.
+Nothing heavy is imported before a command needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from bomemeta.api import Result
+    from bomemeta.report import Listener
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    help="Bilevel meta-learning, distributed on Ray: the same bits for any number of workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help reads the same in a pipe, a log and a terminal
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set over the config, as in steps=100 solver.inner_steps=5."),
+]
+_RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder that the run printed when it started.")]
+
+
+class Kind(StrEnum):
+    """What `list` can show; the values are the words typed."""
+
+    solvers = "solvers"
+    problems = "problems"
+    datasets = "datasets"
+
+
+def main() -> None:
+    """The entry point of the `bomemeta` command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show:
+        typer.echo(f"bomemeta {version('bomemeta')}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one in ./configs.")],
+    overrides: _Overrides = None,
+) -> None:
+    """Meta-train as CONFIG says, then meta-test and print the result.
+
+    The run's folder is printed first: output_dir=DIR chooses it, runs/NAME is the default. Ctrl-C stops after the
+    current step; `bomemeta resume` goes on from there to the same result.
+    """
+    from bomemeta import api
+
+    _run(lambda listener: api.train(config, overrides or (), listener=listener))
+
+
+@app.command()
+def resume(run_dir: _RunDir, overrides: _Overrides = None) -> None:
+    """Go on with a run that was interrupted, to the same bits.
+
+    Keys that cannot change the result may be set, such as workers=4 or log.every_steps=5.
+    """
+    from bomemeta import api
+
+    _run(lambda listener: api.resume(run_dir, overrides or (), listener=listener))
+
+
+@app.command("eval")
+def evaluate(run_dir: _RunDir, overrides: _Overrides = None) -> None:
+    """Meta-test a run's last checkpoint again.
+
+    Keys that cannot change training may be set, as in evaluation.episodes=2000.
+    """
+    from bomemeta import api
+
+    _run(lambda listener: api.evaluate(run_dir, overrides or (), listener=listener))
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[Kind | None, typer.Argument(help="Which list; all three without it.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the config keys of this one.")] = None,
+    imports: Annotated[
+        list[str] | None, typer.Option("--import", metavar="FILE", help="A file of yours that registers more.")
+    ] = None,
+) -> None:
+    """Show solvers, problems and data sets, and the config keys of one."""
+    with _reported():
+        from bomemeta import listing
+        from bomemeta.imports import load_imports
+
+        load_imports(imports or [])
+        if kind is not None and name is not None:
+            lines = listing.keys_of(kind.value, name)
+        else:
+            lines = listing.names_of([kind.value] if kind is not None else [each.value for each in Kind])
+        for line in lines:
+            typer.echo(line)
+
+
+@data_app.command("prepare")
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The data set, as in omniglot.")],
+    root: Annotated[
+        Path,
+        typer.Option(metavar="DIR", envvar="BOMEMETA_DATA", help="Where to put it; afterwards a config's data.root."),
+    ],
+    trust_pickles: Annotated[
+        bool,
+        typer.Option("--trust-pickles", help="Load a download that is a pickle, and could run code, because you trust its source."),
+    ] = False,
+) -> None:
+    """Download a data set into a folder that runs read.
+
+    Needs a connection to the internet. What is there already is left as it is.
+    """
+    with _reported():
+        from bomemeta.data.prepare import prepare as prepare_data
+
+        path = prepare_data(name, root, trust_pickles=trust_pickles)
+        typer.echo(f"{name} is ready: {path.resolve()}")
+
+
+def _run(start: Callable[[Listener], Result]) -> None:
+    """Runs with progress on stderr, prints the result to stdout, and says how to go on after an interruption."""
+    with _reported():
+        from bomemeta.report import TerminalListener, show_result
+
+        listener = TerminalListener()
+        with contextlib.closing(listener):
+            result = start(listener)
+        if result.interrupted:
+            listener.note(
+                f"interrupted after {result.steps} steps; go on with `bomemeta resume {result.run_dir}`",
+            )
+            raise typer.Exit(INTERRUPTED)
+        show_result(result)
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Turns bomemeta's own errors into a message and an exit code; any other error is a bug and keeps its traceback."""
+    from bomemeta.errors import BomemetaError, ConfigError
+
+    try:
+        yield
+    except BomemetaError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+    except KeyboardInterrupt as error:  # before the first step or after the last; in between the run itself handles it
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+
+
+if __name__ == "__main__":
+    main()

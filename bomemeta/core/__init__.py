@@ -1,0 +1,1 @@
+"""Pure mathematics: torch only. Knows no solver, no problem, no transport."""

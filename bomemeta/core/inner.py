@@ -1,0 +1,31 @@
+"""Gradient descent on the lower loss alone: the inner loop that every first-order solver shares, and meta-testing's adaptation."""
+
+from __future__ import annotations
+
+import torch
+
+from bomemeta.core import tree
+from bomemeta.core.oracle import LocalOracle
+from bomemeta.core.solver import KernelResult, LowerGroups, Solver
+from bomemeta.core.tree import Params
+
+
+def gradient_steps(oracle: LocalOracle, start: Params, steps: int, lr: float) -> Params:
+    """`steps` projected gradient steps of size `lr` on g, each task its own."""
+    at = start
+    for _ in range(steps):
+        at = oracle.project_lower(tree.axpy(-lr, oracle.lower(at).lower, at))
+    return at
+
+
+def evaluate(solver: Solver, oracle: LocalOracle, lower: LowerGroups | None, *, steps: int | None) -> KernelResult:
+    """Kernel: the problem's figures of merit, as sums and sums of squares over tasks.
+
+    Tasks that carry a y of their own are judged at it, fresh ones at y adapted on g.
+    """
+    at = lower["y"] if lower is not None else solver.adapt(oracle, steps)
+    figures = oracle.evaluate(at)
+    sums = {f"sum/{name}": value.sum() for name, value in figures.items()}
+    # double: a spread is a small difference of two such sums
+    squares = {f"square/{name}": value.to(torch.float64).square().sum() for name, value in figures.items()}
+    return KernelResult(sums | squares, {})

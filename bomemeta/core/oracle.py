@@ -1,0 +1,153 @@
+"""What a solver may ask about its problem at a fixed x. The mathematics of every solver is written against this.
+
+`LocalOracle` answers for a stack of tasks in this process. Two facts make it cheap:
+
+* a task's loss depends on its own y_i alone, so ONE backward pass of the summed loss gives every grad_{y_i} and the summed grad_x;
+* x enters the losses only through `problem.encode`, so the inner loops work on the encoded data (cached features) and grad_x is one
+  pull-back through `encode`, however many inner steps there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bomemeta.core import tree
+from bomemeta.core.problem import Batch, BilevelProblem, Encoded
+from bomemeta.core.tree import Params
+
+TaskMap = Literal["loop", "vmap"]
+
+
+class Gradient(NamedTuple):
+    """One loss and its gradient in y, per task."""
+
+    value: Tensor  # [B]
+    lower: Params  # [B, ...]
+
+
+class Term(NamedTuple):
+    """`weight * loss(x, at)` as a summand; `weight` is a number or one number per task [B]."""
+
+    loss: Literal["upper", "lower"]
+    at: Params  # y stack
+    weight: float | Tensor = 1.0
+
+
+class Total(NamedTuple):
+    """The gradient of a sum of terms."""
+
+    values: list[Tensor]  # per term, [B], without its weight
+    lowers: list[Params]  # per term, grad_y of the weighted term [B, ...]
+    upper: Params  # grad_x of the whole sum, summed over tasks
+
+
+class LocalOracle:
+    """All questions about a stack of tasks at one x.
+
+    `differentiable=False` encodes without a graph: cheaper, and `total` is then not available.
+    `gradient_evaluations` counts evaluations of a gradient of f or g, per task.
+    """
+
+    def __init__(
+        self, problem: BilevelProblem, upper: Params, batch: Batch, task_map: TaskMap, differentiable: bool = True
+    ) -> None:
+        self.problem = problem
+        self.batch = batch
+        self.tasks = len(next(iter(batch.values())))
+        self.gradient_evaluations = 0
+        self._task_map = task_map
+        # Without an encode of its own x enters the losses whole: it is shared by the tasks and not stacked.
+        self._encodes = problem.encodes
+        self._leaves = tree.leaves(upper) if differentiable else tree.detached(upper)
+        with torch.set_grad_enabled(differentiable):
+            self._graph: Encoded = (
+                map_tasks(lambda data: problem.encode(self._leaves, data), (batch,), self.tasks, task_map)
+                if self._encodes
+                else self._leaves
+            )
+        self.encoded: Encoded = tree.detached(self._graph)
+
+    def init_lower(self) -> Params:
+        """y of tasks that have none yet, [B, ...]."""
+        with torch.no_grad():
+            return tree.detached(self._over_tasks(self.problem.init_lower, self.encoded))
+
+    def lower(self, at: Params) -> Gradient:
+        """g and grad_y g per task. The inner loop: costs one gradient of the loss on the encoded data."""
+        closed = self.problem.lower_gradient(self.encoded, at, self.batch)
+        return self._count(Gradient(*closed) if closed is not None else self._gradient("lower", at))
+
+    def upper(self, at: Params) -> Gradient:
+        """f and grad_y f per task."""
+        closed = self.problem.upper_gradient(self.encoded, at, self.batch)
+        return self._count(Gradient(*closed) if closed is not None else self._gradient("upper", at))
+
+    def total(self, *terms: Term) -> Total:
+        """The gradient of the sum of the terms in every y and in x, with one pull-back through `encode`."""
+        self.gradient_evaluations += len(terms)
+        encoded = tree.leaves(self.encoded) if self._encodes else self._leaves
+        ats = [tree.leaves(term.at) for term in terms]
+        values = [self._values(term.loss, encoded, at) for term, at in zip(terms, ats, strict=True)]
+        weighted = torch.stack([(value * term.weight).sum() for value, term in zip(values, terms, strict=True)]).sum()
+        inputs = [*encoded.values(), *(tensor for at in ats for tensor in at.values())]
+        grads = torch.autograd.grad(weighted, inputs, materialize_grads=True)
+        cotangent = grads[: len(encoded)]
+        rest = iter(grads[len(encoded) :])
+        lowers = [{name: next(rest) for name in at} for at in ats]
+        upper = self._pull_back(cotangent) if self._encodes else dict(zip(self._leaves, cotangent, strict=True))
+        return Total([value.detach() for value in values], lowers, upper)
+
+    def project_lower(self, lower: Params) -> Params:
+        return self.problem.project_lower(lower)
+
+    def evaluate(self, at: Params) -> dict[str, Tensor]:
+        """The problem's figures of merit per task, each [B]."""
+        with torch.no_grad():
+            return self._over_tasks(self.problem.evaluate, self.encoded, at)
+
+    def _count(self, gradient: Gradient) -> Gradient:
+        self.gradient_evaluations += 1
+        return gradient
+
+    def _gradient(self, loss: Literal["upper", "lower"], at: Params) -> Gradient:
+        at = tree.leaves(at)
+        value = self._values(loss, self.encoded, at)
+        grads = torch.autograd.grad(value.sum(), list(at.values()), materialize_grads=True)
+        return Gradient(value.detach(), dict(zip(at, grads, strict=True)))
+
+    def _values(self, loss: Literal["upper", "lower"], encoded: Encoded, at: Params) -> Tensor:
+        function = self.problem.upper_loss if loss == "upper" else self.problem.lower_loss
+        return self._over_tasks(lambda e, y, data: {"loss": function(e, y, data)}, encoded, at)["loss"]
+
+    def _over_tasks(self, function: Callable[..., Params], encoded: Encoded, *stacks: Params) -> Params:
+        if self._encodes:
+            # What follows an encode is small by design (heads on features): vmap on every device.
+            return map_tasks(function, (encoded, *stacks, self.batch), self.tasks, "vmap")
+        return map_tasks(lambda *rest: function(encoded, *rest), (*stacks, self.batch), self.tasks, self._task_map)
+
+    def _pull_back(self, cotangent: tuple[Tensor, ...]) -> Params:
+        # Encoded entries that do not depend on x (and x-entries that reach no loss) are legitimate: their share is zero.
+        pairs = [(out, grad) for out, grad in zip(self._graph.values(), cotangent, strict=True) if out.requires_grad]
+        grads = torch.autograd.grad(
+            [out for out, _ in pairs],
+            list(self._leaves.values()),
+            [grad for _, grad in pairs],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return dict(zip(self._leaves, grads, strict=True))
+
+
+def map_tasks(function: Callable[..., Params], stacks: tuple[Params, ...], tasks: int, how: TaskMap) -> Params:
+    """`function` of each task's slice of the stacks; results stacked.
+
+    `loop` keeps each task's work inside the CPU's cache, `vmap` is one wide call. Both treat the tasks apart (BatchNorm statistics).
+    """
+    if how == "vmap":
+        return torch.vmap(function)(*stacks)
+    results = [function(*({name: tensor[i] for name, tensor in stack.items()} for stack in stacks)) for i in range(tasks)]
+    return {name: torch.stack([result[name] for result in results]) for name in results[0]}

@@ -1,0 +1,104 @@
+"""What a bilevel problem is:  min_x mean_i f_i(x, y_i)  subject to  y_i in argmin_y g_i(x, y).
+
+A problem is a dataclass: its fields are the keys of the config's `problem:` section. Losses are written for ONE task in plain
+PyTorch; the oracle maps them over a stack of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bomemeta.core.tree import Params
+
+Batch = dict[str, Tensor]
+Encoded = dict[str, Tensor]
+Split = Literal["train", "validation", "test"]
+
+
+class BilevelProblem:
+    """Base class of all problems. A subclass must define `init_upper`, `load`, `init_lower`, `upper_loss` and `lower_loss`."""
+
+    lower: ClassVar[Literal["per_task", "shared"]] = "per_task"
+    needs_data: ClassVar[bool] = False  # whether the config must have a `data:` section
+    meta_tests: ClassVar[bool] = False  # whether `load` knows validation and test tasks too
+
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    data: Any = None  # the config's data set, where `needs_data`
+
+    def attach(self, *, seed: int, dtype: torch.dtype, data: Any = None) -> None:
+        """Gives the problem what belongs to the run and not to its own section, then calls `setup`. Done once in every process."""
+        self.seed, self.dtype, self.data = seed, dtype, data
+        self.setup()
+
+    def setup(self) -> None:
+        """Builds what follows from the fields (a network's skeleton, constant matrices). Default: nothing."""
+
+    @property
+    def pool(self) -> int | None:
+        """N: there are the tasks 0..N-1 and their lower variables persist from step to step. None: every step draws fresh tasks."""
+        return None
+
+    def init_upper(self, generator: torch.Generator) -> Params:
+        """x at step 0; every random number from `generator`."""
+        raise _missing(self, "init_upper")
+
+    def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
+        """The data of these tasks, stacked: every tensor `[B, ...]`. A pure function of (seed, step, split, task id)."""
+        raise _missing(self, "load")
+
+    def encode(self, upper: Params, batch: Batch) -> Encoded:
+        """The part of the losses through which x enters and which does not depend on y (a backbone's features, sample weights).
+
+        For one task. Everything that `upper_loss` and `lower_loss` need of x must be in what it returns. Default: x itself.
+        """
+        return upper
+
+    @property
+    def encodes(self) -> bool:
+        """Whether `encode` does anything. Where it does not, a stack's tasks share x instead of each having a copy."""
+        return type(self).encode is not BilevelProblem.encode
+
+    def init_lower(self, encoded: Encoded, batch: Batch) -> Params:
+        """y of a task that has none yet. For one task; not differentiated."""
+        raise _missing(self, "init_lower")
+
+    def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
+        """f_i, shape [], for one task."""
+        raise _missing(self, "upper_loss")
+
+    def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
+        """g_i, shape [], for one task."""
+        raise _missing(self, "lower_loss")
+
+    def upper_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+        """Optional closed form on a whole STACK: (f [B], grad_y f [B, ...]). None (the default): the oracle uses autograd."""
+        return None
+
+    def lower_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+        """Optional closed form on a whole STACK: (g [B], grad_y g [B, ...]). None (the default): the oracle uses autograd."""
+        return None
+
+    def project_upper(self, upper: Params) -> Params:
+        """The nearest admissible x. Default: no constraint."""
+        return upper
+
+    def project_lower(self, lower: Params) -> Params:
+        """The nearest admissible y, on a stack. Default: no constraint."""
+        return lower
+
+    def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
+        """Figures of merit of one task at an adapted y, each of shape [] (accuracy, ...). Default: f alone, as `loss`."""
+        return {"loss": self.upper_loss(encoded, lower, batch)}
+
+    def evaluation_variants(self) -> Mapping[str, Mapping[str, Any]]:
+        """Named field changes under which meta-testing is reported too (BatchNorm policies). Default: none."""
+        return {}
+
+
+def _missing(problem: BilevelProblem, method: str) -> Exception:
+    return TypeError(f"{type(problem).__name__} must define {method}(); see docs/extending.md")

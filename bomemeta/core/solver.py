@@ -1,0 +1,101 @@
+"""What a solver is: a frozen record of hyperparameters, a `step` on the driver, and kernels that run where the tasks are.
+
+A *kernel* is a module-level function `kernel(solver, oracle, lower, **arguments) -> KernelResult`. It sees one stack of tasks, must
+be a pure function of its arguments, and returns sums over its tasks; the sums of all shards are added in shard order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from bomemeta.core.oracle import LocalOracle
+from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.tree import Params
+from bomemeta.core.upper import UpperVariable
+
+# Named sums over tasks: scalars [] and vectors in x.
+Sums = dict[str, Any]
+# Named groups of y-shaped stacks that stay with their tasks (y itself, its velocity, gradients waiting for a multiplier).
+LowerGroups = dict[str, Params]
+
+
+class KernelResult(NamedTuple):
+    sums: Sums
+    lower: LowerGroups
+
+
+Kernel = Callable[..., KernelResult]
+
+
+class LowerStates(NamedTuple):
+    """The driver's references to per-task states: what the groups are, and one opaque handle per task id."""
+
+    groups: tuple[str, ...]
+    handles: Mapping[int, Any]
+
+    @classmethod
+    def none(cls) -> LowerStates:
+        return cls((), {})
+
+
+class Reduced(NamedTuple):
+    """A round's answer: sums over every task of the step, and the new per-task states where the kernel returned any."""
+
+    sums: Sums
+    lower: LowerStates
+
+
+class Run(Protocol):
+    """Runs a kernel on every task of the present step, wherever the tasks are."""
+
+    tasks: int  # how many tasks this step has
+    step: int
+    steps: int  # of the whole run
+    persistent: bool  # whether lower states live on to the next step
+    project_upper: Callable[[Params], Params]
+
+    def __call__(
+        self, kernel: Kernel, solver: Solver, upper: Params, lower: LowerStates, keeps: bool = False, **arguments: Any
+    ) -> Reduced:
+        """One round; `keeps`: the lower groups that the kernel returns stay with the tasks.
+
+        Raises DivergenceError where a sum is not finite.
+        """
+        ...
+
+
+class StepResult(NamedTuple):
+    lower: LowerStates
+    metrics: dict[str, float]
+
+
+class Solver(Protocol):
+    """Registered in `bomemeta.registry.solvers`; its dataclass fields are the keys of the config's `solver:` section."""
+
+    def check(self, problem: BilevelProblem) -> None:
+        """Raises ConfigError where this solver cannot solve that problem."""
+        ...
+
+    def start(self, upper: Params, steps: int) -> UpperVariable:
+        """x with its optimiser, for a run of `steps` steps."""
+        ...
+
+    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        """One iteration of the algorithm. Moves `upper` in place as its LAST act: what fails before that changes nothing."""
+        ...
+
+    def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
+        """y of fresh tasks as meta-testing uses it: solved on g alone, `steps` inner steps (None: as many as training uses)."""
+        ...
+
+    def examine(self, upper: UpperVariable, lower: LowerStates, run: Run) -> dict[str, float]:
+        """Figures that are worth one more round at the end of a run (stationarity with many more inner steps). May be empty."""
+        ...
+
+
+def mean_sums(sums: Sums, names: tuple[str, ...], tasks: int) -> dict[str, float]:
+    """The named scalar sums as means over tasks, ready to log."""
+    return {name: float(sums[name]) / tasks for name in names if isinstance(sums.get(name), Tensor)}

@@ -1,0 +1,113 @@
+"""Omniglot (Lake, Salakhutdinov and Tenenbaum, Science 2015): 1,623 hand-written characters, 20 drawings of each.
+
+The split is that of Vinyals et al. (Matching Networks, NeurIPS 2016) as Snell et al. (Prototypical Networks, NeurIPS 2017) gave it:
+1,028 training, 172 validation and 423 test characters. With `rotations` a character turned by 90, 180 or 270 degrees is a class
+of its own, in every split, as both papers do: four times the classes, and an episode may hold two turns of one character.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bomemeta.data import archives
+from bomemeta.data.class_images import ClassRows, check_size, episode_of, generator
+from bomemeta.data.episodes import Episode, EpisodeSpec, Split
+from bomemeta.errors import DataError
+from bomemeta.registry import datasets
+
+FILE = "omniglot28.npz"
+IMAGE_PX = 28
+SPLIT_NUMBER: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}
+
+
+@dataclass(frozen=True)
+class Characters:
+    """The archive in memory."""
+
+    images: Tensor  # uint8 [rows, 28, 28], ink 255; the drawings of a class follow each other
+    upright: dict[Split, ClassRows]
+    turned: dict[Split, ClassRows]  # class `turn * characters + c` is character c turned by `turn` quarters
+
+
+@datasets.register("omniglot")
+@dataclass(frozen=True, kw_only=True)
+class OmniglotEpisodes:
+    """`root`: the folder that holds `omniglot28.npz`; by default `BOMEMETA_DATA`."""
+
+    root: str | None = None
+    rotations: bool = True
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 1, IMAGE_PX, IMAGE_PX
+
+    def prepare(self) -> None:
+        """Reads the archive. Raises DataError where it is missing or damaged."""
+        self._characters()
+
+    def check(self, split: Split, spec: EpisodeSpec) -> None:
+        """Raises DataError where the split has too few classes, or one of them too few drawings."""
+        rows = self._classes(split)
+        check_size("omniglot", split, spec, rows.names, rows.count)
+
+    def episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
+        """Ink 1 on 0, `[n, 1, 28, 28]`."""
+        self.check(split, spec)
+        rows = self._classes(split)
+        draw = rows.draw(spec, generator(key))
+        characters = self._characters()
+        turns = (draw.classes // len(characters.upright[split].count)).tolist()
+        support = _turned_images(characters.images, draw.support, turns)
+        return episode_of(support, _turned_images(characters.images, draw.query, turns), spec)
+
+    def _classes(self, split: Split) -> ClassRows:
+        characters = self._characters()
+        return characters.turned[split] if self.rotations else characters.upright[split]
+
+    def _characters(self) -> Characters:
+        return _read(archives.find("omniglot", FILE, self.root))
+
+
+@functools.cache
+def _read(path: Path) -> Characters:
+    arrays = archives.read(path, ("images", "label", "class_name", "class_vinyals_split"))
+    images, label, names, split_number = arrays.values()
+    classes = len(names)
+    count = np.bincount(label, minlength=classes) if label.size and label.min() >= 0 else np.zeros(0, np.int64)
+    if (
+        images.dtype != np.uint8
+        or images.shape != (len(label), IMAGE_PX, IMAGE_PX)
+        or split_number.shape != (classes,)
+        or count.shape != (classes,)
+        or np.any(np.diff(label) < 0)
+    ):
+        raise DataError(
+            f"{path}: wanted uint8 images [rows, {IMAGE_PX}, {IMAGE_PX}], rows sorted by a label below {classes}, and a split per "
+            f"class; got images {images.dtype} {images.shape}, {label.size} labels, {split_number.size} splits. "
+            f"Delete it and run `bomemeta data prepare omniglot`"
+        )
+    start = np.cumsum(count) - count
+    splits: dict[Split, ClassRows] = {}
+    for split, number in SPLIT_NUMBER.items():
+        (of_split,) = np.nonzero(split_number == number)
+        splits[split] = ClassRows(start[of_split], count[of_split], tuple(names[of_split].tolist()))
+    return Characters(torch.from_numpy(images), splits, {split: _with_turns(rows) for split, rows in splits.items()})
+
+
+def _with_turns(rows: ClassRows) -> ClassRows:
+    names = tuple(f"{name} turned {90 * turn}" for turn in range(4) for name in rows.names)
+    return ClassRows(np.tile(rows.start, 4), np.tile(rows.count, 4), names)
+
+
+def _turned_images(images: Tensor, rows: NDArray[np.int64], turns: list[int]) -> Tensor:
+    """The images of rows [ways, k], way by way turned by `turns` quarters, as float32 [ways * k, 1, 28, 28] in [0, 1]."""
+    ways = images[torch.from_numpy(rows)].float() / 255
+    turned = [torch.rot90(way, turn, (1, 2)) for way, turn in zip(ways, turns, strict=True)]
+    return torch.cat(turned)[:, None]

@@ -1,0 +1,105 @@
+"""The worker's side of a round, the same for every transport: load the tasks, build the oracle, run a kernel, pack the sums."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bomemeta.core import tree
+from bomemeta.core.oracle import LocalOracle, TaskMap
+from bomemeta.core.problem import BilevelProblem, Split
+from bomemeta.core.solver import Kernel, LowerGroups, Solver
+from bomemeta.distributed.packing import Packed, pack
+
+
+class Request(NamedTuple):
+    """Everything about one shard's work but the arrays."""
+
+    kernel: Kernel  # module-level: pickled by name
+    solver: Solver
+    arguments: Mapping[str, Any]
+    task_ids: tuple[int, ...]
+    step: int
+    split: Split
+    variant: Mapping[str, Any]  # problem fields that differ from the config's
+    differentiable: bool
+    groups: tuple[str, ...]  # names of the lower groups that each state array holds
+    with_state: tuple[bool, ...]  # which of the tasks come with a state array
+    keeps: bool  # whether the kernel's lower groups are returned, one array per task
+
+
+class ShardSums(NamedTuple):
+    """A shard's reply."""
+
+    packed: Packed
+    groups: tuple[str, ...]  # the lower groups in each returned state array
+
+
+class ShardWorker:
+    """Runs requests for one problem. Stateless between calls but for caches."""
+
+    def __init__(self, build_problem: Callable[[Mapping[str, Any]], BilevelProblem], task_map: str, device: str) -> None:
+        self._build = build_problem
+        self._device = torch.device(device)
+        self._task_map: TaskMap = "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
+        self._problems: dict[str, BilevelProblem] = {}
+        self._upper_like = self._problem({}).init_upper(torch.Generator().manual_seed(0))  # names and shapes only
+
+    def execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
+        problem = self._problem(request.variant)
+        upper = tree.unflatten(torch.tensor(broadcast, dtype=problem.dtype), self._upper_like)
+        batch = problem.load(request.task_ids, request.step, request.split)
+        oracle = LocalOracle(problem, self._on_device(upper), self._on_device(batch), self._task_map, request.differentiable)
+        lower = self._unpack_lower(oracle, request, states)
+        result = request.kernel(request.solver, oracle, lower, **request.arguments)
+        states_out = _pack_lower(result.lower) if request.keeps else []
+        return ShardSums(pack(result.sums, problem.dtype), group_order(result.lower)), *states_out
+
+    def _problem(self, variant: Mapping[str, Any]) -> BilevelProblem:
+        key = repr(sorted(variant.items()))
+        if key not in self._problems:
+            self._problems[key] = self._build(variant)
+        return self._problems[key]
+
+    def _on_device(self, tensors: tree.Params) -> tree.Params:
+        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+
+    def _unpack_lower(self, oracle: LocalOracle, request: Request, states: tuple[np.ndarray, ...]) -> LowerGroups | None:
+        """State arrays into stacks. A task of the pool that is met for the first time starts at `init_lower`, other groups at 0."""
+        if not states:
+            return None
+        start = oracle.init_lower()
+        width = tree.flatten_tasks(start).shape[1]
+        rows = torch.zeros(len(request.task_ids), len(request.groups) * width, dtype=oracle.problem.dtype)
+        rows[:, :width] = tree.flatten_tasks(start).cpu()
+        arrays = iter(states)
+        for i, present in enumerate(request.with_state):
+            if present:
+                rows[i] = torch.tensor(next(arrays), dtype=rows.dtype)
+        parts = torch.split(rows.to(self._device), width, dim=1)
+        return {name: tree.unflatten_tasks(part, start) for name, part in zip(request.groups, parts, strict=True)}
+
+
+def _pack_lower(groups: LowerGroups) -> list[np.ndarray]:
+    """One flat array per task: its groups one after the other, `y` first."""
+    ordered = [groups[name] for name in group_order(groups)]
+    rows = torch.cat([tree.flatten_tasks(group) for group in ordered], dim=1).cpu()
+    return [row.numpy().copy() for row in rows]
+
+
+def group_order(groups: Mapping[str, Any]) -> tuple[str, ...]:
+    """The order of groups in a state array: `y`, then the rest by name."""
+    return ("y", *sorted(name for name in groups if name != "y")) if groups else ()
+
+
+def variant_of(problem: BilevelProblem, changes: Mapping[str, Any]) -> BilevelProblem:
+    """The same problem with some fields changed, attached to the same run."""
+    if not changes:
+        return problem
+    other: BilevelProblem = dataclasses.replace(problem, **changes)  # type: ignore[type-var]
+    other.attach(seed=problem.seed, dtype=problem.dtype, data=problem.data)
+    return other

@@ -1,0 +1,238 @@
+"""The loop: what one run does, step by step, in the order in which it does it.
+
+Knows a problem, a solver, a transport and a folder, and nothing of how any of them was made.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bomemeta.checkpoint import Checkpoint
+from bomemeta.config import Config
+from bomemeta.core import tree
+from bomemeta.core.inner import evaluate
+from bomemeta.core.oracle import LocalOracle
+from bomemeta.core.problem import BilevelProblem, Split
+from bomemeta.core.solver import LowerStates, Solver
+from bomemeta.core.upper import UpperVariable
+from bomemeta.distributed.rounds import StepRun
+from bomemeta.distributed.transport import Transport
+from bomemeta.errors import DivergenceError, LowerStateLost
+
+# A default batch for problems without end; pools are taken whole.
+FRESH_TASKS_PER_STEP = 8
+# Episodes that one evaluation call holds in memory at once.
+EVALUATION_SHARD = 10
+# result.json carries the final variables of problems with fewer numbers than this.
+READABLE_NUMBERS = 1000
+
+
+@dataclass
+class State:
+    """Everything that a run carries from step to step, committed together at a step's end."""
+
+    step: int  # how many steps are committed
+    upper: UpperVariable
+    lower: LowerStates
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works with."""
+
+    config: Config
+    problem: BilevelProblem
+    solver: Solver
+    transport: Transport
+
+    def step_run(self, step: int) -> StepRun:
+        """This step's tasks: fresh ids, or a draw from the pool; a function of (config, step) alone."""
+        pool, wanted = self.problem.pool, self.config.tasks_per_step
+        if pool is None:
+            size = wanted if wanted is not None else FRESH_TASKS_PER_STEP
+            ids = range(step * size, (step + 1) * size)
+        elif wanted is None or wanted >= pool:
+            ids = range(pool)
+        else:
+            drawn = np.random.default_rng([self.config.seed, step]).choice(pool, wanted, replace=False)
+            ids = sorted(int(task) for task in drawn)  # type: ignore[assignment]
+        return StepRun(
+            self.transport,
+            ids,
+            self.config.shards,
+            step=step,
+            steps=self.config.steps,
+            persistent=pool is not None,
+            project_upper=self.problem.project_upper,
+        )
+
+
+def fit(
+    job: Job,
+    state: State,
+    *,
+    log: Callable[[int, Mapping[str, float]], None],
+    save: Callable[[State], None],
+    roll_back: Callable[[State, LowerStateLost], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Steps until `config.steps` or until `stop()`; moves `state` in place. Saves when due and at the end.
+
+    A step happens whole or not at all: whatever fails before its commit leaves `state` as it was.
+    Raises DivergenceError naming the step where a number is not finite.
+    """
+    config = job.config
+    while state.step < config.steps and not stop():
+        started = time.perf_counter()
+        run = job.step_run(state.step)
+        try:
+            lower, metrics = job.solver.step(state.upper, state.lower, run)
+        except DivergenceError as error:
+            raise DivergenceError(f"step {state.step}: {error}") from error
+        except LowerStateLost as error:
+            roll_back(state, error)
+            continue
+
+        # commit
+        state.lower = LowerStates(lower.groups, {**state.lower.handles, **lower.handles})
+        state.step += 1
+
+        metrics |= run.seconds
+        metrics["step_s"] = time.perf_counter() - started
+        metrics["update_s"] = metrics["step_s"] - sum(run.seconds.values())
+        every = config.evaluation.every_steps
+        if every is not None and state.step % every == 0 and job.problem.meta_tests:
+            metrics |= meta_test(job, state.upper, "validation", config.evaluation.validation_episodes)
+        log(state.step - 1, metrics)
+        if state.step % config.checkpoint.every_steps == 0 and state.step < config.steps:
+            save(state)
+    save(state)
+
+
+def final_metrics(job: Job, state: State) -> dict[str, float]:
+    """What the run is judged by: meta-test figures for problems that have test tasks, else figures at the tasks' own y."""
+    metrics = job.solver.examine(state.upper, state.lower, job.step_run(max(state.step - 1, 0)))
+    if not job.problem.meta_tests:
+        return metrics | _own_figures(job, state)
+    episodes = job.config.evaluation.episodes
+    metrics |= meta_test(job, state.upper, "test", episodes)
+    for name, changes in job.problem.evaluation_variants().items():
+        if any(getattr(job.problem, field) != value for field, value in changes.items()):
+            other = meta_test(job, state.upper, "test", episodes, changes)
+            metrics |= {f"{key}_{name}": value for key, value in other.items() if key in ("test_accuracy", "test_ci95", "test_loss")}
+    return metrics
+
+
+def meta_test(
+    job: Job, upper: UpperVariable, split: Split, episodes: int, variant: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+    """Means over the split's first `episodes` tasks, y adapted on g alone; `<split>_ci95` is the 95 % half-width of the accuracy."""
+    run = StepRun(
+        job.transport,
+        range(episodes),
+        math.ceil(episodes / EVALUATION_SHARD),
+        step=0,
+        steps=job.config.steps,
+        persistent=False,
+        split=split,
+        variant=variant,
+        differentiable=False,
+    )
+    sums, _ = run(evaluate, job.solver, upper.params, LowerStates.none(), steps=job.config.evaluation.inner_steps)
+    means = {name.removeprefix("sum/"): float(value) / episodes for name, value in sums.items() if name.startswith("sum/")}
+    # A baseline's figure is not the method's, so it does not take the split's name.
+    figures = {name if name.startswith("baseline_") else f"{split}_{name}": value for name, value in means.items()}
+    if "accuracy" in means and episodes > 1:
+        variance = (float(sums["square/accuracy"]) / episodes - means["accuracy"] ** 2) * episodes / (episodes - 1)
+        figures[f"{split}_ci95"] = 1.96 * math.sqrt(max(variance, 0.0) / episodes)
+    return figures
+
+
+def _own_figures(job: Job, state: State) -> dict[str, float]:
+    pool = job.problem.pool
+    if pool is None:
+        return {}
+    run = StepRun(
+        job.transport, range(pool), job.config.shards, step=state.step, steps=job.config.steps, persistent=True, differentiable=False
+    )
+    sums, _ = run(evaluate, job.solver, state.upper.params, state.lower, steps=0)
+    return {name.removeprefix("sum/"): float(value) / pool for name, value in sums.items() if name.startswith("sum/")}
+
+
+def final_variables(job: Job, state: State) -> dict[str, Any] | None:
+    """x and y as nested lists, `{"upper": {name: ...}, "lower": {name: ...}}`, of problems small enough to be read; else None.
+
+    y has a leading task axis where the problem has several tasks.
+    """
+    problem = job.problem
+    small = sum(tensor.numel() for tensor in state.upper.params.values())
+    if problem.pool is None or small + len(state.lower.handles) >= READABLE_NUMBERS:
+        return None
+    ids = sorted(state.lower.handles)
+    arrays = job.transport.fetch([state.lower.handles[task] for task in ids])
+    like = LocalOracle(problem, state.upper.params, problem.load(ids, state.step, "train"), "loop", differentiable=False).init_lower()
+    rows = torch.stack([torch.tensor(array) for array in arrays])
+    width = rows.shape[1] // len(state.lower.groups)  # y comes first, the other groups are of its size
+    if small + len(ids) * width >= READABLE_NUMBERS:
+        return None
+    lower = tree.unflatten_tasks(rows[:, :width], like)
+    return {
+        "upper": {name: tensor.tolist() for name, tensor in state.upper.params.items()},
+        "lower": {name: (tensor[0] if len(ids) == 1 else tensor).tolist() for name, tensor in lower.items()},
+    }
+
+
+def to_checkpoint(job: Job, state: State) -> Checkpoint:
+    """The state as plain tensors; fetches persistent lower states from wherever they are."""
+    ids = list(state.lower.handles)
+    arrays = job.transport.fetch([state.lower.handles[task] for task in ids])
+    return Checkpoint(
+        step=state.step,
+        upper=dict(state.upper.params),
+        solver={"optimizer": state.upper.state_dict(), "lower_groups": list(state.lower.groups)},
+        lower={task: torch.tensor(array) for task, array in zip(ids, arrays, strict=True)},
+        config=job.config.to_dict(),
+    )
+
+
+def restore(state: State, checkpoint: Checkpoint) -> None:
+    """Sets `state` to the checkpoint's."""
+    state.step = checkpoint.step
+    state.upper.load(checkpoint.upper, checkpoint.solver["optimizer"])
+    handles = {task: tensor.numpy() for task, tensor in checkpoint.lower.items()}
+    state.lower = LowerStates(tuple(checkpoint.solver["lower_groups"]), handles)
+
+
+@contextmanager
+def stop_on_signal(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C (or SIGTERM) asks the loop to stop after the step in hand; a second one stops at once.
+
+    Yields the question to ask. Outside the main thread signals are not ours to handle, and the answer is always False.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        say("stopping after this step, with a checkpoint (once more to stop at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,33 @@
+"""Every error that bomemeta raises on purpose.
+
+Messages say where, what was got, what was wanted and what to do. The classes take one message and nothing else: an exception with a
+custom `__init__` loses its type on the way back from a Ray worker.
+"""
+
+
+class BomemetaError(Exception):
+    """Base of all; the command line prints its message without a traceback."""
+
+
+class ConfigError(BomemetaError):
+    """A key, value or combination of keys that no run can be made of."""
+
+
+class DataError(BomemetaError):
+    """Data that is missing, damaged or too small for what was asked."""
+
+
+class ClusterError(BomemetaError):
+    """The Ray cluster cannot hold what was asked, or lost more than it could replace."""
+
+
+class LowerStateLost(BomemetaError):
+    """Lower state that lived on a node which is gone. The remedy is the last checkpoint, not another try."""
+
+
+class CheckpointError(BomemetaError):
+    """A checkpoint that cannot be written, read, or that belongs to another run."""
+
+
+class DivergenceError(BomemetaError):
+    """A number that the mathematics needs is NaN or infinite."""

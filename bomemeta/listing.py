@@ -1,0 +1,64 @@
+"""`bomemeta list`: what a config can name, and the keys of each, read off the registered classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from bomemeta.config import SECTIONS, config_fields, field_schema
+from bomemeta.validation import phrase
+
+# The words of the command line, and the config's section that each fills.
+_SECTION_OF = {"solvers": "solver", "problems": "problem", "datasets": "data"}
+
+
+def names_of(kinds: Sequence[str]) -> list[str]:
+    """The registered names of each kind (`solvers`, `problems`, `datasets`) with the first line of their docstring."""
+    lines: list[str] = []
+    for kind in kinds:
+        registry = SECTIONS[_SECTION_OF[kind]].registry
+        names = registry.names()
+        width = max((len(name) for name in names), default=0)
+        lines += [f"{kind}:", *(f"  {name:<{width}}  {_first_line(registry.get(name))}".rstrip() for name in names), ""]
+    lines.append("Keys of one: bomemeta list KIND NAME")
+    return lines
+
+
+def keys_of(kind: str, name: str) -> list[str]:
+    """A class's docstring and its keys with defaults. Raises ConfigError with the nearest name where there is none."""
+    section = _SECTION_OF[kind]
+    spec = SECTIONS[section]
+    cls = spec.registry.get(name)
+    schema = field_schema(cls, spec).json_schema()
+    rows = []
+    for field in config_fields(cls):
+        wanted = phrase(schema["properties"][field.name], schema) or "any"
+        rows.append((f"{field.name}:", _default(field), wanted))
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    return [
+        f"{name}: {inspect.getdoc(cls) or ''}".rstrip(),
+        "",
+        f"{section}:",
+        f"  {spec.key}: {name}",
+        *(f"  {key:<{widths[0]}} {default:<{widths[1]}}  # {wanted}" for key, default, wanted in rows),
+    ]
+
+
+def _first_line(cls: type[Any]) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """As YAML has it, which for these values is as JSON has it; empty for a key that must be given."""
+    if field.default is not dataclasses.MISSING:
+        return _yaml(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return _yaml(field.default_factory())
+    return "<must be given>"
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, default=str)

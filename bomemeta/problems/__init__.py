@@ -1,0 +1,1 @@
+"""One bilevel problem per file; the registry imports every file of this folder."""

@@ -1,0 +1,169 @@
+"""What a person sees of a run: progress, notes and the result. A bar on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from bomemeta.health import HealthMonitor
+
+__all__ = ["HealthMonitor", "Listener", "Outcome", "Quiet", "TerminalListener", "result_lines", "show_result"]
+
+# What the progress line shows of a step, in this order; a solver that does not give one leaves it out.
+_SHOWN = {
+    "upper_loss": "upper loss",
+    "lower_loss": "lower loss",
+    "multiplier": "lambda",
+    "gap": "q",
+    "validation_accuracy": "validation accuracy",
+}
+
+
+class Listener(Protocol):
+    """Hears what happens while a run goes on. Steps are counted from 0."""
+
+    def start(self, run_dir: Path, first_step: int, steps: int, every_steps: int) -> None:
+        """Called once before `first_step`; `steps` is the run's whole number, `every_steps` is `log.every_steps`."""
+        ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Called after every committed step."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something that a person should read: a finding, a lost worker, a checkpoint passed over."""
+        ...
+
+    def close(self) -> None:
+        """No more is to come; may be called twice, and without a start."""
+        ...
+
+
+class Quiet:
+    """Hears nothing: the default of the Python interface."""
+
+    def start(self, run_dir: Path, first_step: int, steps: int, every_steps: int) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TerminalListener:
+    """Progress on stderr, so that stdout holds the result alone."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._steps, self._every_steps, self._seconds = 0, 1, 0.0
+
+    def start(self, run_dir: Path, first_step: int, steps: int, every_steps: int) -> None:
+        self._steps, self._every_steps = steps, every_steps
+        self._print(f"run folder: {run_dir}")
+        if first_step > 0:
+            self._print(f"going on at step {first_step} of {steps}")
+        if self._console.is_terminal:
+            # Where the terminal is narrow the figures are cut, never the count or the time.
+            count = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
+            self._bar = Progress(
+                TextColumn("step", table_column=Column(min_width=4)),
+                MofNCompleteColumn(table_column=count),
+                BarColumn(bar_width=10, table_column=Column(min_width=10)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=8)),
+                TextColumn(
+                    "{task.fields[figures]}",
+                    markup=False,
+                    table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+                ),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=steps, completed=first_step, figures="")
+            self._bar.start()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        done = step + 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=_figures(metrics))
+        elif done % self._every_steps == 0 or done == self._steps:
+            seconds = metrics.get("step_s")
+            pace = f", {seconds:.3g} s/step" if seconds is not None else ""
+            self._print(f"step {done}/{self._steps}: {_figures(metrics)}{pace}")
+
+    def note(self, text: str) -> None:
+        self._print(f"note: {text}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print(self, text: str) -> None:
+        # Through rich, which moves a running bar out of the way; as plain text, since brackets in paths are no markup.
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Outcome(Protocol):
+    """What `show_result` reads of a `bomemeta.api.Result`."""
+
+    @property
+    def run_dir(self) -> Path: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def upper_sha256(self) -> str: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+
+def result_lines(result: Outcome) -> list[str]:
+    """The result as aligned `name  value` lines, accuracies in per cent with their 95 % interval where there is one."""
+    rows = [("steps", str(result.steps))]
+    shown = {_interval_of(name) for name in result.metrics if "accuracy" in name}
+    for name, value in result.metrics.items():
+        if name in shown:
+            continue
+        interval = result.metrics.get(_interval_of(name)) if "accuracy" in name else None
+        rows.append((name.replace("_", " "), _value(name, value, interval)))
+    rows += [("upper sha256", result.upper_sha256), ("run folder", str(result.run_dir))]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows] + [f"note: {note}" for note in result.notes]
+
+
+def show_result(result: Outcome, console: Console | None = None) -> None:
+    """Prints the result to stdout, one fact per line, so that it can be cut, searched and compared."""
+    console = console or Console()
+    for line in result_lines(result):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _interval_of(name: str) -> str:
+    """`test_accuracy` has its half-width of the 95 % interval in `test_ci95`."""
+    return name.replace("accuracy", "ci95")
+
+
+def _value(name: str, value: float, interval: float | None) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    if "accuracy" not in name:
+        return f"{value:.6g}"
+    return f"{100 * value:.2f} %" + (f" ± {100 * interval:.2f} (95 %)" if interval is not None else "")
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{label} {_value(name, metrics[name], None) if 'accuracy' in name else format(metrics[name], '.4g')}"
+        for name, label in _SHOWN.items()
+        if name in metrics
+    )

@@ -1,0 +1,1 @@
+"""One algorithm per file; the registry imports every file of this folder."""

@@ -1,0 +1,160 @@
+"""What people read: findings on synthetic runs that fail in known ways, progress lines, the result."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from rich.console import Console
+
+from bomemeta.report import HealthMonitor, Quiet, TerminalListener, result_lines, show_result
+
+HEALTHY = {
+    "upper_loss": 1.0,
+    "gap": 0.1,
+    "multiplier": 2.0,
+    "multiplier_zero_share": 0.1,
+    "grad_upper_gap_norm": 0.3,
+    "grad_lower_gap_norm": 0.5,
+    "stationarity_gradient": 0.2,
+    "stationarity_gap": 0.1,
+    "upper_update_norm": 0.01,
+    "upper_norm": 3.0,
+}
+
+
+def watch(metrics: Callable[[int], dict[str, float]], steps: int, monitor: HealthMonitor | None = None) -> list[str]:
+    monitor = monitor or HealthMonitor(window=20)
+    return [text for step in range(steps) for text in monitor.update(step, {**HEALTHY, **metrics(step)})]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ({"multiplier": 0.0, "multiplier_zero_share": 1.0}, ["lambda was 0 in 100% of the last 20", "inner_steps", "eta"]),
+        ({"upper_update_norm": 1e-9}, ["x has not moved", "solver.upper_lr"]),
+        ({"upper_update_norm": 0.0, "upper_norm": 0.0}, ["x has not moved"]),
+        ({"grad_upper_gap_norm": 1e-7}, ["|grad_x q| is negligible", "|grad_x q| 1.00e-07, |grad_y q| 5.00e-01, q 1.00e-01"]),
+    ],
+)  # fmt: skip
+def test_each_silent_failure_is_said_once_with_figures_and_advice(broken: dict[str, float], words: list[str]) -> None:
+    said = watch(lambda step: broken, 200)
+    assert len(said) == 1
+    assert all(word in said[0] for word in words)
+
+
+def test_an_oscillating_multiplier_is_said() -> None:
+    assert "lambda oscillates" in watch(lambda step: {"multiplier": 1.0 + (step % 2)}, 40)[0]
+    assert "solver.lower_lr" in watch(lambda step: {"multiplier": 100.0 if step % 19 == 0 else 0.0}, 40)[0]
+
+
+def test_a_healthy_run_hears_nothing() -> None:
+    draw = random.Random(0)
+    noisy = watch(lambda step: {"multiplier": draw.expovariate(1.0), "multiplier_zero_share": draw.random()}, 2000, HealthMonitor())
+    assert noisy == []
+    assert watch(lambda step: {"multiplier": math.nan}, 100) == []
+
+
+def test_a_solved_problem_may_stand_still() -> None:
+    def solved(step: int) -> dict[str, float]:
+        small = 10.0**-step if step < 20 else 0.0
+        return {"stationarity_gradient": small, "stationarity_gap": 0.0, "upper_update_norm": small, "multiplier": 0.0,
+                "multiplier_zero_share": float(step > 5)}  # fmt: skip
+
+    assert watch(solved, 200) == []
+
+
+def test_metrics_that_are_missing_or_rare_are_no_trouble() -> None:
+    monitor = HealthMonitor(window=20)
+    assert [text for step in range(50) for text in monitor.update(step, {"upper_loss": 1.0})] == []
+    rare = {"grad_upper_gap_norm": 1e-9, "grad_lower_gap_norm": 1.0}
+    said = [text for step in range(50, 100) for text in monitor.update(step, rare if step % 15 == 0 else {})]
+    assert len(said) == 1
+    assert monitor.summary()["multiplier_zero_share"] is None
+
+
+def test_a_finding_is_said_again_after_it_cleared() -> None:
+    monitor = HealthMonitor(window=20)
+
+    def phases(step: int) -> dict[str, float]:
+        return {"multiplier_zero_share": float(step < 60 or step >= 150)}
+
+    said = watch(phases, 220, monitor)
+    summary = monitor.summary()
+    assert len(said) == 2
+    assert [finding["step"] for finding in summary["findings"]] == [19, 168]  # full window; 95 % of the window again
+    assert {finding["finding"] for finding in summary["findings"]} == {"multiplier_zero"}
+    assert summary["multiplier_zero_share"] == pytest.approx(130 / 220)  # float sums
+    assert summary["steps"] == 220
+
+
+def listen(terminal: bool) -> str:
+    stream = io.StringIO()
+    listener = TerminalListener(Console(file=stream, force_terminal=terminal, width=100))
+    listener.start(Path("/runs/[a]"), 3, 10, 4)
+    for step in range(3, 10):
+        listener.step(step, {**HEALTHY, "step_s": 0.25, "validation_accuracy": 0.5})
+    listener.note("lambda [was] 0")
+    listener.close()
+    listener.close()
+    return stream.getvalue()
+
+
+def test_off_a_terminal_progress_is_plain_lines() -> None:
+    text = listen(terminal=False)
+    line = "upper loss 1, lambda 2, q 0.1, validation accuracy 50.00 %, 0.25 s/step"
+    assert text.splitlines() == [
+        "run folder: /runs/[a]",
+        "going on at step 3 of 10",
+        f"step 4/10: {line}",
+        f"step 8/10: {line}",
+        f"step 10/10: {line}",
+        "note: lambda [was] 0",
+    ]
+    assert "\r" not in text
+    assert "\x1b" not in text
+
+
+def test_on_a_terminal_there_is_a_bar() -> None:
+    text = listen(terminal=True)
+    assert "run folder: /runs/[a]" in text
+    assert "10/10" in text
+    assert "note: lambda [was] 0" in text
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = Quiet()
+    quiet.start(Path(), 0, 1, 1)
+    quiet.step(0, HEALTHY)
+    quiet.note("x")
+    quiet.close()
+    assert capsys.readouterr() == ("", "")
+
+
+class Ended(NamedTuple):
+    run_dir: Path = Path("/runs/quickstart")
+    steps: int = 800
+    metrics: Any = {"test_accuracy": 0.9512, "test_ci95": 0.0034, "baseline_accuracy": 0.443, "f": 0.72, "g": math.nan}  # noqa: RUF012
+    upper_sha256: str = "ab" * 32
+    notes: Any = ("a note",)
+
+
+def test_the_result_is_one_fact_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = [
+        "steps              800",
+        "test accuracy      95.12 % ± 0.34 (95 %)",
+        "baseline accuracy  44.30 %",
+        "f                  0.72",
+        "g                  nan",
+        f"upper sha256       {'ab' * 32}",
+        "run folder         /runs/quickstart",
+        "note: a note",
+    ]
+    assert result_lines(Ended()) == expected
+    show_result(Ended())
+    assert capsys.readouterr().out.splitlines() == expected

@@ -1,0 +1,307 @@
+"""The ray transport on a real cluster with real kills, held against the serial transport."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from bomemeta.distributed import cluster
+from bomemeta.distributed.ray_transport import RayOptions, RayTransport
+from bomemeta.distributed.serial import SerialTransport
+from bomemeta.distributed.transport import ShardCall
+from bomemeta.errors import ClusterError, ConfigError, DivergenceError
+
+SMALL = 0.1  # CPUs of a test's worker: several transports share the module's cluster
+
+
+class Order(NamedTuple):
+    """What the toy worker does on the way to its answer. `once` marks trouble that only the first try meets."""
+
+    scale: float = 1.0
+    sleep_s: float = 0.0
+    trouble: str = ""
+    once: str = ""
+
+
+class Toy:
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def execute(self, order: Order, broadcast: np.ndarray, *states: np.ndarray):
+        if order.trouble and not (order.once and Path(order.once).exists()):
+            if order.once:
+                Path(order.once).touch()
+            make_trouble(order.trouble)
+        time.sleep(order.sleep_s)
+        total = (torch.tensor(broadcast) * order.scale).sum().numpy()
+        moved = [state + total for state in states]
+        return (float(total), os.getpid(), torch.get_num_threads(), self.device), *moved
+
+
+def make_trouble(trouble: str) -> None:
+    if trouble == "raise":
+        raise DivergenceError("step 3: the loss is nan")
+    os.kill(os.getpid(), {"die": signal.SIGKILL, "stop": signal.SIGSTOP}[trouble])
+    time.sleep(60)
+
+
+def failing_factory(device: str) -> Toy:
+    raise ConfigError(f"no such problem on {device}")
+
+
+def numbers(round_):
+    return [reply.reply[0] for reply in round_.replies]
+
+
+X = np.linspace(-1.0, 2.0, 10_001, dtype=np.float32)
+
+
+EVENTS: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def home():
+    """Three workers, on the cluster that this transport starts; the others join it."""
+    environment = dict(os.environ)
+    transport = RayTransport(Toy, RayOptions(workers=3, cpus_per_worker=0.5, step_timeout_s=60.0), EVENTS.append)
+    all_ready(transport, 3)
+    processes = ray_processes()
+    yield transport
+    transport.close()
+    transport.close()
+    assert not ray.is_initialized()
+    deadline = time.monotonic() + 10
+    while (left := [pid for pid in processes if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+    assert {name: value for name, value in os.environ.items() if name.startswith("RAY")} == {
+        name: value for name, value in environment.items() if name.startswith("RAY")
+    } | {"RAY_CLIENT_MODE": os.environ.get("RAY_CLIENT_MODE")}  # set by `import ray`
+    with pytest.raises(ClusterError, match="closed"):
+        transport.run(X, [ShardCall(Order())])
+
+
+@pytest.fixture(scope="module")
+def single(home):
+    """One worker, on a cluster that it joins and leaves as it was."""
+    transport = RayTransport(Toy, RayOptions(workers=1, cpus_per_worker=SMALL, step_timeout_s=3.0), EVENTS.append)
+    yield transport
+    all_ready(transport, 1)
+    (pid,), pids = transport.worker_pids(), home.worker_pids()
+    transport.close()
+    transport.close()
+    assert not Path(f"/proc/{pid}").exists()
+    assert len(home.run(X, [ShardCall(Order())] * 3).replies) == 3
+    assert set(pids) <= set(home.worker_pids())
+
+
+def all_ready(transport: RayTransport, workers: int) -> None:
+    while len(transport.worker_pids()) < workers:  # a transport looks at its workers in rounds only
+        transport.run(X, [ShardCall(Order(sleep_s=0.1))])
+
+
+def kill_all(transport: RayTransport) -> None:
+    for pid in transport.worker_pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def ray_processes() -> list[int]:
+    """All descendants of this process."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    found = [os.getpid()]
+    for parent in found:
+        found += [pid for pid, its_parent in parents.items() if its_parent == parent]
+    return found[1:]
+
+
+def listening_addresses(pids: list[int]) -> set[str]:
+    sockets = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                sockets.add(os.readlink(descriptor).removeprefix("socket:[").rstrip("]"))
+            except FileNotFoundError:
+                continue
+    addresses = set()
+    for table, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
+        for line in Path(table).read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and columns[9] in sockets:  # 0A: LISTEN
+                words = np.array([int(columns[1][at : at + 8], 16) for at in range(0, len(columns[1]) - 5, 8)])
+                addresses.add(socket.inet_ntop(family, words.astype("<u4").tobytes()))
+    return addresses
+
+
+def test_serial_and_any_number_of_workers_agree(home, single):
+    calls = [ShardCall(Order(scale=scale), (np.full(5, scale), np.ones(2)), 2) for scale in (0.1, -3.0, 7.7, 2.0, 1e-3)]
+    serial = SerialTransport(Toy, threads=1)
+    expected = serial.run(X, calls)
+    expected_states = [serial.fetch(reply.states) for reply in expected.replies]
+    two = RayTransport(Toy, RayOptions(workers=2, cpus_per_worker=SMALL))
+    for transport in (single, two, home):
+        got = transport.run(X, calls)
+        assert numbers(got) == numbers(expected)
+        assert {reply.reply[2:] for reply in got.replies} == {(1, "cpu")}
+        for reply, states in zip(got.replies, expected_states, strict=True):
+            for state, expected_state in zip(transport.fetch(reply.states), states, strict=True):
+                assert np.array_equal(state, expected_state)
+    two.close()
+
+
+def test_replies_come_in_the_order_of_the_calls(home):
+    orders = [Order(scale=1, sleep_s=0.4), Order(scale=2, sleep_s=0.2), Order(scale=3), Order(scale=4)]
+    got = home.run(np.ones(2, np.float32), [ShardCall(order) for order in orders])
+    assert numbers(got) == [2.0, 4.0, 6.0, 8.0]
+    assert home.run(X, []).replies == []
+
+
+def test_kill_in_the_middle_of_a_call(home, tmp_path):
+    before = home.replacements
+    calls = [ShardCall(Order(scale=scale, trouble="die" if scale == 2 else "", once=str(tmp_path / "mark"))) for scale in (1, 2, 3)]
+    got = home.run(X, calls)
+    assert numbers(got) == numbers(SerialTransport(Toy).run(X, [ShardCall(Order(scale=scale)) for scale in (1, 2, 3)]))
+    assert home.replacements == before + 1
+    assert any("died" in line and "in shard 1" in line and "pid" in line for line in EVENTS)
+
+
+def test_kill_from_outside(single):
+    all_ready(single, 1)
+    expected = numbers(single.run(X, [ShardCall(Order())]))
+    timer = threading.Timer(0.3, kill_all, [single])
+    timer.start()
+    assert numbers(single.run(X, [ShardCall(Order(sleep_s=1.0))])) == expected
+    timer.join()
+
+
+def test_workers_that_died_between_rounds_do_not_count_against_a_shard(home):
+    all_ready(home, 3)
+    before = home.replacements
+    kill_all(home)
+    time.sleep(0.3)
+    assert len(home.run(X, [ShardCall(Order())]).replies) == 1
+    assert home.replacements == before + 3
+
+
+def test_a_hung_worker_is_killed_and_its_late_answer_is_not_used(single, tmp_path):
+    all_ready(single, 1)
+    (pid,) = single.worker_pids()
+    got = single.run(X, [ShardCall(Order(trouble="stop", once=str(tmp_path / "mark")))])
+    assert numbers(got) == numbers(SerialTransport(Toy).run(X, [ShardCall(Order())]))
+    assert got.replies[0].reply[1] != pid
+    assert not Path(f"/proc/{pid}").exists()
+    assert any(f"(pid {pid}) did not answer within 3 s in shard 0" in line for line in EVENTS)
+
+
+def test_a_shard_that_always_kills_is_named(home):
+    with pytest.raises(ClusterError, match="shard 1 took 3 workers down"):
+        home.run(X, [ShardCall(Order()), ShardCall(Order(trouble="die"))])
+    assert len(home.run(X, [ShardCall(Order())]).replies) == 1
+
+
+def test_the_workers_exception_keeps_its_type_and_is_immediate(home):
+    all_ready(home, 3)
+    before = home.replacements
+    started = time.monotonic()
+    with pytest.raises(DivergenceError, match="step 3: the loss is nan") as caught:
+        home.run(X, [ShardCall(Order(sleep_s=0.5)), ShardCall(Order(trouble="raise"), (X,), 1), ShardCall(Order(sleep_s=8))])
+    assert time.monotonic() - started < 4
+    assert "make_trouble" in str(caught.value.__cause__)  # the traceback over there
+    # The worker that is still busy gives its old answer to nobody.
+    assert numbers(home.run(np.ones(3, np.float32), [ShardCall(Order())] * 3)) == [3.0] * 3
+    assert home.replacements == before
+
+
+def test_a_factory_that_fails(home):
+    transport = RayTransport(failing_factory, RayOptions(workers=2, cpus_per_worker=SMALL))
+    with pytest.raises(ConfigError, match="no such problem on cpu"):
+        transport.run(X, [ShardCall(Order())])
+    transport.close()
+
+
+def test_a_wrong_number_of_states(home):
+    for transport in (SerialTransport(Toy), home):
+        with pytest.raises(TypeError, match="returned 1 values; this call wants a tuple of 1 reply and 2 states"):
+            transport.run(X, [ShardCall(Order(), (), 2)])
+
+
+def test_states_survive_the_worker_that_made_them(single):
+    transport = single
+    state = np.arange(100_000, dtype=np.float32)
+    first = transport.run(X, [ShardCall(Order(), (state,), 1)]).replies[0]
+    os.kill(first.reply[1], signal.SIGKILL)
+    second = transport.run(X, [ShardCall(Order(), first.states, 1)]).replies[0]
+    assert second.reply[1] != first.reply[1]
+    (got,) = transport.fetch(second.states)
+    total = np.float32(first.reply[0])
+    assert np.array_equal(got, state + total + total)
+
+
+def test_too_many_workers(home):
+    with pytest.raises(ClusterError, match=r"50 workers of 1 CPU .* room for . workers"):
+        RayTransport(Toy, RayOptions(workers=50))
+    with pytest.raises(ClusterError, match="GPU"):
+        RayTransport(Toy, RayOptions(workers=1, cpus_per_worker=SMALL, gpus_per_worker=1.0))
+    cores = len(os.sched_getaffinity(0))
+    with (
+        pytest.raises(ClusterError, match=f"this machine has {cores}"),
+        cluster.local(RayOptions(workers=32 * cores), print),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="workers is 0"):
+        RayOptions(workers=0)
+
+
+def test_memory_stays_flat(home):
+    broadcast = np.ones(250_000, np.float32)  # 1 MB
+    calls = [ShardCall(Order(), (broadcast,), 1)] * 2
+    states = home.run(broadcast, calls).replies[0].states
+    free = ray.available_resources()["object_store_memory"]
+    for _ in range(200):
+        states = home.run(broadcast, [ShardCall(Order(), states, 1)] * 2).replies[0].states
+    deadline = time.monotonic() + 10  # Ray reports its memory once a second
+    while (used := free - ray.available_resources()["object_store_memory"]) > 10e6 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert used < 10e6  # 200 rounds that kept anything would hold at least 200 MB
+
+
+def test_interrupt_of_the_process_group_leaves_workers_alone(home):
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        all_ready(home, 3)
+        pids = set(home.worker_pids())
+        for pid in ray_processes():  # as the terminal does, but for pytest's own group
+            os.kill(pid, signal.SIGINT)
+        assert len(home.run(X, [ShardCall(Order())] * 6).replies) == 6
+        assert pids <= set(home.worker_pids())
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_cluster_listens_on_loopback_only_and_wants_a_token(home):
+    addresses = listening_addresses(ray_processes()) | listening_addresses([os.getpid()])
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    ask = f"from ray._raylet import GcsClient; GcsClient({ray.get_runtime_context().gcs_address!r}).internal_kv_get(b'x', None, 5)"
+    for token, refused in ((None, False), ("0" * 64, True)):
+        environment = {**os.environ, **({"RAY_AUTH_TOKEN": token} if token else {})}
+        stranger = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, timeout=60)
+        assert (stranger.returncode != 0) == refused, stranger.stderr
+        assert ("InvalidAuthToken" in stranger.stderr or "Unauthenticated" in stranger.stderr) == refused, stranger.stderr
