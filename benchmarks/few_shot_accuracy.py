@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     with written_whole(options.json) as file:
         file.write(json.dumps(result, indent=1).encode())
-    print(f"{options.method} {options.ways}w{options.shots}s width {options.width}: {100 * test.mean:.2f} +- {100 * test.ci95:.2f} %")
+    print(
+        f"{options.method} {options.ways}w{options.shots}s width {options.width}: {100 * test.mean:.2f} +- {100 * test.ci95:.2f} %"
+    )
     return result
 
 

@@ -31,8 +31,9 @@ UPPER_LR = 3e-3  # Adam's, the same for all
 ADAPT_STEPS = 5
 EPISODES_AT_ONCE = 10  # in evaluation: bounds the memory
 CLOCK = 10_000  # the ticks of a budget: how finely a step-size schedule follows it
-# The step of adaptation. learn2learn's own examples use 0.5 (Omniglot, one step) and 0.1 (five steps).
-INNER_LR = {"maml": 0.4, "anil": 0.4}
+# The step of adaptation of MAML and ANIL, the better one of 0.1 and 0.4 after one CPU-minute of 5-way 1-shot Omniglot, 32 filters:
+# MAML 79.6 against 71.3 %, ANIL 87.1 against 85.6 % (200 test episodes).
+PEERS_INNER_LR = 0.1
 
 
 class Accuracy(NamedTuple):
@@ -75,7 +76,9 @@ class Bome:
         )
         self._transport = SerialTransport(lambda device: ShardWorker(lambda changes: variant_of(problem, changes), "auto", device))
         self._upper = self._solver.start(problem.init_upper(torch.Generator().manual_seed(seed)), CLOCK)
-        problem_fields = {name: getattr(problem, name) for name in ("form", "head", "regularisation", "feature_scale", "batch_norm")}
+        problem_fields = {
+            name: getattr(problem, name) for name in ("form", "head", "regularisation", "feature_scale", "batch_norm")
+        }
         self.hyperparameters = dataclasses.asdict(self._solver) | problem_fields
 
     def step(self, task_ids: Sequence[int], elapsed: float) -> None:
@@ -97,11 +100,11 @@ class _LearnToLearn:
 
     first_order = False
 
-    def __init__(self, name: str, problem: FewShot, seed: int, schedule: str, inner_lr: float | None) -> None:
+    def __init__(self, problem: FewShot, seed: int, schedule: str, inner_lr: float | None) -> None:
         generator = torch.Generator().manual_seed(seed)
         channels, height, width = problem.data.image_shape
         self._problem, self._schedule = problem, "cosine" if schedule == "cosine" else "constant"
-        self._inner_lr = inner_lr or INNER_LR[name]
+        self._inner_lr = inner_lr or PEERS_INNER_LR
         self._backbone = build_backbone(problem.backbone, channels, problem.width, generator)
         with torch.no_grad():
             features = self._backbone(torch.zeros(1, channels, height, width)).shape[1]
@@ -149,7 +152,7 @@ class Maml(_LearnToLearn):
     """
 
     def __init__(self, problem: FewShot, seed: int, schedule: str, inner_lr: float | None) -> None:
-        super().__init__("maml", problem, seed, schedule, inner_lr)
+        super().__init__(problem, seed, schedule, inner_lr)
         self._maml = learn2learn().algorithms.MAML(nn.Sequential(self._backbone, self._head), lr=self._inner_lr)
         self._start(list(self._maml.parameters()))
 
@@ -165,7 +168,7 @@ class Anil(_LearnToLearn):
     """learn2learn's ANIL: features of support and queries once and together, MAML on the head alone, as in its examples."""
 
     def __init__(self, problem: FewShot, seed: int, schedule: str, inner_lr: float | None) -> None:
-        super().__init__("anil", problem, seed, schedule, inner_lr)
+        super().__init__(problem, seed, schedule, inner_lr)
         self._maml = learn2learn().algorithms.MAML(self._head, lr=self._inner_lr)
         self._start([*self._backbone.parameters(), *self._maml.parameters()])
 

@@ -70,9 +70,10 @@ def train(
     The run's folder is printed first: output_dir=DIR chooses it, runs/NAME is the default. Ctrl-C stops after the
     current step; `bomemeta resume` goes on from there to the same result.
     """
-    from bomemeta import api
+    with _reported():
+        from bomemeta import api
 
-    _run(lambda listener: api.train(config, overrides or (), listener=listener))
+        _run(lambda listener: api.train(config, overrides or (), listener=listener))
 
 
 @app.command()
@@ -81,9 +82,10 @@ def resume(run_dir: _RunDir, overrides: _Overrides = None) -> None:
 
     Keys that cannot change the result may be set, such as workers=4 or log.every_steps=5.
     """
-    from bomemeta import api
+    with _reported():
+        from bomemeta import api
 
-    _run(lambda listener: api.resume(run_dir, overrides or (), listener=listener))
+        _run(lambda listener: api.resume(run_dir, overrides or (), listener=listener))
 
 
 @app.command("eval")
@@ -92,9 +94,10 @@ def evaluate(run_dir: _RunDir, overrides: _Overrides = None) -> None:
 
     Keys that cannot change training may be set, as in evaluation.episodes=2000.
     """
-    from bomemeta import api
+    with _reported():
+        from bomemeta import api
 
-    _run(lambda listener: api.evaluate(run_dir, overrides or (), listener=listener))
+        _run(lambda listener: api.evaluate(run_dir, overrides or (), listener=listener))
 
 
 @app.command("list")
@@ -144,18 +147,15 @@ def prepare(
 
 def _run(start: Callable[[Listener], Result]) -> None:
     """Runs with progress on stderr, prints the result to stdout, and says how to go on after an interruption."""
-    with _reported():
-        from bomemeta.report import TerminalListener, show_result
+    from bomemeta.report import TerminalListener, show_result
 
-        listener = TerminalListener()
-        with contextlib.closing(listener):
-            result = start(listener)
-        if result.interrupted:
-            listener.note(
-                f"interrupted after {result.steps} steps; go on with `bomemeta resume {result.run_dir}`",
-            )
-            raise typer.Exit(INTERRUPTED)
-        show_result(result)
+    listener = TerminalListener()
+    with contextlib.closing(listener):
+        result = start(listener)
+    if result.interrupted:
+        listener.note(f"interrupted after {result.steps} steps; go on with `bomemeta resume {result.run_dir}`")
+        raise typer.Exit(INTERRUPTED)
+    show_result(result)
 
 
 @contextlib.contextmanager
@@ -168,7 +168,7 @@ def _reported() -> Iterator[None]:
     except BomemetaError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
-    except KeyboardInterrupt as error:  # before the first step or after the last; in between the run itself handles it
+    except KeyboardInterrupt as error:  # in between start and end the run itself handles it
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from error
 

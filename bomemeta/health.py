@@ -17,6 +17,10 @@ _STILL = 1e-6
 _NEGLIGIBLE = 1e-4
 # Neighbouring lambdas on opposite sides of their mean. Independent tasks give 0 ± 0.14 in a window of 50.
 _ALTERNATING = -0.7
+# A step size this small against its largest was taken there by a schedule.
+_DECAYED = 0.01
+# Of a mean of float32 losses: a gap below this share of the loss is rounding.
+_ROUNDING = 1e-4
 # K relative to its largest value: a run that came this far is done, and stands still for that reason.
 _SOLVED = 1e-8
 
@@ -30,6 +34,7 @@ class HealthMonitor:
         self._last_true: dict[str, int] = {}
         self._said: list[dict[str, Any]] = []
         self._stationarity_max = 0.0
+        self.learning_rate_max = 0.0  # of the whole run, so far
         self._steps = 0
         self._zero_share_sum = 0.0
         self._zero_share_count = 0
@@ -38,6 +43,7 @@ class HealthMonitor:
         """Takes one step's metrics, any of which may be missing; returns what is newly wrong, in words."""
         self._recent.append({name: value for name, value in metrics.items() if math.isfinite(value)})
         self._steps += 1
+        self.learning_rate_max = max(self.learning_rate_max, self._recent[-1].get("learning_rate", 0.0))
         self._stationarity_max = max(self._stationarity_max, self._stationarity() or 0.0)
         if (share := self._recent[-1].get("multiplier_zero_share")) is not None:
             self._zero_share_sum += share
@@ -91,7 +97,20 @@ def _no_multiplier(monitor: HealthMonitor) -> str | None:
     )
 
 
+def _inner_loop_climbs(monitor: HealthMonitor) -> str | None:
+    gap, loss = monitor.mean("gap"), monitor.mean("lower_loss")
+    if gap is None or loss is None or gap >= -_ROUNDING * abs(loss):
+        return None
+    return (
+        f"q is negative (mean {gap:.2e} over the last {len(monitor.values('gap'))} steps): T gradient steps on the lower loss "
+        "made it larger instead of smaller, so y_T is no solution of the lower problem. Lower solver.inner_lr"
+    )
+
+
 def _upper_still(monitor: HealthMonitor) -> str | None:
+    rate = monitor.values("learning_rate")
+    if rate and rate[-1] < _DECAYED * monitor.learning_rate_max:
+        return None  # a schedule that ends at 0 is meant to stand still there
     moves, norms = monitor.values("upper_update_norm"), monitor.values("upper_norm")
     if not moves or not norms or sum(moves) > _STILL * max(norms):
         return None
@@ -130,6 +149,7 @@ def _multiplier_oscillates(monitor: HealthMonitor) -> str | None:
 
 _CHECKS: dict[str, Callable[[HealthMonitor], str | None]] = {
     "multiplier_zero": _no_multiplier,
+    "inner_loop_climbs": _inner_loop_climbs,
     "upper_still": _upper_still,
     "upper_gradient_negligible": _upper_gradient_negligible,
     "multiplier_oscillates": _multiplier_oscillates,

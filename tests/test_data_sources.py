@@ -157,6 +157,15 @@ def digests(chosen: dict[str, dict[str, Any]]) -> dict[str, str]:
     return result
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Images of 28x28 gain nothing from threads, and threads that wait for busy cores cost minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def rendered_glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for all test files: rendering takes seconds."""
     return tmp_path_factory.getbasetemp() / "glyphs-rendered"
@@ -232,7 +241,7 @@ def test_keys_decide(source: Any) -> None:
 def test_another_process_draws_the_same_bits(chosen: dict[str, dict[str, Any]]) -> None:
     here = digests(chosen)
     code = "import json, sys; import test_data_sources as t; print(json.dumps(t.digests(json.loads(sys.argv[1]))))"
-    environment = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "123", "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", code, json.dumps(chosen)]
     there = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     assert json.loads(there.splitlines()[-1]) == here

@@ -13,8 +13,8 @@ Splits are by script, so that a test class is unseen and so is its script:
 Counts are matplotlib 3.11's. Code points that look alike are one class at most (Latin A and Greek Alpha, 0 and O, the hyphens):
 glyphs are compared in the same face. Size and place on the line are no part of a class: every glyph is fitted into the same square.
 
-Nearest neighbour by pixels (cosine) gets 53 % of 5-way 1-shot test queries, on Omniglot 49 %: the perturbations were set for about
-that, neither trivial nor noise.
+Nearest neighbour by pixels (cosine) gets 53 % of 5-way 1-shot test queries, on Omniglot 49 %: neither
+trivial nor noise, with the perturbations below.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import socket
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from bomemeta.errors import ClusterError, ConfigError
 
@@ -23,6 +24,8 @@ MAX_OVERSUBSCRIPTION = 4
 
 # Ray counts the resources of actors that were just killed as taken for a moment (measured: below 1 s).
 CAPACITY_PATIENCE_S = 10.0
+
+PROBE_TIMEOUT_S = 10.0  # for one TCP connection: longer than any network takes that could carry a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,9 @@ def joined(options: RayOptions) -> Iterator[None]:
     connected_before = ray.is_initialized()
     if not connected_before:
         try:
+            _probe(options.address or os.environ["RAY_ADDRESS"])
             ray.init(address=options.address)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             address = options.address or os.environ["RAY_ADDRESS"]
             raise ClusterError(
                 f"no Ray cluster could be joined at {address}: {error}. Check the address, and that RAY_AUTH_MODE and "
@@ -81,6 +85,14 @@ def joined(options: RayOptions) -> Iterator[None]:
     finally:
         if not connected_before:
             ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Raises OSError where nobody listens: ray.init would hang there for ever, deaf even to SIGTERM."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():  # not "auto"
+        with socket.create_connection((services.resolve_ip_for_localhost(host.strip("[]")), int(port)), PROBE_TIMEOUT_S):
+            pass
 
 
 @contextmanager

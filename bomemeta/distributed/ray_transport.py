@@ -17,10 +17,6 @@ reference, an answer that still arrives on it is never looked at.
 
 from __future__ import annotations
 
-import os
-import pickle
-import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -28,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import ray
@@ -46,8 +42,9 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bomemeta.distributed import cluster
+from bomemeta.distributed.actor import Process, ShardActor, birth_of, kill_process
 from bomemeta.distributed.cluster import RayOptions
-from bomemeta.distributed.transport import Handle, Round, ShardCall, ShardReply, WorkerFactory, checked_returns
+from bomemeta.distributed.transport import Handle, Round, ShardCall, ShardReply, WorkerFactory
 from bomemeta.errors import ClusterError, LowerStateLost
 
 __all__ = ["RayOptions", "RayTransport"]
@@ -56,54 +53,6 @@ __all__ = ["RayOptions", "RayTransport"]
 MAX_STRIKES = 3
 
 EventSink = Callable[[str], None]
-
-
-class _Process(NamedTuple):
-    """Which process a worker is. The birth (clock ticks since boot) tells it from a later process with the same number."""
-
-    pid: int
-    birth: str
-    node_id: str
-
-
-def _birth(pid: int) -> str:
-    """Empty where there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def _kill_process(process: _Process) -> None:
-    if process.birth and _birth(process.pid) == process.birth:
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-
-
-class ShardActor:
-    """The process that holds one worker. `build` is not in `__init__`: what it raises would lose its type there."""
-
-    def build(self, factory: bytes, threads: int, paths: list[str]) -> _Process:
-        # Before torch is imported: these are read once, and Ray has set OMP_NUM_THREADS to the actor's CPUs.
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            os.environ[name] = str(threads)
-        sys.path.extend(path for path in paths if path not in sys.path)
-        import torch
-
-        torch.set_num_threads(threads)
-        context = ray.get_runtime_context()
-        # Not torch.cuda.is_available(): an actor without GPUs sees all of them. Ray shows an actor only its own, so 0.
-        device = "cuda:0" if context.get_accelerator_ids().get("GPU") else "cpu"
-        self._worker = pickle.loads(factory)(device)
-        return _Process(os.getpid(), _birth(os.getpid()), context.get_node_id())
-
-    def ping(self) -> None:
-        pass
-
-    def execute(self, request: Any, returns: int, broadcast: np.ndarray, *states: np.ndarray) -> Any:
-        results = checked_returns(self._worker.execute(request, broadcast, *states), returns)
-        return results if returns else results[0]
 
 
 class _Phase(Enum):
@@ -122,7 +71,7 @@ class _Seat:
     index: int
     phase: _Phase = _Phase.ABSENT
     actor: Any = None
-    process: _Process | None = None  # None until the worker is built
+    process: Process | None = None  # None until the worker is built
     refs: list[Any] = field(default_factory=list)  # what the seat's actor will answer; all are ready when the first is
     deadline: float = 0.0  # monotonic, seconds
     shard: int = -1  # while BUSY
@@ -375,10 +324,10 @@ class RayTransport:
         # A stopped process does not act on ray.kill and Ray does not insist: it would keep its memory and its CPUs, and
         # the replacement could never be placed.
         if process.node_id == ray.get_runtime_context().get_node_id():
-            _kill_process(process)
+            kill_process(process)
         else:
             there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
-            killer = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill_process)
+            killer = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(kill_process)
             self._forgotten.append(killer.remote(process))
 
     # Opening and closing.
@@ -410,10 +359,10 @@ class RayTransport:
         own_node = ray.get_runtime_context().get_node_id()
         here = [process for process in processes if process.node_id == own_node]
         deadline = time.monotonic() + 2.0  # a sound worker is gone within 0.1 s of ray.kill
-        while time.monotonic() < deadline and any(_birth(process.pid) == process.birth for process in here):
+        while time.monotonic() < deadline and any(birth_of(process.pid) == process.birth for process in here):
             time.sleep(0.02)
         for process in here:
-            _kill_process(process)
+            kill_process(process)
         self._collect_forgotten()
 
     def _collect_forgotten(self) -> None:

@@ -1,0 +1,63 @@
+"""What runs in a worker's process, and how that process is told from all others."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+
+from bomemeta.distributed.transport import checked_returns
+
+
+class Process(NamedTuple):
+    """Which process a worker is. The birth (clock ticks since boot) tells it from a later process with the same number."""
+
+    pid: int
+    birth: str
+    node_id: str
+
+
+def birth_of(pid: int) -> str:
+    """Empty where there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def kill_process(process: Process) -> None:
+    if process.birth and birth_of(process.pid) == process.birth:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+class ShardActor:
+    """The process that holds one worker. `build` is not in `__init__`: what it raises would lose its type there."""
+
+    def build(self, factory: bytes, threads: int, paths: list[str]) -> Process:
+        # Before torch is imported: these are read once, and Ray has set OMP_NUM_THREADS to the actor's CPUs.
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[name] = str(threads)
+        sys.path.extend(path for path in paths if path not in sys.path)
+        import torch
+
+        torch.set_num_threads(threads)
+        context = ray.get_runtime_context()
+        # Not torch.cuda.is_available(): an actor without GPUs sees all of them. Ray shows an actor only its own, so 0.
+        device = "cuda:0" if context.get_accelerator_ids().get("GPU") else "cpu"
+        self._worker = pickle.loads(factory)(device)
+        return Process(os.getpid(), birth_of(os.getpid()), context.get_node_id())
+
+    def ping(self) -> None:
+        pass
+
+    def execute(self, request: Any, returns: int, broadcast: np.ndarray, *states: np.ndarray) -> Any:
+        results = checked_returns(self._worker.execute(request, broadcast, *states), returns)
+        return results if returns else results[0]

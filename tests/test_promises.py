@@ -1,0 +1,185 @@
+"""What bomemeta promises its users, bit for bit: the same x for any number of workers, any deaths, any interruption.
+
+Real processes, real signals, real Ray. The reference of every comparison is the undisturbed serial run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import bomemeta
+from bomemeta.metrics import read_metrics
+
+MORTAL = str(Path(__file__).with_name("mortal.py"))
+STEPS = 8
+
+FEW_SHOT: dict[str, Any] = {
+    "imports": [MORTAL],
+    "problem": {"name": "mortal_few_shot", "ways": 3, "queries": 2, "test_queries": 2, "width": 8},
+    "data": {"dataset": "toy"},
+    "solver": {
+        "name": "bome", "inner_steps": 3, "inner_lr": 0.2, "lower_lr": 0.2, "adapt_steps": 2, "barrier_steps": 2,
+        "barrier": "per_task", "upper_lr": 0.01, "upper_optimizer": "adam", "diagnose_every": 3,
+    },
+    "steps": STEPS, "tasks_per_step": 5, "shards": 3,
+    "evaluation": {"episodes": 10}, "checkpoint": {"every_steps": 3}, "log": {"tensorboard": False},
+}  # fmt: skip
+# Lower variables that persist, with momentum: everything that a checkpoint must hold.
+QUADRATIC: dict[str, Any] = {
+    "imports": [MORTAL],
+    "problem": {"name": "mortal_analytic", "case": "quadratic", "tasks": 5},
+    "solver": {
+        "name": "bome", "inner_steps": 4, "upper_optimizer": "momentum", "lower_momentum": 0.5, "upper_schedule": "cosine",
+        "upper_lr": 0.01, "lower_lr": 0.05,
+    },
+    "steps": STEPS, "tasks_per_step": 4, "shards": 3, "dtype": "float64",
+    "checkpoint": {"every_steps": 3}, "log": {"tensorboard": False},
+}  # fmt: skip
+JOBS = {"few_shot": FEW_SHOT, "quadratic": QUADRATIC}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bomemeta.Result]:
+    """Each job's undisturbed serial run."""
+    folder = tmp_path_factory.mktemp("reference")
+    return {name: bomemeta.train(job, [f"output_dir={folder / name}"]) for name, job in JOBS.items()}
+
+
+@pytest.fixture
+def struck(monkeypatch, tmp_path):
+    """Arms mortal.py: the worker that loads step 4 first gets the signal. The test's own process must not be that worker."""
+
+    def arm(signal_name: str) -> Path:
+        mark = tmp_path / "mark"
+        for name, value in {"MORTAL_AT": "4", "MORTAL_SIGNAL": signal_name, "MORTAL_MARK": str(mark)}.items():
+            monkeypatch.setenv(name, value)
+        return mark
+
+    return arm
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("job", JOBS)
+def test_same_bits_for_any_number_of_workers(job, workers, reference, tmp_path):
+    result = bomemeta.train(JOBS[job], [f"output_dir={tmp_path / 'run'}", f"workers={workers}", "cpus_per_worker=0.5"])
+    assert result.upper_sha256 == reference[job].upper_sha256
+    assert result.metrics == reference[job].metrics
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_same_bits_when_a_worker_is_killed_in_the_middle_of_a_step(job, reference, struck, tmp_path):
+    mark = struck("SIGKILL")
+    result = bomemeta.train(JOBS[job], [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5"])
+    assert mark.exists()
+    assert any("died" in note for note in result.notes), result.notes
+    assert result.upper_sha256 == reference[job].upper_sha256
+
+
+def test_same_bits_when_a_worker_hangs(reference, struck, tmp_path):
+    mark = struck("SIGSTOP")
+    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", "step_timeout_s=8"]
+    result = bomemeta.train(FEW_SHOT, overrides)
+    assert mark.exists()
+    assert any("did not answer" in note for note in result.notes), result.notes
+    assert result.upper_sha256 == reference["few_shot"].upper_sha256
+
+
+def start(job: dict[str, Any], folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The job as a user's process; it waits after step 4 (SIGSTOP on itself) until it is dealt with."""
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(job))
+    environment = os.environ | {"MORTAL_AT": "4", "MORTAL_SIGNAL": "SIGSTOP", "MORTAL_MARK": str(folder.with_suffix(".mark"))}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    command = [sys.executable, "-m", "bomemeta", "train", str(config), f"output_dir={folder}", *overrides]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(condition, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.05)
+
+
+def resume(folder: Path) -> bomemeta.Result:
+    return bomemeta.resume(folder)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_same_bits_after_kill_9_of_the_driver_and_resume(job, reference, tmp_path):
+    folder = tmp_path / "run"
+    process = start(JOBS[job], folder)
+    wait_for(lambda: folder.with_suffix(".mark").exists(), process)  # stopped in the middle of step 4
+    process.kill()
+    process.communicate()
+    assert len(read_metrics(folder / "metrics.jsonl")) == 4
+    assert not (folder / "result.json").exists()
+
+    result = resume(folder)
+    assert result.upper_sha256 == reference[job].upper_sha256
+    assert result.metrics == reference[job].metrics
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(STEPS))
+    assert json.loads((folder / "result.json").read_text())["first_step"] == 3  # the checkpoint before the kill
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_same_bits_after_ctrl_c_and_resume(workers, reference, tmp_path):
+    folder = tmp_path / "run"
+    process = start(FEW_SHOT, folder, f"workers={workers}", "step_timeout_s=60")
+    wait_for(lambda: folder.with_suffix(".mark").exists(), process)
+    process.send_signal(signal.SIGINT)
+    # Who is stopped is the process that loads: the driver itself, or its worker.
+    subprocess.run(["pkill", "-CONT", "-s", str(os.getsid(process.pid))], check=False)
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert f"bomemeta resume {folder}" in output
+    assert len(read_metrics(folder / "metrics.jsonl")) == 5  # the step in hand was finished, no further one begun
+
+    result = resume(folder)
+    assert result.upper_sha256 == reference["few_shot"].upper_sha256
+    assert json.loads((folder / "result.json").read_text())["first_step"] == 5
+
+
+def test_a_second_run_never_overwrites_the_first(reference):
+    folder = reference["quadratic"].run_dir
+    before = (folder / "result.json").read_bytes()
+    with pytest.raises(bomemeta.errors.ConfigError, match="never overwrites"):
+        bomemeta.train(QUADRATIC, [f"output_dir={folder}"])
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_longer_training_goes_on_from_a_finished_run(tmp_path):
+    job = {**QUADRATIC, "solver": {**QUADRATIC["solver"], "upper_schedule": "constant"}}
+    short = bomemeta.train(job, [f"output_dir={tmp_path / 'short'}"])
+    longer = bomemeta.resume(short.run_dir, ["steps=12"])
+    straight = bomemeta.train(job, [f"output_dir={tmp_path / 'long'}", "steps=12"])
+    assert longer.upper_sha256 == straight.upper_sha256
+
+
+def test_resume_refuses_another_config(reference):
+    with pytest.raises(bomemeta.errors.CheckpointError, match="solver.inner_steps: checkpoint 4, config 7"):
+        bomemeta.resume(reference["quadratic"].run_dir, ["solver.inner_steps=7"])
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path):
+    job = {**QUADRATIC, "problem": {"name": "analytic", "case": "quadratic"}, "tasks_per_step": None, "steps": 2000}
+    solver = {"name": "bome", "inner_lr": 50.0, "upper_lr": 100.0, "lower_lr": 50.0}
+    with pytest.raises(bomemeta.errors.DivergenceError, match=r"step \d+: not finite: .*last good checkpoint is .*step_\d+\.pt"):
+        bomemeta.train({**job, "solver": solver}, [f"output_dir={tmp_path / 'run'}"])
+
+
+def test_evaluate_repeats_the_final_figures(reference):
+    for result in reference.values():
+        assert bomemeta.evaluate(result.run_dir).metrics == result.metrics

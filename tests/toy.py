@@ -1,0 +1,121 @@
+"""A data set small enough for tests, and a way to run a solver without a run folder. Also named in configs' `imports:` by tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bomemeta.core.problem import Batch, BilevelProblem
+from bomemeta.core.solver import LowerStates, Solver, StepResult
+from bomemeta.core.upper import UpperVariable
+from bomemeta.data.episodes import Episode, EpisodeSpec, Split
+from bomemeta.distributed.rounds import StepRun
+from bomemeta.distributed.serial import SerialTransport
+from bomemeta.distributed.worker import ShardWorker, variant_of
+from bomemeta.registry import datasets
+
+SIZE = 16
+
+
+@datasets.register("toy")
+@dataclass(kw_only=True)
+class Toy:
+    """Every class is a plane wave of its own, an image that wave with noise: learnable in a few steps."""
+
+    root: str | None = None
+    classes: int = 40
+    noise: float = 0.5
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 1, SIZE, SIZE
+
+    def prepare(self) -> None:
+        rng = np.random.default_rng(7)
+        row, column = np.mgrid[0:SIZE, 0:SIZE]
+        waves = rng.uniform(-1.5, 1.5, (self.classes, 2))  # radians per pixel, down and across
+        phase = waves[:, 0, None, None] * row + waves[:, 1, None, None] * column
+        self._patterns = torch.from_numpy(np.sin(phase)[:, None].astype(np.float32) / 2 + 0.5)
+
+    def check(self, split: Split, spec: EpisodeSpec) -> None:
+        pass
+
+    def episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
+        rng = np.random.default_rng(key)
+        chosen = torch.from_numpy(np.sort(rng.choice(self.classes, spec.ways, replace=False)))
+
+        def images(each: int) -> tuple[torch.Tensor, torch.Tensor]:
+            labels = torch.arange(spec.ways).repeat_interleave(each)
+            noise = torch.from_numpy(rng.standard_normal((len(labels), 1, SIZE, SIZE), dtype=np.float32))
+            return (self._patterns[chosen[labels]] + self.noise * noise).clamp(0, 1), labels
+
+        return Episode(*images(spec.shots), *images(spec.queries))
+
+
+def attached(problem: BilevelProblem, dtype: torch.dtype = torch.float64, seed: int = 0) -> BilevelProblem:
+    """The problem ready for use, on the toy data set where it needs one."""
+    data = None
+    if problem.needs_data:
+        data = Toy()
+        data.prepare()
+    problem.attach(seed=seed, dtype=dtype, data=data)
+    return problem
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Bench:
+    """Steps a solver on a problem in this process; the state is open to look at."""
+
+    def __init__(self, problem: BilevelProblem, solver: Solver, steps: int, *, shards: int = 2, task_map: str = "auto") -> None:
+        self.problem, self.solver, self.steps, self.shards = problem, solver, steps, shards
+        self.transport = SerialTransport(lambda device: ShardWorker(lambda changes: variant_of(problem, changes), task_map, device))
+        self.upper: UpperVariable = solver.start(problem.init_upper(torch.Generator().manual_seed(0)), steps)
+        self.lower = LowerStates.none()
+        self.step = 0
+
+    def run(self, task_ids: Sequence[int]) -> StepRun:
+        return StepRun(
+            self.transport,
+            task_ids,
+            self.shards,
+            step=self.step,
+            steps=self.steps,
+            persistent=self.problem.pool is not None,
+            project_upper=self.problem.project_upper,
+        )
+
+    def advance(self, task_ids: Sequence[int] | None = None) -> StepResult:
+        ids = task_ids if task_ids is not None else range(self.problem.pool or 4)
+        result = self.solver.step(self.upper, self.lower, self.run(ids))
+        self.lower = result.lower
+        self.step += 1
+        return result
+
+    def finish(self) -> dict[str, Any]:
+        """All steps. Returns the last step's metrics."""
+        metrics: dict[str, Any] = {}
+        while self.step < self.steps:
+            metrics = self.advance().metrics
+        return metrics
+
+    def x(self) -> torch.Tensor:
+        return torch.cat([tensor.reshape(-1) for tensor in self.upper.params.values()])
+
+    def y(self, task: int = 0) -> torch.Tensor:
+        """The task's y as a flat vector (the first group of its state)."""
+        flat = torch.tensor(self.lower.handles[task])
+        return flat[: len(flat) // len(self.lower.groups)]
