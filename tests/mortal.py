@@ -1,6 +1,5 @@
-"""A user's file for the fault tests: few-shot and quadratic problems whose workers die or hang once, in the middle of a step.
+"""A user's file for the fault tests: few-shot and quadratic problems whose worker dies or hangs once, in the middle of a step.
 
-Where and how is told by the environment, which Ray's workers inherit: MORTAL_AT=<step>, MORTAL_SIGNAL=<name>, MORTAL_MARK=<file>.
 The mark is made by the first worker to get there, so that only it is struck and the shard's second run goes through.
 """
 
@@ -21,31 +20,31 @@ from bomemeta.registry import problems
 __all__ = ["toy"]
 
 
-def strike(step: int, split: Split) -> None:
-    if split != "train" or str(step) != os.environ.get("MORTAL_AT"):
-        return
-    try:
-        Path(os.environ["MORTAL_MARK"]).touch(exist_ok=False)
-    except FileExistsError:
-        return
-    os.kill(os.getpid(), getattr(signal, os.environ["MORTAL_SIGNAL"]))
+@dataclass(kw_only=True)
+class Strike:
+    """The process that first loads training tasks of `strike_step` gets the signal; no step: nobody does."""
+
+    strike_step: int | None = None
+    strike_signal: str = "SIGKILL"
+    strike_mark: str = ""
+
+    def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
+        if split == "train" and step == self.strike_step:
+            try:
+                Path(self.strike_mark).touch(exist_ok=False)
+                os.kill(os.getpid(), getattr(signal, self.strike_signal))
+            except FileExistsError:
+                pass
+        return super().load(task_ids, step, split)  # type: ignore[misc]
 
 
 @problems.register("mortal_few_shot")
 @dataclass(kw_only=True)
-class MortalFewShot(FewShot):
+class MortalFewShot(Strike, FewShot):
     """few_shot whose worker is struck once."""
-
-    def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
-        strike(step, split)
-        return super().load(task_ids, step, split)
 
 
 @problems.register("mortal_analytic")
 @dataclass(kw_only=True)
-class MortalAnalytic(Analytic):
+class MortalAnalytic(Strike, Analytic):
     """analytic whose worker is struck once."""
-
-    def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
-        strike(step, split)
-        return super().load(task_ids, step, split)

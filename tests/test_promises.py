@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 import yaml
 
 import bomemeta
+from bomemeta.distributed import cluster
+from bomemeta.distributed.cluster import RayOptions
 from bomemeta.metrics import read_metrics
 
 MORTAL = str(Path(__file__).with_name("mortal.py"))
@@ -55,52 +58,53 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bomemeta.Re
     return {name: bomemeta.train(job, [f"output_dir={folder / name}"]) for name, job in JOBS.items()}
 
 
-@pytest.fixture
-def struck(monkeypatch, tmp_path):
-    """Arms mortal.py: the worker that loads step 4 first gets the signal. The test's own process must not be that worker."""
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """One local cluster for the whole file, started as a run would; `workers=N` runs join it."""
+    options = RayOptions(workers=3, cpus_per_worker=0.5)
+    with cluster.local(options, print):
+        yield
 
-    def arm(signal_name: str) -> Path:
-        mark = tmp_path / "mark"
-        for name, value in {"MORTAL_AT": "4", "MORTAL_SIGNAL": signal_name, "MORTAL_MARK": str(mark)}.items():
-            monkeypatch.setenv(name, value)
-        return mark
 
-    return arm
+def struck(signal_name: str, mark: Path) -> list[str]:
+    """Overrides that arm mortal.py at step 4."""
+    return ["problem.strike_step=4", f"problem.strike_signal={signal_name}", f"problem.strike_mark={mark}"]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("job", JOBS)
-def test_same_bits_for_any_number_of_workers(job, workers, reference, tmp_path):
+def test_same_bits_for_any_number_of_workers(job, workers, reference, ray_cluster, tmp_path):
     result = bomemeta.train(JOBS[job], [f"output_dir={tmp_path / 'run'}", f"workers={workers}", "cpus_per_worker=0.5"])
     assert result.upper_sha256 == reference[job].upper_sha256
     assert result.metrics == reference[job].metrics
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_same_bits_when_a_worker_is_killed_in_the_middle_of_a_step(job, reference, struck, tmp_path):
-    mark = struck("SIGKILL")
-    result = bomemeta.train(JOBS[job], [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5"])
+def test_same_bits_when_a_worker_is_killed_in_the_middle_of_a_step(job, reference, ray_cluster, tmp_path):
+    mark = tmp_path / "mark"
+    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", *struck("SIGKILL", mark)]
+    result = bomemeta.train(JOBS[job], overrides)
     assert mark.exists()
     assert any("died" in note for note in result.notes), result.notes
     assert result.upper_sha256 == reference[job].upper_sha256
 
 
-def test_same_bits_when_a_worker_hangs(reference, struck, tmp_path):
-    mark = struck("SIGSTOP")
+def test_same_bits_when_a_worker_hangs(reference, ray_cluster, tmp_path):
+    mark = tmp_path / "mark"
     overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", "step_timeout_s=8"]
-    result = bomemeta.train(FEW_SHOT, overrides)
+    result = bomemeta.train(FEW_SHOT, [*overrides, *struck("SIGSTOP", mark)])
     assert mark.exists()
     assert any("did not answer" in note for note in result.notes), result.notes
     assert result.upper_sha256 == reference["few_shot"].upper_sha256
 
 
 def start(job: dict[str, Any], folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    """The job as a user's process; it waits after step 4 (SIGSTOP on itself) until it is dealt with."""
+    """The job as a user's process; who loads step 4 stops itself there until it is dealt with."""
     config = folder.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(job))
-    environment = os.environ | {"MORTAL_AT": "4", "MORTAL_SIGNAL": "SIGSTOP", "MORTAL_MARK": str(folder.with_suffix(".mark"))}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
-    command = [sys.executable, "-m", "bomemeta", "train", str(config), f"output_dir={folder}", *overrides]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    arm = struck("SIGSTOP", folder.with_suffix(".mark"))
+    command = [sys.executable, "-m", "bomemeta", "train", str(config), f"output_dir={folder}", *arm, *overrides]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -110,10 +114,6 @@ def wait_for(condition, process: subprocess.Popen[str], timeout_s: float = 120) 
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run did not get there in time"
         time.sleep(0.05)
-
-
-def resume(folder: Path) -> bomemeta.Result:
-    return bomemeta.resume(folder)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -126,7 +126,7 @@ def test_same_bits_after_kill_9_of_the_driver_and_resume(job, reference, tmp_pat
     assert len(read_metrics(folder / "metrics.jsonl")) == 4
     assert not (folder / "result.json").exists()
 
-    result = resume(folder)
+    result = bomemeta.resume(folder)
     assert result.upper_sha256 == reference[job].upper_sha256
     assert result.metrics == reference[job].metrics
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(STEPS))
@@ -147,7 +147,7 @@ def test_same_bits_after_ctrl_c_and_resume(workers, reference, tmp_path):
     assert f"bomemeta resume {folder}" in output
     assert len(read_metrics(folder / "metrics.jsonl")) == 5  # the step in hand was finished, no further one begun
 
-    result = resume(folder)
+    result = bomemeta.resume(folder, ["workers=0"])
     assert result.upper_sha256 == reference["few_shot"].upper_sha256
     assert json.loads((folder / "result.json").read_text())["first_step"] == 5
 
