@@ -35,9 +35,9 @@ def accuracy_table(results: Iterable[Result]) -> str:
 def ratio_table(results: Iterable[Result]) -> str:
     """One line per width: times in milliseconds, then BOME over supervised."""
     lines = [
-        "| filters | threads | images | BOME per task, ms | BOME global, ms | supervised by task, ms "
+        "| filters | threads | clock | images | BOME per task, ms | BOME global, ms | supervised by task, ms "
         "| supervised NCHW batch, ms | loading, ms | per task / by task | global / by task | per task / batch | global / batch |",
-        "|" + "---|" * 12,
+        "|" + "---|" * 13,
     ]
     for result in results:
         for r in result["results"]:
@@ -48,7 +48,8 @@ def ratio_table(results: Iterable[Result]) -> str:
                 for plain in ("supervised_tasks", "supervised_batch")
                 for bome in ("bome_per_task", "bome_global")
             ]
-            lines.append("| " + " | ".join([str(r["width"]), str(result["threads"]), str(r["images"]), *times, *ratios]) + " |")
+            setting = [str(r["width"]), str(result["threads"]), result["clock"], str(r["images"])]
+            lines.append("| " + " | ".join([*setting, *times, *ratios]) + " |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from bomemeta.checkpoint import Checkpoint, check_same_run, load_latest, upper_s
 from bomemeta.config import Config, load_config
 from bomemeta.core.solver import LowerStates
 from bomemeta.engine import Job, State
-from bomemeta.errors import CheckpointError, DivergenceError, LowerStateLost
+from bomemeta.errors import BomemetaError, CheckpointError, DivergenceError, LowerStateLost
 from bomemeta.health import HealthMonitor
 from bomemeta.metrics import MetricsLog, RunFolder
 from bomemeta.report import Listener, Quiet
@@ -53,7 +53,12 @@ def train(
     solver = build_solver(settings, problem)
     name = Path(config).stem if isinstance(config, str | Path) else settings.problem.name
     folder = RunFolder.create(settings.output_dir, name, settings)
-    return _Session(settings, folder, listener or Quiet()).run(problem, solver, None)
+    try:
+        return _Session(settings, folder, listener or Quiet()).run(problem, solver, None)
+    except BomemetaError:
+        if checkpoints.latest(folder.checkpoints) is None:  # it never began: the next try may have this folder
+            folder.abandon()
+        raise
 
 
 def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None) -> Result:
@@ -100,14 +105,14 @@ class _Session:
 
     def run(self, problem: Any, solver: Any, saved: Checkpoint | None) -> Result:
         started = time.perf_counter()
-        with closing(open_transport(self._config, self._note)) as transport, closing(self):
+        first_step = saved.step if saved is not None else 0
+        self._listener.start(self._folder.path, first_step, self._config.steps, self._config.log.every_steps)
+        with closing(self), closing(open_transport(self._config, self._note)) as transport:
             job = Job(self._config, problem, solver, transport)
             state = self._state(job, saved)
-            first_step = state.step
             if saved is None:
                 self._save(job, state)  # what a lost node or a kill in the first steps goes back to
             self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
-            self._listener.start(self._folder.path, state.step, self._config.steps, self._config.log.every_steps)
             with engine.stop_on_signal(self._listener.note) as stop:
                 try:
                     engine.fit(
@@ -156,8 +161,7 @@ class _Session:
         self._note(f"step {state.step}: {error} Going back to the checkpoint of step {loaded.checkpoint.step}.")
         engine.restore(state, loaded.checkpoint)
         if self._log is not None:
-            self._log.close()
-        self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
+            self._log.go_back(state.step)
 
     def _log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._log is not None:

@@ -100,6 +100,12 @@ class RunFolder:
         hint = f"Runs here: {', '.join(runs)}" if runs else "`bomemeta train` prints the folder of each run"
         raise ConfigError(f"{folder.path} is not a run's folder: it has no config.yaml. {hint}")
 
+    def abandon(self) -> None:
+        """Takes back a folder in which nothing happened; one that holds more than the config stays."""
+        if [path.name for path in self.path.iterdir()] == [self.config_file.name]:
+            self.config_file.unlink()
+            self.path.rmdir()
+
     def write_config(self, config: Config) -> None:
         """Every key with its value, so that the run does not depend on a later version's defaults."""
         _replace(self.config_file, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))

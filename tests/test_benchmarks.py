@@ -85,4 +85,4 @@ def test_the_ratio_and_the_table(data_root: str, tmp_path: Path) -> None:
     accuracy("bome", data_root, tmp_path / "bome.json")
     text = run("table", str(tmp_path))
     assert "BOME, prototype head" in text
-    assert "| 4 | 1 | 60 |" in text
+    assert "| 4 | 1 | wall | 60 |" in text
