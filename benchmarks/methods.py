@@ -31,8 +31,8 @@ UPPER_LR = 3e-3  # Adam's, the same for all
 ADAPT_STEPS = 5
 EPISODES_AT_ONCE = 10  # in evaluation: bounds the memory
 CLOCK = 10_000  # the ticks of a budget: how finely a step-size schedule follows it
-# The step of adaptation of MAML and ANIL, the better one of 0.1 and 0.4 after one CPU-minute of 5-way 1-shot Omniglot, 32 filters:
-# MAML 79.6 against 71.3 %, ANIL 87.1 against 85.6 % (200 test episodes).
+# The step of adaptation of MAML and ANIL, the better one of 0.1 and 0.4 on 100 validation episodes after 45 CPU-seconds of 5-way
+# 1-shot Omniglot, 32 filters: MAML 80.2 against 70.5 %, ANIL 89.1 against 85.2 %.
 PEERS_INNER_LR = 0.1
 
 

@@ -25,13 +25,10 @@ class Conv4(nn.Module):
         self.norms = nn.ModuleList(TaskBatchNorm(width) for _ in range(4))
 
     def forward(self, images: Tensor, statistics_rows: int | None = None) -> Tensor:
-        hidden = images
-        for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
-            hidden = convolution(hidden)
-            if i == 0:  # after the first layer: an image of one channel has no layout that torch could go by
-                hidden = _channels_last(hidden)
+        hidden = _channels_last(images)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             # ReLU and max-pool commute, and a quarter of the values is left after the pool
-            hidden = functional.relu(functional.max_pool2d(norm(hidden, statistics_rows), 2))
+            hidden = functional.relu(functional.max_pool2d(norm(convolution(hidden), statistics_rows), 2))
         return hidden.flatten(1)
 
 
@@ -75,9 +72,10 @@ class ResNet12(nn.Module):
 def _channels_last(images: Tensor) -> Tensor:
     """The same values with the channels innermost in memory, a third faster through these layers on a CPU.
 
-    By permutations, because `contiguous(memory_format=...)` does not work under vmap.
+    By permutations, because `contiguous(memory_format=channels_last)` does not work under vmap. A clone, because for one channel
+    `contiguous()` finds the strides good as they are, and torch then takes the images for channels-first.
     """
-    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
 
 
 BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"conv4": Conv4, "resnet12": ResNet12}
