@@ -1,8 +1,8 @@
 """bomemeta: bilevel meta-learning, distributed on Ray.
 
-    import bomemeta
-    result = bomemeta.train("configs/quickstart.yaml", ["steps=100"])
-    print(result.metrics["test_accuracy"])
+import bomemeta
+result = bomemeta.train("configs/quickstart.yaml", ["steps=100"])
+print(result.metrics["test_accuracy"])
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from bomemeta.checkpoint import Checkpoint, check_same_run, load_latest, upper_s
 from bomemeta.config import Config, load_config
 from bomemeta.core.solver import LowerStates
 from bomemeta.engine import Job, State
-from bomemeta.errors import BomemetaError, CheckpointError, DivergenceError, LowerStateLost
+from bomemeta.errors import BomemetaError, CheckpointError, ConfigError, DivergenceError, LowerStateLost
 from bomemeta.health import HealthMonitor
 from bomemeta.metrics import MetricsLog, RunFolder
 from bomemeta.report import Listener, Quiet
@@ -64,11 +64,14 @@ def train(
 def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None) -> Result:
     """Goes on from the folder's newest readable checkpoint, to the bits that an undisturbed run would have reached.
 
-    Overrides may change whatever does not change the result (workers, address, logging ...) and `steps`, to train longer.
-    Raises CheckpointError where another key differs from the checkpoint's.
+    Overrides may change whatever does not change the result (workers, address, logging ...) and `steps`, to train longer; a schedule
+    over the run is then stretched from here on, and the bits are those of no undisturbed run. Raises CheckpointError where another
+    key differs from the checkpoint's.
     """
     folder = RunFolder.open(run_dir)
     settings = load_config(folder.config_file, overrides)
+    if any(override.partition("=")[0].strip() == "output_dir" for override in overrides):
+        raise ConfigError(f"output_dir: a run goes on in its own folder, {folder.path}; leave the override out")
     listener = listener or Quiet()
     saved = None
     if checkpoints.latest(folder.checkpoints) is not None:  # else the run died before its first checkpoint: begin again
@@ -77,9 +80,10 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: List
             listener.note(note)
         saved = loaded.checkpoint
         check_same_run(saved._replace(config={**saved.config, "steps": settings.steps}), settings)
-    folder.write_config(settings)
     problem = build_problem(settings)
-    return _Session(settings, folder, listener).run(problem, build_solver(settings, problem), saved)
+    solver = build_solver(settings, problem)
+    folder.write_config(settings)
+    return _Session(settings, folder, listener).run(problem, solver, saved)
 
 
 def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None) -> Result:
@@ -91,7 +95,10 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Li
     settings = load_config(folder.config_file, overrides)
     loaded = load_latest(folder.checkpoints)
     problem = build_problem(settings)
-    return _Session(settings, folder, listener or Quiet()).evaluate(problem, build_solver(settings, problem), loaded.checkpoint)
+    session = _Session(settings, folder, listener or Quiet())
+    for note in loaded.notes:
+        session.note(note)
+    return session.evaluate(problem, build_solver(settings, problem), loaded.checkpoint)
 
 
 class _Session:
@@ -107,11 +114,13 @@ class _Session:
         started = time.perf_counter()
         first_step = saved.step if saved is not None else 0
         self._listener.start(self._folder.path, first_step, self._config.steps, self._config.log.every_steps)
-        with closing(self), closing(open_transport(self._config, self._note)) as transport:
+        with _torch_threads(self._config.threads), closing(self), closing(open_transport(self._config, self.note)) as transport:
             job = Job(self._config, problem, solver, transport)
             state = self._state(job, saved)
             if saved is None:
                 self._save(job, state)  # what a lost node or a kill in the first steps goes back to
+            if state.step < self._config.steps:
+                self._folder.result_file.unlink(missing_ok=True)  # of a shorter run, which this one takes further
             self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
             with engine.stop_on_signal(self._listener.note) as stop:
                 try:
@@ -125,8 +134,8 @@ class _Session:
                     )
                 except DivergenceError as error:
                     raise DivergenceError(self._diverged(error)) from error
-                interrupted = state.step < self._config.steps
-                metrics = {} if interrupted else engine.final_metrics(job, state)
+            interrupted = state.step < self._config.steps
+            metrics = {} if interrupted else engine.final_metrics(job, state, self.note)
             self._listener.close()
             result = self._result(state, metrics, interrupted)
             if not interrupted:
@@ -135,10 +144,10 @@ class _Session:
         return result
 
     def evaluate(self, problem: Any, solver: Any, saved: Checkpoint) -> Result:
-        with closing(open_transport(self._config, self._note)) as transport:
+        with _torch_threads(self._config.threads), closing(open_transport(self._config, self.note)) as transport:
             job = Job(self._config, problem, solver, transport)
             state = self._state(job, saved)
-            return self._result(state, engine.final_metrics(job, state), interrupted=False)
+            return self._result(state, engine.final_metrics(job, state, self.note), interrupted=False)
 
     def close(self) -> None:
         self._listener.close()
@@ -158,7 +167,9 @@ class _Session:
 
     def _roll_back(self, state: State, error: LowerStateLost) -> None:
         loaded = load_latest(self._folder.checkpoints)
-        self._note(f"step {state.step}: {error} Going back to the checkpoint of step {loaded.checkpoint.step}.")
+        self.note(f"step {state.step}: {error} Going back to the checkpoint of step {loaded.checkpoint.step}.")
+        for note in loaded.notes:
+            self.note(note)
         engine.restore(state, loaded.checkpoint)
         if self._log is not None:
             self._log.go_back(state.step)
@@ -168,16 +179,16 @@ class _Session:
             self._log.write(step, metrics)
         self._listener.step(step, metrics)
         for finding in self._health.update(step, metrics):
-            self._note(finding)
+            self.note(finding)
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
         self._notes.append(text)
         self._listener.note(text)
 
     def _diverged(self, error: DivergenceError) -> str:
         last = checkpoints.latest(self._folder.checkpoints)
         return (
-            f"{error}. x was not moved by this step. The last good checkpoint is {last}. Try smaller solver.upper_lr, lower_lr or "
+            f"{error}. The last good checkpoint is {last}. Try smaller solver.upper_lr, lower_lr or "
             f"inner_lr in a new run; metrics.jsonl in {self._folder.path} shows which loss grew first"
         )
 
@@ -199,6 +210,17 @@ class _Session:
             "notes": result.notes,
             "config": self._config.to_dict(),
         }
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """This process's torch threads, for as long as a run lasts: the driver adds and squares too, and sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_shapes(upper: Mapping[str, Tensor], saved: Checkpoint) -> None:

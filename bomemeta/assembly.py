@@ -37,6 +37,10 @@ def build_problem(config: Config) -> BilevelProblem:
 def build_solver(config: Config, problem: BilevelProblem) -> Solver:
     """The config's solver. Raises ConfigError where it cannot solve that problem."""
     solver: Solver = config.solver.build()
+    if problem.lower == "shared":
+        raise ConfigError(
+            f"problem.name: {config.problem.name} has one lower variable for all tasks; this version solves problems with one per task"
+        )
     solver.check(problem)
     return solver
 
@@ -47,8 +51,6 @@ def open_transport(config: Config, say: Callable[[str], None]) -> Transport:
     Raises ConfigError or ClusterError where the device or the workers cannot be had.
     """
     factory = BuildWorker(config.to_dict(), tuple(read_imports(config.imports)))
-    # The driver adds and squares too; its thread count is the workers' for the same reason.
-    torch.set_num_threads(config.threads)
     if config.workers == 0:
         from bomemeta.distributed.serial import SerialTransport
 
@@ -60,7 +62,9 @@ def open_transport(config: Config, say: Callable[[str], None]) -> Transport:
     try:
         from bomemeta.distributed.ray_transport import RayOptions, RayTransport
     except ImportError as error:
-        raise ClusterError(f"workers: {config.workers} needs Ray, which cannot be imported ({error}). workers=0 runs here") from error
+        raise ClusterError(
+            f"workers: {config.workers} needs Ray, which cannot be imported ({error}). workers=0 runs here"
+        ) from error
 
     options = RayOptions(
         workers=config.workers,

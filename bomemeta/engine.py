@@ -19,12 +19,11 @@ import torch
 
 from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config
-from bomemeta.core import tree
 from bomemeta.core.inner import evaluate
-from bomemeta.core.oracle import LocalOracle
 from bomemeta.core.problem import BilevelProblem, Split
 from bomemeta.core.solver import LowerStates, Solver
 from bomemeta.core.upper import UpperVariable
+from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.distributed.rounds import StepRun
 from bomemeta.distributed.transport import Transport
 from bomemeta.errors import DivergenceError, LowerStateLost
@@ -104,7 +103,7 @@ def fit(
             continue
 
         # commit
-        state.lower = LowerStates(lower.groups, {**state.lower.handles, **lower.handles})
+        state.lower = LowerStates(lower.layout, {**state.lower.handles, **lower.handles})
         state.step += 1
 
         metrics |= run.seconds
@@ -112,16 +111,20 @@ def fit(
         metrics["update_s"] = metrics["step_s"] - sum(run.seconds.values())
         every = config.evaluation.every_steps
         if every is not None and state.step % every == 0 and job.problem.meta_tests:
-            metrics |= meta_test(job, state.upper, "validation", config.evaluation.validation_episodes)
+            metrics |= _validate(job, state)
         log(state.step - 1, metrics)
         if state.step % config.checkpoint.every_steps == 0 and state.step < config.steps:
             save(state)
     save(state)
 
 
-def final_metrics(job: Job, state: State) -> dict[str, float]:
+def final_metrics(job: Job, state: State, say: Callable[[str], None]) -> dict[str, float]:
     """What the run is judged by: meta-test figures for problems that have test tasks, else figures at the tasks' own y."""
-    metrics = job.solver.examine(state.upper, state.lower, job.step_run(max(state.step - 1, 0)))
+    try:
+        metrics = job.solver.examine(state.upper, state.lower, job.step_run(max(state.step - 1, 0)))
+    except DivergenceError as error:
+        say(f"no figures with many more inner steps, which diverge ({error}): solver.inner_lr is at the edge of what is stable")
+        metrics = {}
     if not job.problem.meta_tests:
         return metrics | _own_figures(job, state)
     episodes = job.config.evaluation.episodes
@@ -129,8 +132,18 @@ def final_metrics(job: Job, state: State) -> dict[str, float]:
     for name, changes in job.problem.evaluation_variants().items():
         if any(getattr(job.problem, field) != value for field, value in changes.items()):
             other = meta_test(job, state.upper, "test", episodes, changes)
-            metrics |= {f"{key}_{name}": value for key, value in other.items() if key in ("test_accuracy", "test_ci95", "test_loss")}
+            metrics |= {
+                f"{key}_{name}": value for key, value in other.items() if key in ("test_accuracy", "test_ci95", "test_loss")
+            }
     return metrics
+
+
+def _validate(job: Job, state: State) -> dict[str, float]:
+    try:
+        figures = meta_test(job, state.upper, "validation", job.config.evaluation.validation_episodes)
+    except DivergenceError as error:
+        raise DivergenceError(f"validation after step {state.step - 1}: {error}") from error
+    return {name: value for name, value in figures.items() if not name.startswith("baseline_")}
 
 
 def meta_test(
@@ -163,7 +176,13 @@ def _own_figures(job: Job, state: State) -> dict[str, float]:
     if pool is None:
         return {}
     run = StepRun(
-        job.transport, range(pool), job.config.shards, step=state.step, steps=job.config.steps, persistent=True, differentiable=False
+        job.transport,
+        range(pool),
+        job.config.shards,
+        step=state.step,
+        steps=job.config.steps,
+        persistent=True,
+        differentiable=False,
     )
     sums, _ = run(evaluate, job.solver, state.upper.params, state.lower, steps=0)
     return {name.removeprefix("sum/"): float(value) / pool for name, value in sums.items() if name.startswith("sum/")}
@@ -172,20 +191,16 @@ def _own_figures(job: Job, state: State) -> dict[str, float]:
 def final_variables(job: Job, state: State) -> dict[str, Any] | None:
     """x and y as nested lists, `{"upper": {name: ...}, "lower": {name: ...}}`, of problems small enough to be read; else None.
 
-    y has a leading task axis where the problem has several tasks.
+    y has a leading task axis where the problem has several tasks, and is empty where it does not persist.
     """
-    problem = job.problem
-    small = sum(tensor.numel() for tensor in state.upper.params.values())
-    if problem.pool is None or small + len(state.lower.handles) >= READABLE_NUMBERS:
-        return None
     ids = sorted(state.lower.handles)
-    arrays = job.transport.fetch([state.lower.handles[task] for task in ids])
-    like = LocalOracle(problem, state.upper.params, problem.load(ids, state.step, "train"), "loop", differentiable=False).init_lower()
-    rows = torch.stack([torch.tensor(array) for array in arrays])
-    width = rows.shape[1] // len(state.lower.groups)  # y comes first, the other groups are of its size
-    if small + len(ids) * width >= READABLE_NUMBERS:
+    each = sum(math.prod(shape) for group, _, shape in state.lower.layout if group == "y")
+    upper = sum(tensor.numel() for tensor in state.upper.params.values())
+    if upper + len(ids) * each >= READABLE_NUMBERS:
         return None
-    lower = tree.unflatten_tasks(rows[:, :width], like)
+    arrays = job.transport.fetch([state.lower.handles[task] for task in ids])
+    rows = torch.tensor(np.array(arrays))
+    lower = unpack_tasks(PackedTasks(state.lower.layout, rows))["y"] if ids else {}
     return {
         "upper": {name: tensor.tolist() for name, tensor in state.upper.params.items()},
         "lower": {name: (tensor[0] if len(ids) == 1 else tensor).tolist() for name, tensor in lower.items()},
@@ -199,7 +214,7 @@ def to_checkpoint(job: Job, state: State) -> Checkpoint:
     return Checkpoint(
         step=state.step,
         upper=dict(state.upper.params),
-        solver={"optimizer": state.upper.state_dict(), "lower_groups": list(state.lower.groups)},
+        solver={"optimizer": state.upper.state_dict(), "lower_layout": state.lower.layout},
         lower={task: torch.tensor(array) for task, array in zip(ids, arrays, strict=True)},
         config=job.config.to_dict(),
     )
@@ -210,7 +225,7 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     state.step = checkpoint.step
     state.upper.load(checkpoint.upper, checkpoint.solver["optimizer"])
     handles = {task: tensor.numpy() for task, tensor in checkpoint.lower.items()}
-    state.lower = LowerStates(tuple(checkpoint.solver["lower_groups"]), handles)
+    state.lower = LowerStates(checkpoint.solver["lower_layout"], handles)
 
 
 @contextmanager

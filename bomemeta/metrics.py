@@ -23,6 +23,7 @@ TENSORBOARD_TAGS = {
     "lower_loss": "loss/lower",
     "validation_loss": "loss/validation",
     "validation_accuracy": "accuracy/validation",
+    "validation_ci95": "accuracy/validation_ci95",
     "gap": "barrier/gap",
     "multiplier": "barrier/multiplier",
     "multiplier_zero_share": "barrier/multiplier_zero_share",

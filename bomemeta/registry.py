@@ -29,7 +29,10 @@ class Registry:
             known = self._classes.get(name)
             # The same file imported again (driver and worker in one process) defines the same class anew: that is no clash.
             if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise ConfigError(f"{self.kind} {name!r} is already registered by {known.__module__}; choose another name")
+                raise ConfigError(
+                    f"{self.kind} {name!r} is already registered by {known.__module__}, now again by {cls.__module__}: "
+                    "choose another name, or import a file that `imports:` names as bomemeta_user.<its name>"
+                )
             self._classes[name] = cls
             return cls
 

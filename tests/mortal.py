@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import toy  # registers the toy data set; tests/ is on the workers' path
+
 from bomemeta.core.problem import Batch, Split
 from bomemeta.problems.analytic import Analytic
 from bomemeta.problems.few_shot import FewShot

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 
 import bomemeta
-import toy
 from bomemeta.checkpoint import upper_sha256
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.metrics import read_metrics
@@ -38,7 +38,15 @@ def test_a_run_leaves_config_metrics_result_checkpoints_and_tensorboard(finished
     assert any((folder / "tensorboard").iterdir())
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
-    always = {"upper_loss", "lower_loss", "gap", "multiplier", "multiplier_zero_share", "grad_upper_gap_norm", "grad_lower_gap_norm"}
+    always = {
+        "upper_loss",
+        "lower_loss",
+        "gap",
+        "multiplier",
+        "multiplier_zero_share",
+        "grad_upper_gap_norm",
+        "grad_lower_gap_norm",
+    }
     always |= {"stationarity_gradient", "stationarity_gap", "broadcast_s", "compute_s", "reduce_s", "update_s", "step_s"}
     assert all(always <= line.keys() for line in lines)
     assert ["validation_accuracy" in line for line in lines] == [False, True, False]
@@ -55,7 +63,8 @@ def test_result_json_carries_what_was_promised(finished):
     metrics = result["metrics"]
     assert {"test_accuracy", "test_ci95", "test_loss", "baseline_accuracy", "test_accuracy_inductive"} <= metrics.keys()
     assert "test_accuracy_transductive" not in metrics  # that is the plain one
-    assert result["final"] is None  # a network's weights are no reading matter
+    assert result["final"]["upper"].keys() == finished.upper.keys()  # a network of under 1,000 numbers
+    assert result["final"]["lower"] == {}  # fresh episodes leave nothing behind
 
 
 def test_confidence_interval_is_that_of_the_mean_over_episodes(finished):
@@ -135,7 +144,9 @@ def test_refusals_leave_no_folder(changes, error, message, tmp_path):
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished):
-    with pytest.raises(bomemeta.errors.CheckpointError, match=r"convolutions.0.weight: checkpoint \(4, 1, 3, 3\), config \(8, 1, 3, 3\)"):
+    with pytest.raises(
+        bomemeta.errors.CheckpointError, match=r"convolutions.0.weight: checkpoint \(4, 1, 3, 3\), config \(8, 1, 3, 3\)"
+    ):
         bomemeta.evaluate(finished.run_dir, ["problem.width=8"])
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from toy import Bench, attached, one_thread
 
 from bomemeta.core import tree
 from bomemeta.problems.analytic import Analytic
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.solvers.bome import BOME
-from toy import Bench, attached, one_thread
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +72,7 @@ def test_momentum_moves_x_and_y_like_torchs_sgd():
 @pytest.mark.parametrize("start", [[0.0, 3.0], [-3.0, 1.0], [3.5, -1.0]])
 def test_coreset_reaches_the_solution(start):
     problem = attached(Analytic(case="coreset", start=start))
-    solver = BOME(
-        inner_steps=10, inner_lr=0.05, lower_lr=0.05, upper_lr=0.3, lower_schedule="cosine", upper_schedule="cosine"
-    )
+    solver = BOME(inner_steps=10, inner_lr=0.05, lower_lr=0.05, upper_lr=0.3, lower_schedule="cosine", upper_schedule="cosine")
     bench = Bench(problem, solver, 2000)
     metrics = bench.finish()
     weights = torch.softmax(bench.x(), 0)

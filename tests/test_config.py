@@ -172,18 +172,14 @@ def test_an_unknown_key_in_an_override_names_the_override(write: Any, key: str) 
     assert message_of(write(GOOD), f"{key}=1").startswith(f"override '{key}=1': {top} is not a key. ")
 
 
-@pytest.mark.parametrize(
-    "override", ["steps", "=3", "solver.=3", ".x=1", "steps.more=3", "steps=[1", "seed={a: 1, a: 2}"]
-)
+@pytest.mark.parametrize("override", ["steps", "=3", "solver.=3", ".x=1", "steps.more=3", "steps=[1", "seed={a: 1, a: 2}"])
 def test_a_malformed_override_is_quoted(write: Any, override: str) -> None:
     assert message_of(write(GOOD), override).startswith(f"override {override!r}: ")
 
 
 def test_the_last_override_wins_and_places_follow_it(write: Any) -> None:
     assert load_config(write(GOOD), ["steps=3", "steps=4"]).steps == 4
-    assert message_of(write(GOOD), "solver={name: fake, x: 1}").startswith(
-        "override 'solver={name: fake, x: 1}': solver.x"
-    )
+    assert message_of(write(GOOD), "solver={name: fake, x: 1}").startswith("override 'solver={name: fake, x: 1}': solver.x")
 
 
 def test_everything_wrong_is_reported_at_once_in_the_order_of_the_file(write: Any) -> None:
@@ -342,12 +338,8 @@ def test_an_error_in_a_users_file_names_its_line(write: Any, source: str, line: 
 
 
 def test_imports_that_cannot_be_found(write: Any, tmp_path: Path) -> None:
-    assert message_of({"imports": [str(tmp_path / "no.py")]}).startswith(
-        f"imports: cannot read {tmp_path / 'no.py'}: No such"
-    )
-    assert "module 'no_such_module' cannot be imported: ModuleNotFoundError" in message_of(
-        {"imports": ["no_such_module"]}
-    )
+    assert message_of({"imports": [str(tmp_path / "no.py")]}).startswith(f"imports: cannot read {tmp_path / 'no.py'}: No such")
+    assert "module 'no_such_module' cannot be imported: ModuleNotFoundError" in message_of({"imports": ["no_such_module"]})
     (tmp_path / "x").mkdir()
     entries = [str(write("", "twin.py")), str(write("", "x/twin.py"))]
     assert "would both be the module bomemeta_user.twin" in message_of({"imports": entries})

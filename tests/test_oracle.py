@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from toy import attached
 
 from bomemeta.core import tree
 from bomemeta.core.oracle import LocalOracle, Term
 from bomemeta.problems.analytic import Analytic
 from bomemeta.problems.few_shot import FewShot
-from toy import attached
 
 SMALL = {"ways": 3, "queries": 2, "width": 4}
 PROBLEMS = {
@@ -65,9 +65,32 @@ def test_gradients_equal_finite_differences(name, loss):
     torch.testing.assert_close(tree.dot(total.upper, direction), numeric, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_curvature_equals_finite_differences_of_the_gradient(name):
+    problem, upper, oracle, lower = make(name)
+    weight = torch.arange(1, oracle.tasks + 1, dtype=torch.float64)
+    u = random_like(lower, 2)
+    got = oracle.curvature(lower, u, ("upper", 0.3), ("lower", weight))
+    gradient = tree.axpy(0.3, oracle.upper(lower).lower, tree.scaled(weight, oracle.lower(lower).lower))
+    torch.testing.assert_close(got.lower, gradient)
+
+    def moved(in_x, in_y):
+        """grad_y psi at the moved point."""
+        at = tree.axpy(in_y, u, lower)
+        there = LocalOracle(problem, tree.axpy(in_x, towards, upper), oracle.batch, "loop", False)
+        return tree.axpy(0.3, there.upper(at).lower, tree.scaled(weight, there.lower(at).lower))
+
+    towards = random_like(upper, 3)
+    numeric = tree.scaled(1 / (2 * EPS), tree.axpy(-1.0, moved(0.0, -EPS), moved(0.0, EPS)))
+    torch.testing.assert_close(got.lower_product, numeric, atol=1e-5, rtol=1e-4)
+    # <towards, (d2 psi / dx dy) u> = d/dt <grad_y psi(x + t towards), u>
+    change = tree.axpy(-1.0, moved(-EPS, 0.0), moved(EPS, 0.0))
+    torch.testing.assert_close(tree.dot(got.upper_product, towards), tree.dot(change, u) / (2 * EPS), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name in ("prototype", "ridge", "span")])
 def test_closed_forms_equal_autograd(name, monkeypatch):
-    problem, _, oracle, lower = make(name)
+    _, _, oracle, lower = make(name)
     closed = oracle.upper(lower), oracle.lower(lower)
     monkeypatch.setattr(FewShot, "upper_gradient", lambda *_: None)
     monkeypatch.setattr(FewShot, "lower_gradient", lambda *_: None)

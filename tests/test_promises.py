@@ -169,7 +169,7 @@ def test_longer_training_goes_on_from_a_finished_run(tmp_path):
 
 
 def test_resume_refuses_another_config(reference):
-    with pytest.raises(bomemeta.errors.CheckpointError, match="solver.inner_steps: checkpoint 4, config 7"):
+    with pytest.raises(bomemeta.errors.CheckpointError, match=r"solver\.inner_steps: checkpoint 4, config 7"):
         bomemeta.resume(reference["quadratic"].run_dir, ["solver.inner_steps=7"])
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bomemeta.core.problem import Batch, BilevelProblem
+from bomemeta.core import tree
+from bomemeta.core.problem import BilevelProblem
 from bomemeta.core.solver import LowerStates, Solver, StepResult
 from bomemeta.core.upper import UpperVariable
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
+from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.distributed.rounds import StepRun
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.worker import ShardWorker, variant_of
@@ -116,6 +118,6 @@ class Bench:
         return torch.cat([tensor.reshape(-1) for tensor in self.upper.params.values()])
 
     def y(self, task: int = 0) -> torch.Tensor:
-        """The task's y as a flat vector (the first group of its state)."""
-        flat = torch.tensor(self.lower.handles[task])
-        return flat[: len(flat) // len(self.lower.groups)]
+        """The task's y as a flat vector."""
+        rows = torch.tensor(self.lower.handles[task])[None]
+        return tree.flatten(unpack_tasks(PackedTasks(self.lower.layout, rows))["y"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from bomemeta.core import tree
 from bomemeta.core.oracle import LocalOracle
 from bomemeta.core.solver import KernelResult, LowerGroups, Solver
@@ -26,6 +24,5 @@ def evaluate(solver: Solver, oracle: LocalOracle, lower: LowerGroups | None, *, 
     at = lower["y"] if lower is not None else solver.adapt(oracle, steps)
     figures = oracle.evaluate(at)
     sums = {f"sum/{name}": value.sum() for name, value in figures.items()}
-    # double: a spread is a small difference of two such sums
-    squares = {f"square/{name}": value.to(torch.float64).square().sum() for name, value in figures.items()}
+    squares = {f"square/{name}": value.square().sum() for name, value in figures.items()}
     return KernelResult(sums | squares, {})

@@ -45,11 +45,20 @@ class Total(NamedTuple):
     upper: Params  # grad_x of the whole sum, summed over tasks
 
 
+class Curvature(NamedTuple):
+    """First- and second-order products of a sum of terms psi at one y, for a direction u in y."""
+
+    values: list[Tensor]  # per term, [B], without its weight
+    lower: Params  # grad_y psi [B, ...]
+    lower_product: Params  # (d2 psi / dy2) u [B, ...]
+    upper_product: Params  # (d2 psi / dx dy) u, summed over tasks
+
+
 class LocalOracle:
     """All questions about a stack of tasks at one x.
 
     `differentiable=False` encodes without a graph: cheaper, and `total` is then not available.
-    `gradient_evaluations` counts evaluations of a gradient of f or g, per task.
+    `gradient_evaluations` counts evaluations of a gradient of f or g, `hessian_products` those of second-order products, per task.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class LocalOracle:
         self.batch = batch
         self.tasks = len(next(iter(batch.values())))
         self.gradient_evaluations = 0
+        self.hessian_products = 0
         self._task_map = task_map
         # Without an encode of its own x enters the losses whole: it is shared by the tasks and not stacked.
         self._encodes = problem.encodes
@@ -100,6 +110,35 @@ class LocalOracle:
         lowers = [{name: next(rest) for name in at} for at in ats]
         upper = self._pull_back(cotangent) if self._encodes else dict(zip(self._leaves, cotangent, strict=True))
         return Total([value.detach() for value in values], lowers, upper)
+
+    def curvature(self, at: Params, direction: Params, *terms: tuple[Literal["upper", "lower"], float | Tensor]) -> Curvature:
+        """grad_y, Hessian and cross product of psi = sum of `(loss, weight)` terms at y = `at`, along u = `direction`.
+
+        One double backward of <grad_y psi, u> gives both second-order products; the cross product costs one pull-back more.
+        """
+        self.gradient_evaluations += len(terms)
+        self.hessian_products += 1
+        encoded = tree.leaves(self.encoded) if self._encodes else self._leaves
+        leaf = tree.leaves(at)
+        values = [self._values(loss, encoded, leaf) for loss, _ in terms]
+        psi = torch.stack([(value * weight).sum() for value, (_, weight) in zip(values, terms, strict=True)]).sum()
+        grads = torch.autograd.grad(psi, list(leaf.values()), create_graph=True, materialize_grads=True)
+        along = torch.stack([(grad * direction[name]).sum() for name, grad in zip(leaf, grads, strict=True)]).sum()
+        inputs = [*leaf.values(), *encoded.values()]
+        # A loss that is linear in y has no second derivative at all, and torch no graph to go back through.
+        products = (
+            torch.autograd.grad(along, inputs, materialize_grads=True)
+            if along.requires_grad
+            else tuple(torch.zeros_like(tensor) for tensor in inputs)
+        )
+        cotangent = products[len(leaf) :]
+        upper = self._pull_back(cotangent) if self._encodes else dict(zip(self._leaves, cotangent, strict=True))
+        return Curvature(
+            [value.detach() for value in values],
+            {name: grad.detach() for name, grad in zip(leaf, grads, strict=True)},
+            dict(zip(leaf, products, strict=False)),
+            upper,
+        )
 
     def project_lower(self, lower: Params) -> Params:
         return self.problem.project_lower(lower)

@@ -45,11 +45,11 @@ class BilevelProblem:
 
     def init_upper(self, generator: torch.Generator) -> Params:
         """x at step 0; every random number from `generator`."""
-        raise _missing(self, "init_upper")
+        raise must_define(self, "init_upper")
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
         """The data of these tasks, stacked: every tensor `[B, ...]`. A pure function of (seed, step, split, task id)."""
-        raise _missing(self, "load")
+        raise must_define(self, "load")
 
     def encode(self, upper: Params, batch: Batch) -> Encoded:
         """The part of the losses through which x enters and which does not depend on y (a backbone's features, sample weights).
@@ -65,15 +65,15 @@ class BilevelProblem:
 
     def init_lower(self, encoded: Encoded, batch: Batch) -> Params:
         """y of a task that has none yet. For one task; not differentiated."""
-        raise _missing(self, "init_lower")
+        raise must_define(self, "init_lower")
 
     def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         """f_i, shape [], for one task."""
-        raise _missing(self, "upper_loss")
+        raise must_define(self, "upper_loss")
 
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         """g_i, shape [], for one task."""
-        raise _missing(self, "lower_loss")
+        raise must_define(self, "lower_loss")
 
     def upper_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Optional closed form on a whole STACK: (f [B], grad_y f [B, ...]). None (the default): the oracle uses autograd."""
@@ -100,5 +100,6 @@ class BilevelProblem:
         return {}
 
 
-def _missing(problem: BilevelProblem, method: str) -> Exception:
-    return TypeError(f"{type(problem).__name__} must define {method}(); see docs/extending.md")
+def must_define(owner: object, method: str) -> Exception:
+    """What a base class raises for a method that it leaves to its subclasses."""
+    return TypeError(f"{type(owner).__name__} must define {method}(); see docs/extending.md")

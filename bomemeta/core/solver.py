@@ -12,14 +12,16 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from bomemeta.core.oracle import LocalOracle
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import BilevelProblem, must_define
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 
 # Named sums over tasks: scalars [] and vectors in x.
 Sums = dict[str, Any]
-# Named groups of y-shaped stacks that stay with their tasks (y itself, its velocity, gradients waiting for a multiplier).
+# Named groups of stacks that stay with their tasks: `y` itself, and whatever else the solver keeps per task (its velocity, ...).
 LowerGroups = dict[str, Params]
+# What lies in a flat array, in order: (group, name, shape); no name where the group is one tensor.
+Layout = tuple[tuple[str, str | None, tuple[int, ...]], ...]
 
 
 class KernelResult(NamedTuple):
@@ -31,9 +33,9 @@ Kernel = Callable[..., KernelResult]
 
 
 class LowerStates(NamedTuple):
-    """The driver's references to per-task states: what the groups are, and one opaque handle per task id."""
+    """The driver's references to per-task states: what is in each, and one opaque handle per task id."""
 
-    groups: tuple[str, ...]
+    layout: Layout
     handles: Mapping[int, Any]
 
     @classmethod
@@ -68,32 +70,35 @@ class Run(Protocol):
 
 
 class StepResult(NamedTuple):
+    """What a step leaves besides the moved x: the new lower states and what to log."""
+
     lower: LowerStates
     metrics: dict[str, float]
 
 
-class Solver(Protocol):
-    """Registered in `bomemeta.registry.solvers`; its dataclass fields are the keys of the config's `solver:` section."""
+class Solver:
+    """Base class of all solvers: frozen dataclasses registered in `bomemeta.registry.solvers`, their fields being the keys of the
+    config's `solver:` section. A subclass must define `start`, `step` and `adapt`.
+    """
 
     def check(self, problem: BilevelProblem) -> None:
-        """Raises ConfigError where this solver cannot solve that problem."""
-        ...
+        """Raises ConfigError where this solver cannot solve that problem. Default: it can."""
 
     def start(self, upper: Params, steps: int) -> UpperVariable:
         """x with its optimiser, for a run of `steps` steps."""
-        ...
+        raise must_define(self, "start")
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         """One iteration of the algorithm. Moves `upper` in place as its LAST act: what fails before that changes nothing."""
-        ...
+        raise must_define(self, "step")
 
     def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
         """y of fresh tasks as meta-testing uses it: solved on g alone, `steps` inner steps (None: as many as training uses)."""
-        ...
+        raise must_define(self, "adapt")
 
     def examine(self, upper: UpperVariable, lower: LowerStates, run: Run) -> dict[str, float]:
-        """Figures that are worth one more round at the end of a run (stationarity with many more inner steps). May be empty."""
-        ...
+        """Figures that are worth one more round at the end of a run (stationarity with many more inner steps). Default: none."""
+        return {}
 
 
 def mean_sums(sums: Sums, names: tuple[str, ...], tasks: int) -> dict[str, float]:

@@ -56,8 +56,7 @@ def unflatten_tasks(rows: Tensor, like: Params) -> Params:
     sizes = [tensor[0].numel() for tensor in like.values()]
     parts = torch.split(rows, sizes, dim=1)
     return {
-        name: part.reshape(len(rows), *tensor.shape[1:]).clone()
-        for (name, tensor), part in zip(like.items(), parts, strict=True)
+        name: part.reshape(len(rows), *tensor.shape[1:]).clone() for (name, tensor), part in zip(like.items(), parts, strict=True)
     }
 
 

@@ -97,7 +97,9 @@ class Glyphs:
 @datasets.register("glyphs")
 @dataclass(frozen=True, kw_only=True)
 class GlyphEpisodes:
-    """`root`: folder of the rendered cache; by default `BOMEMETA_CACHE`, or else `~/.cache/bomemeta`."""
+    """Letter shapes from matplotlib's fonts, nothing to download.
+
+    `root`: folder of the rendered cache; by default `BOMEMETA_CACHE`, or else `~/.cache/bomemeta`."""
 
     root: str | None = None
 

@@ -39,7 +39,7 @@ class Characters:
 @datasets.register("omniglot")
 @dataclass(frozen=True, kw_only=True)
 class OmniglotEpisodes:
-    """`root`: the folder that holds `omniglot28.npz`; by default `BOMEMETA_DATA`."""
+    """Omniglot's 1,623 hand-written characters. `root`: the folder that holds `omniglot28.npz`; by default `BOMEMETA_DATA`."""
 
     root: str | None = None
     rotations: bool = True

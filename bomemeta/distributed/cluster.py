@@ -37,7 +37,7 @@ class RayOptions:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     address: str | None = None
-    step_timeout_s: float = 600.0  # a call without an answer for this long means a hung worker
+    step_timeout_s: float = 300.0  # a call without an answer for this long means a hung worker
     start_timeout_s: float = 180.0  # placing an actor, importing torch, building the worker
     max_replacements: int = 100  # per transport: beyond it the machine is ill and the run should stop
 

@@ -68,7 +68,7 @@ class StepRun:
         self.seconds["broadcast_s"] += answer.broadcast_s
         self.seconds["compute_s"] += answer.compute_s
         self.seconds["reduce_s"] += time.perf_counter() - start
-        return Reduced(sums, LowerStates(answer.replies[0].reply.groups if keeps else (), handles))
+        return Reduced(sums, LowerStates(answer.replies[0].reply.layout, handles))
 
     def _call(
         self,
@@ -89,7 +89,7 @@ class StepRun:
             split=self._split,
             variant=self._variant,
             differentiable=self._differentiable,
-            groups=lower.groups,
+            layout=lower.layout,
             with_state=present,
             keeps=keeps,
         )

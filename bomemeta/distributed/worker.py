@@ -12,8 +12,8 @@ import torch
 from bomemeta.core import tree
 from bomemeta.core.oracle import LocalOracle, TaskMap
 from bomemeta.core.problem import BilevelProblem, Split
-from bomemeta.core.solver import Kernel, LowerGroups, Solver
-from bomemeta.distributed.packing import Packed, pack
+from bomemeta.core.solver import Kernel, Layout, LowerGroups, Solver
+from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack_tasks
 
 
 class Request(NamedTuple):
@@ -27,7 +27,7 @@ class Request(NamedTuple):
     split: Split
     variant: Mapping[str, Any]  # problem fields that differ from the config's
     differentiable: bool
-    groups: tuple[str, ...]  # names of the lower groups that each state array holds
+    layout: Layout  # what is in a state array
     with_state: tuple[bool, ...]  # which of the tasks come with a state array
     keeps: bool  # whether the kernel's lower groups are returned, one array per task
 
@@ -36,7 +36,7 @@ class ShardSums(NamedTuple):
     """A shard's reply."""
 
     packed: Packed
-    groups: tuple[str, ...]  # the lower groups in each returned state array
+    layout: Layout  # what is in each returned state array
 
 
 class ShardWorker:
@@ -56,8 +56,11 @@ class ShardWorker:
         oracle = LocalOracle(problem, self._on_device(upper), self._on_device(batch), self._task_map, request.differentiable)
         lower = self._unpack_lower(oracle, request, states)
         result = request.kernel(request.solver, oracle, lower, **request.arguments)
-        states_out = _pack_lower(result.lower) if request.keeps else []
-        return ShardSums(pack(result.sums, problem.dtype), group_order(result.lower)), *states_out
+        sums = pack(result.sums, problem.dtype)
+        if not request.keeps:
+            return (ShardSums(sums, ()),)
+        layout, rows = pack_tasks(result.lower)
+        return ShardSums(sums, layout), *(row.numpy().copy() for row in rows)
 
     def _problem(self, variant: Mapping[str, Any]) -> BilevelProblem:
         key = repr(sorted(variant.items()))
@@ -72,28 +75,17 @@ class ShardWorker:
         """State arrays into stacks. A task of the pool that is met for the first time starts at `init_lower`, other groups at 0."""
         if not states:
             return None
-        start = oracle.init_lower()
-        width = tree.flatten_tasks(start).shape[1]
-        rows = torch.zeros(len(request.task_ids), len(request.groups) * width, dtype=oracle.problem.dtype)
-        rows[:, :width] = tree.flatten_tasks(start).cpu()
         arrays = iter(states)
+        rows = torch.zeros(len(request.task_ids), len(states[0]), dtype=oracle.problem.dtype)
         for i, present in enumerate(request.with_state):
             if present:
                 rows[i] = torch.tensor(next(arrays), dtype=rows.dtype)
-        parts = torch.split(rows.to(self._device), width, dim=1)
-        return {name: tree.unflatten_tasks(part, start) for name, part in zip(request.groups, parts, strict=True)}
-
-
-def _pack_lower(groups: LowerGroups) -> list[np.ndarray]:
-    """One flat array per task: its groups one after the other, `y` first."""
-    ordered = [groups[name] for name in group_order(groups)]
-    rows = torch.cat([tree.flatten_tasks(group) for group in ordered], dim=1).cpu()
-    return [row.numpy().copy() for row in rows]
-
-
-def group_order(groups: Mapping[str, Any]) -> tuple[str, ...]:
-    """The order of groups in a state array: `y`, then the rest by name."""
-    return ("y", *sorted(name for name in groups if name != "y")) if groups else ()
+        groups = {name: self._on_device(group) for name, group in unpack_tasks(PackedTasks(request.layout, rows)).items()}
+        if not all(request.with_state):
+            known = torch.tensor(request.with_state, device=self._device)
+            for name, start in oracle.init_lower().items():
+                groups["y"][name][~known] = start[~known]
+        return groups
 
 
 def variant_of(problem: BilevelProblem, changes: Mapping[str, Any]) -> BilevelProblem:

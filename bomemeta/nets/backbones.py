@@ -19,9 +19,7 @@ class Conv4(nn.Module):
         super().__init__()
         sizes = [channels, width, width, width, width]
         # no bias: BatchNorm subtracts it again
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes)
-        )
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(TaskBatchNorm(width) for _ in range(4))
 
     def forward(self, images: Tensor, statistics_rows: int | None = None) -> Tensor:
@@ -38,9 +36,7 @@ class _Residual(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         sizes = [channels, width, width, width]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes)
-        )
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(TaskBatchNorm(width) for _ in range(3))
         self.shortcut = nn.Conv2d(channels, width, 1, bias=False)
         self.shortcut_norm = TaskBatchNorm(width)

@@ -25,11 +25,9 @@ from bomemeta.core import tree
 from bomemeta.core.barrier import Barrier, Phi, barrier, stationarity
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import LocalOracle, Term
-from bomemeta.core.problem import BilevelProblem
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult, Sums, mean_sums
+from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult, Sums, mean_sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import OptimizerName, Schedule, UpperVariable, schedule_factor
-from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
 
 # T_eval of `examine`: K measured with the training T cannot see the bias that comes from T being finite.
@@ -41,7 +39,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @solvers.register("bome")
 @dataclass(frozen=True, kw_only=True)
-class BOME:
+class BOME(Solver):
     """First-order bilevel optimisation with a dynamic barrier (Liu et al., NeurIPS 2022).
 
     Tasks whose y persists take one joint step, as in the paper. Fresh tasks are first adapted (`adapt_steps` on g), then take
@@ -65,13 +63,6 @@ class BOME:
     barrier_steps: Count = 5  # fresh tasks: R, steps of y alone along grad f + lambda_i grad g
     scale_barrier_steps: bool = True  # divide those by 1 + lambda_i: their length then stays of the order of the gradients'
     diagnose_every: Count = 25  # per_task barrier: how often the full grad q is measured for the log (0: never)
-
-    def check(self, problem: BilevelProblem) -> None:
-        if problem.lower != "per_task":
-            raise ConfigError(
-                f"solver.name: bome got the problem {type(problem).__name__} with a shared lower variable; "
-                "this version solves problems with one lower variable per task"
-            )
 
     def start(self, upper: Params, steps: int) -> UpperVariable:
         return UpperVariable(

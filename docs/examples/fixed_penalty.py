@@ -11,11 +11,9 @@ from pydantic import Field
 from bomemeta.core import tree
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import LocalOracle, Term
-from bomemeta.core.problem import BilevelProblem
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult, mean_sums
+from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult, mean_sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
-from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
 
 Positive = Annotated[float, Field(gt=0)]
@@ -24,17 +22,13 @@ Steps = Annotated[int, Field(ge=1)]
 
 @solvers.register("fixed_penalty")
 @dataclass(frozen=True, kw_only=True)
-class FixedPenalty:
+class FixedPenalty(Solver):
     """Minimises f + penalty (g(x, y) - g(x, z)), z = argmin g, in x and y. Its solution is off by the order of 1 / penalty."""
 
     penalty: Positive = 20.0
     inner_steps: Steps = 20  # of both chains: y on f + penalty g, and z on g alone
     inner_lr: Positive = 0.1
     upper_lr: Positive = 0.1
-
-    def check(self, problem: BilevelProblem) -> None:
-        if problem.lower != "per_task":
-            raise ConfigError(f"solver.name: fixed_penalty got {type(problem).__name__}, whose lower variable is shared")
 
     def start(self, upper: Params, steps: int) -> UpperVariable:
         return UpperVariable(upper, steps, optimizer="sgd", lr=self.upper_lr, momentum=0.0, schedule="constant")
@@ -49,9 +43,6 @@ class FixedPenalty:
 
     def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
         return gradient_steps(oracle, oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
-
-    def examine(self, upper: UpperVariable, lower: LowerStates, run: Run) -> dict[str, float]:
-        return {}
 
 
 def penalised(solver: FixedPenalty, oracle: LocalOracle, lower: LowerGroups | None) -> KernelResult:
