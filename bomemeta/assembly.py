@@ -60,7 +60,8 @@ def open_transport(config: Config, say: Callable[[str], None]) -> Transport:
     if config.device == "cpu" and config.gpus_per_worker > 0:
         raise ConfigError(f"device: cpu with gpus_per_worker: {config.gpus_per_worker:g}; take one of the two out")
     try:
-        from bomemeta.distributed.ray_transport import RayOptions, RayTransport
+        from bomemeta.distributed.cluster import RayOptions
+        from bomemeta.distributed.ray_transport import RayTransport
     except ImportError as error:
         raise ClusterError(
             f"workers: {config.workers} needs Ray, which cannot be imported ({error}). workers=0 runs here"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bomemeta.distributed.transport import checked_returns
 
@@ -36,6 +37,16 @@ def kill_process(process: Process) -> None:
     if process.birth and birth_of(process.pid) == process.birth:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
+
+
+def kill_on_its_node(process: Process) -> list[Any]:
+    """SIGKILL, from a task on the process's node where that is another one: then the list holds the task's reference."""
+    if process.node_id == ray.get_runtime_context().get_node_id():
+        kill_process(process)
+        return []
+    there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+    killer = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(kill_process)
+    return [killer.remote(process)]
 
 
 class ShardActor:
