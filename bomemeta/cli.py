@@ -126,9 +126,11 @@ def list_(
 def prepare(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The data set, as in omniglot.")],
     root: Annotated[
-        Path,
-        typer.Option(metavar="DIR", envvar="BOMEMETA_DATA", help="Where to put it; afterwards a config's data.root."),
-    ],
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where to put it, later a config's data.root; BOMEMETA_DATA if left out, for glyphs the cache."
+        ),
+    ] = None,
     trust_pickles: Annotated[
         bool,
         typer.Option("--trust-pickles", help="Load a download that is a pickle, and could run code, because you trust its source."),

@@ -95,12 +95,12 @@ def test_a_damaged_cache_in_a_read_only_folder_is_rendered_in_memory(tmp_path: P
     assert source.episode("test", EpisodeSpec(2, 1, 1), (0,)).support.any()
 
 
-def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thecache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOMEMETA_CACHE", str(tmp_path))
-    assert glyphs._cache_folder(None) == tmp_path
-    assert glyphs._cache_folder("elsewhere") == Path("elsewhere")
+    assert glyphs.cache_folder(None) == tmp_path
+    assert glyphs.cache_folder("elsewhere") == Path("elsewhere")
     monkeypatch.delenv("BOMEMETA_CACHE")
-    assert glyphs._cache_folder(None) == Path.home() / ".cache" / "bomemeta"
+    assert glyphs.cache_folder(None) == Path.home() / ".cache" / "bomemeta"
 
 
 def test_missing_fonts_are_named(tmp_path: Path) -> None:

@@ -145,3 +145,11 @@ def test_the_published_split_follows_from_the_rule() -> None:
         pytest.skip("needs omniglot28.npz: run `bomemeta data prepare omniglot --root FOLDER` and set BOMEMETA_DATA=FOLDER")
     arrays = archives.read(Path(folder) / "omniglot28.npz", ["class_name", "class_vinyals_split"])
     assert (prepare.vinyals_split(arrays["class_name"].tolist()) == arrays["class_vinyals_split"]).all()
+
+
+def test_without_a_root_the_environment_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("BOMEMETA_DATA", raising=False)
+    with pytest.raises(DataError, match="use --root DIR or set BOMEMETA_DATA"):
+        prepare.prepare("omniglot", None)
+    monkeypatch.setenv("BOMEMETA_CACHE", str(tmp_path))
+    assert prepare.prepare("glyphs", None).parent == tmp_path

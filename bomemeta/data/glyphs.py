@@ -109,11 +109,11 @@ class GlyphEpisodes:
 
     def prepare(self) -> None:
         """Renders the fonts, or reads what an earlier process rendered. Raises DataError where matplotlib lacks its fonts."""
-        _glyphs(_cache_folder(self.root))
+        _glyphs(cache_folder(self.root))
 
     def check(self, split: Split, spec: EpisodeSpec) -> None:
         """Raises DataError where the split has too few classes or the faces of a class do not outnumber the shots."""
-        rows = _glyphs(_cache_folder(self.root)).splits[split]
+        rows = _glyphs(cache_folder(self.root)).splits[split]
         check_spec("glyphs", spec)
         check_ways("glyphs", split, spec, len(rows.count))
         smallest = int(np.argmin(rows.count))
@@ -126,7 +126,7 @@ class GlyphEpisodes:
     def episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
         """Ink 1 on 0, `[n, 1, 28, 28]`. Queries beyond the faces left over repeat a face under another perturbation."""
         self.check(split, spec)
-        glyphs = _glyphs(_cache_folder(self.root))
+        glyphs = _glyphs(cache_folder(self.root))
         rng = generator(key)
         draw = glyphs.splits[split].draw(spec, rng)
         rows = np.concatenate([draw.support.ravel(), draw.query.ravel()])
@@ -160,7 +160,8 @@ def _perturb(stored: Tensor, rng: np.random.Generator) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False).clamp_(0, 1)
 
 
-def _cache_folder(root: str | None) -> Path:
+def cache_folder(root: str | None) -> Path:
+    """Where the rendered archive lies: `root`, `BOMEMETA_CACHE` or the user's cache."""
     return Path(root or os.environ.get("BOMEMETA_CACHE") or Path.home() / ".cache" / "bomemeta").expanduser()
 
 

@@ -6,6 +6,7 @@ tested without a network.
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 import zipfile
@@ -38,14 +39,16 @@ class Labelled(Protocol):
     targets: Any
 
 
-def prepare(name: str, root: Path, *, trust_pickles: bool = False) -> Path:
+def prepare(name: str, root: Path | None, *, trust_pickles: bool = False) -> Path:
     """Gets data set `name` into `root` and returns what was made: the archive, or `root` for learn2learn's own files.
+
+    No `root`: where a run without `data.root` looks, `BOMEMETA_DATA` or, for glyphs, the cache.
 
     An archive that is there is left as it is (delete it to have it made anew). `trust_pickles` is needed for those benchmarks of
     learn2learn that are pickles, because it loads what it has downloaded. Raises DataError where the name is unknown, the download
     fails or the files cannot be written.
     """
-    root = root.expanduser()
+    root = _root(name) if root is None else root.expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
         if name in ARCHIVES:
@@ -70,6 +73,14 @@ def prepare(name: str, root: Path, *, trust_pickles: bool = False) -> Path:
             f"be written: run it where both are, then copy the folder here and set data.root or BOMEMETA_DATA"
         ) from error
     raise DataError(f"{name!r} is nothing that can be prepared. Known: {', '.join(names())}")
+
+
+def _root(name: str) -> Path:
+    if name == "glyphs":
+        return glyphs.cache_folder(None)
+    if not os.environ.get("BOMEMETA_DATA"):
+        raise DataError(f"{name}: no folder is given to put it in; use --root DIR or set BOMEMETA_DATA")
+    return Path(os.environ["BOMEMETA_DATA"]).expanduser()
 
 
 def names() -> list[str]:
