@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,11 +54,22 @@ class Curvature(NamedTuple):
     upper_product: Params  # (d2 psi / dx dy) u, summed over tasks
 
 
+class Adjoint(NamedTuple):
+    """The system (d2 psi / dy2) v = grad_y f at one y and one v, and the hypergradient that v makes."""
+
+    upper_value: Tensor  # f, [B]
+    values: list[Tensor]  # per term of psi, [B], without its weight
+    lower: Params  # grad_y psi [B, ...]
+    residual: Params  # (d2 psi / dy2) v - grad_y f [B, ...]
+    upper: Params  # grad_x f - (d2 psi / dx dy) v, summed over tasks
+
+
 class LocalOracle:
     """All questions about a stack of tasks at one x.
 
     `differentiable=False` encodes without a graph: cheaper, and `total` is then not available.
-    `gradient_evaluations` counts evaluations of a gradient of f or g, `hessian_products` those of second-order products, per task.
+    `gradient_evaluations` counts evaluations of a gradient of f or g, `hessian_products` those of second-order products, per task
+    (a product for one half of the tasks counts 1/2).
     """
 
     def __init__(
@@ -68,7 +79,7 @@ class LocalOracle:
         self.batch = batch
         self.tasks = len(next(iter(batch.values())))
         self.gradient_evaluations = 0
-        self.hessian_products = 0
+        self.hessian_products = 0.0
         self._task_map = task_map
         # Without an encode of its own x enters the losses whole: it is shared by the tasks and not stacked.
         self._encodes = problem.encodes
@@ -140,6 +151,69 @@ class LocalOracle:
             upper,
         )
 
+    def adjoint(
+        self, at: Params, v: Params, *terms: tuple[Literal["upper", "lower"], float | Tensor], weight: float | Tensor = 1.0
+    ) -> Adjoint:
+        """The adjoint system of psi = sum of `(loss, weight)` terms at y = `at`, and the hypergradient at v.
+
+        f - <grad_y psi, v> is a scalar whose gradient in y is minus the residual and whose gradient in x is the hypergradient: one double
+        backward and ONE pull-back give what `total` and `curvature` would give with two. `weight`, one number or one per task, multiplies
+        that scalar: a task's part of the hypergradient, and its residual.
+        """
+        self.gradient_evaluations += 1 + len(terms)
+        self.hessian_products += 1
+        encoded = tree.leaves(self.encoded) if self._encodes else self._leaves
+        leaf = tree.leaves(at)
+        by_loss = {loss: self._values(loss, encoded, leaf) for loss in dict.fromkeys(["upper", *(loss for loss, _ in terms)])}
+        psi = torch.stack([(by_loss[loss] * weight).sum() for loss, weight in terms]).sum()
+        grads = torch.autograd.grad(psi, list(leaf.values()), create_graph=True, materialize_grads=True)
+        weighted = tree.scaled(weight, v)
+        along = torch.stack([(grad * weighted[name]).sum() for name, grad in zip(leaf, grads, strict=True)]).sum()
+        products = torch.autograd.grad(
+            (by_loss["upper"] * weight).sum() - along, [*leaf.values(), *encoded.values()], materialize_grads=True
+        )
+        cotangent = products[len(leaf) :]
+        return Adjoint(
+            by_loss["upper"].detach(),
+            [by_loss[loss].detach() for loss, _ in terms],
+            {name: grad.detach() for name, grad in zip(leaf, grads, strict=True)},
+            {name: -product for name, product in zip(leaf, products, strict=False)},
+            self._pull_back(cotangent) if self._encodes else dict(zip(self._leaves, cotangent, strict=True)),
+        )
+
+    def hessian(
+        self,
+        at: Params,
+        rows: Tensor | None = None,
+        terms: Sequence[tuple[Literal["upper", "lower"], float]] = (("lower", 1.0),),
+    ) -> Callable[[Params], Params]:
+        """(d2 psi / dy2) at y = `at` as a function of the direction: solvers of linear systems take many products at one y.
+
+        psi is the sum of the `(loss, weight)` terms, g if none are given. The graph of grad_y psi is made once, here; each product is one
+        backward pass through it, without a pull-back through `encode`.
+        `rows`: numbers of the tasks that are meant, where `at` and the directions have only these.
+        """
+        batch = self.batch if rows is None else _rows(self.batch, rows)
+        encoded = self.encoded if rows is None or not self._encodes else _rows(self.encoded, rows)
+        leaf = tree.leaves(at)
+        value = torch.stack([weight * self._values(loss, encoded, leaf, batch).sum() for loss, weight in terms]).sum()
+        grads = torch.autograd.grad(value, list(leaf.values()), create_graph=True, materialize_grads=True)
+        # What is linear in y has a gradient without a graph, and no second derivative.
+        curved = {name: grad for name, grad in zip(leaf, grads, strict=True) if grad.requires_grad}
+        share = 1.0 if rows is None else len(rows) / self.tasks
+
+        def product(direction: Params) -> Params:
+            self.hessian_products += share
+            if not curved:
+                return tree.zeros_like(direction)
+            along = [direction[name] for name in curved]
+            products = torch.autograd.grad(
+                list(curved.values()), list(leaf.values()), along, retain_graph=True, materialize_grads=True
+            )
+            return dict(zip(leaf, products, strict=True))
+
+        return product
+
     def project_lower(self, lower: Params) -> Params:
         return self.problem.project_lower(lower)
 
@@ -158,15 +232,18 @@ class LocalOracle:
         grads = torch.autograd.grad(value.sum(), list(at.values()), materialize_grads=True)
         return Gradient(value.detach(), dict(zip(at, grads, strict=True)))
 
-    def _values(self, loss: Literal["upper", "lower"], encoded: Encoded, at: Params) -> Tensor:
+    def _values(self, loss: Literal["upper", "lower"], encoded: Encoded, at: Params, batch: Batch | None = None) -> Tensor:
         function = self.problem.upper_loss if loss == "upper" else self.problem.lower_loss
-        return self._over_tasks(lambda e, y, data: {"loss": function(e, y, data)}, encoded, at)["loss"]
+        return self._over_tasks(lambda e, y, data: {"loss": function(e, y, data)}, encoded, at, batch=batch)["loss"]
 
-    def _over_tasks(self, function: Callable[..., Params], encoded: Encoded, *stacks: Params) -> Params:
+    def _over_tasks(self, function: Callable[..., Params], encoded: Encoded, *stacks: Params, batch: Batch | None = None) -> Params:
+        """`function` of each task of `batch`; None: of every task of the stack."""
+        batch = self.batch if batch is None else batch
+        tasks = len(next(iter(batch.values())))
         if self._encodes:
             # What follows an encode is small by design (heads on features): vmap on every device.
-            return map_tasks(function, (encoded, *stacks, self.batch), self.tasks, "vmap")
-        return map_tasks(lambda *rest: function(encoded, *rest), (*stacks, self.batch), self.tasks, self._task_map)
+            return map_tasks(function, (encoded, *stacks, batch), tasks, "vmap")
+        return map_tasks(lambda *rest: function(encoded, *rest), (*stacks, batch), tasks, self._task_map)
 
     def _pull_back(self, cotangent: tuple[Tensor, ...]) -> Params:
         # Encoded entries that do not depend on x (and x-entries that reach no loss) are legitimate: their share is zero.
@@ -190,3 +267,7 @@ def map_tasks(function: Callable[..., Params], stacks: tuple[Params, ...], tasks
         return torch.vmap(function)(*stacks)
     results = [function(*({name: tensor[i] for name, tensor in stack.items()} for stack in stacks)) for i in range(tasks)]
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
+
+
+def _rows(stack: Params, rows: Tensor) -> Params:
+    return {name: tensor[rows] for name, tensor in stack.items()}

@@ -37,10 +37,13 @@ class UpperVariable:
             else torch.optim.SGD(tensors, lr=lr, momentum=momentum if optimizer == "momentum" else 0.0, foreach=False)
         )
 
-    def move(self, direction: Params, step: int, project: Callable[[Params], Params]) -> dict[str, float]:
-        """x <- project(x - lr * optimiser(direction)). Returns what to log of it."""
+    def move(self, direction: Params, step: int, project: Callable[[Params], Params], lr: float | None = None) -> dict[str, float]:
+        """x <- project(x - lr * optimiser(direction)). Returns what to log of it.
+
+        `lr`: this step's size before the schedule, for a solver whose step sizes are a sequence; None: the same at every step.
+        """
         before = tree.flatten(self.params)
-        lr = self._lr * schedule_factor(self._schedule, step, self._steps)
+        lr = (self._lr if lr is None else lr) * schedule_factor(self._schedule, step, self._steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         for name, tensor in self.params.items():
