@@ -75,9 +75,12 @@ class HealthMonitor:
         return statistics.fmean(values) if values else None
 
     def _stationarity(self) -> float | None:
-        """K as last measured, None where this window has none."""
+        """K as last measured, or the squared hypergradient of solvers that have no K; None where this window has neither."""
         gradients, gaps = self.values("stationarity_gradient"), self.values("stationarity_gap")
-        return abs(gradients[-1]) + (gaps[-1] if gaps else 0.0) if gradients else None
+        if gradients:
+            return abs(gradients[-1]) + (gaps[-1] if gaps else 0.0)
+        norms = self.values("hypergradient_norm")
+        return norms[-1] ** 2 if norms else None
 
     def _solved(self) -> bool:
         stationarity = self._stationarity()

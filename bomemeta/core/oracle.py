@@ -45,15 +45,6 @@ class Total(NamedTuple):
     upper: Params  # grad_x of the whole sum, summed over tasks
 
 
-class Curvature(NamedTuple):
-    """First- and second-order products of a sum of terms psi at one y, for a direction u in y."""
-
-    values: list[Tensor]  # per term, [B], without its weight
-    lower: Params  # grad_y psi [B, ...]
-    lower_product: Params  # (d2 psi / dy2) u [B, ...]
-    upper_product: Params  # (d2 psi / dx dy) u, summed over tasks
-
-
 class Adjoint(NamedTuple):
     """The system (d2 psi / dy2) v = grad_y f at one y and one v, and the hypergradient that v makes."""
 
@@ -122,42 +113,13 @@ class LocalOracle:
         upper = self._pull_back(cotangent) if self._encodes else dict(zip(self._leaves, cotangent, strict=True))
         return Total([value.detach() for value in values], lowers, upper)
 
-    def curvature(self, at: Params, direction: Params, *terms: tuple[Literal["upper", "lower"], float | Tensor]) -> Curvature:
-        """grad_y, Hessian and cross product of psi = sum of `(loss, weight)` terms at y = `at`, along u = `direction`.
-
-        One double backward of <grad_y psi, u> gives both second-order products; the cross product costs one pull-back more.
-        """
-        self.gradient_evaluations += len(terms)
-        self.hessian_products += 1
-        encoded = tree.leaves(self.encoded) if self._encodes else self._leaves
-        leaf = tree.leaves(at)
-        values = [self._values(loss, encoded, leaf) for loss, _ in terms]
-        psi = torch.stack([(value * weight).sum() for value, (_, weight) in zip(values, terms, strict=True)]).sum()
-        grads = torch.autograd.grad(psi, list(leaf.values()), create_graph=True, materialize_grads=True)
-        along = torch.stack([(grad * direction[name]).sum() for name, grad in zip(leaf, grads, strict=True)]).sum()
-        inputs = [*leaf.values(), *encoded.values()]
-        # A loss that is linear in y has no second derivative at all, and torch no graph to go back through.
-        products = (
-            torch.autograd.grad(along, inputs, materialize_grads=True)
-            if along.requires_grad
-            else tuple(torch.zeros_like(tensor) for tensor in inputs)
-        )
-        cotangent = products[len(leaf) :]
-        upper = self._pull_back(cotangent) if self._encodes else dict(zip(self._leaves, cotangent, strict=True))
-        return Curvature(
-            [value.detach() for value in values],
-            {name: grad.detach() for name, grad in zip(leaf, grads, strict=True)},
-            dict(zip(leaf, products, strict=False)),
-            upper,
-        )
-
     def adjoint(
         self, at: Params, v: Params, *terms: tuple[Literal["upper", "lower"], float | Tensor], weight: float | Tensor = 1.0
     ) -> Adjoint:
         """The adjoint system of psi = sum of `(loss, weight)` terms at y = `at`, and the hypergradient at v.
 
         f - <grad_y psi, v> is a scalar whose gradient in y is minus the residual and whose gradient in x is the hypergradient: one double
-        backward and ONE pull-back give what `total` and `curvature` would give with two. `weight`, one number or one per task, multiplies
+        backward and ONE pull-back give both. `weight`, one number or one per task, multiplies
         that scalar: a task's part of the hypergradient, and its residual.
         """
         self.gradient_evaluations += 1 + len(terms)
@@ -165,7 +127,7 @@ class LocalOracle:
         encoded = tree.leaves(self.encoded) if self._encodes else self._leaves
         leaf = tree.leaves(at)
         by_loss = {loss: self._values(loss, encoded, leaf) for loss in dict.fromkeys(["upper", *(loss for loss, _ in terms)])}
-        psi = torch.stack([(by_loss[loss] * weight).sum() for loss, weight in terms]).sum()
+        psi = torch.stack([(by_loss[loss] * factor).sum() for loss, factor in terms]).sum()
         grads = torch.autograd.grad(psi, list(leaf.values()), create_graph=True, materialize_grads=True)
         weighted = tree.scaled(weight, v)
         along = torch.stack([(grad * weighted[name]).sum() for name, grad in zip(leaf, grads, strict=True)]).sum()

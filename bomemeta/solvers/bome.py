@@ -25,10 +25,11 @@ from bomemeta.core import tree
 from bomemeta.core.barrier import Barrier, Phi, barrier, stationarity
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import LocalOracle, Term
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult, Sums, mean_sums
+from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult, Sums, mean_sums
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import OptimizerName, Schedule, UpperVariable, schedule_factor
+from bomemeta.core.upper import Schedule, UpperVariable, schedule_factor
 from bomemeta.registry import solvers
+from bomemeta.solvers.upper_options import UpperOptions
 
 # T_eval of `examine`: K measured with the training T cannot see the bias that comes from T being finite.
 EXAMINE_FACTOR = 10
@@ -39,7 +40,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @solvers.register("bome")
 @dataclass(frozen=True, kw_only=True)
-class BOME(Solver):
+class BOME(UpperOptions):
     """First-order bilevel optimisation with a dynamic barrier (Liu et al., NeurIPS 2022).
 
     Tasks whose y persists take one joint step, as in the paper. Fresh tasks are first adapted (`adapt_steps` on g), then take
@@ -50,29 +51,15 @@ class BOME(Solver):
     inner_steps: Annotated[int, Field(ge=1)] = 10  # T
     inner_lr: Positive = 0.1  # alpha, the step of the inner loop
     lower_lr: Positive = 0.1  # the step of y along grad f + lambda grad q
-    upper_lr: Positive = 0.1  # the step of x
     barrier: Literal["global", "per_task"] = "global"
     phi: Phi = "grad_norm"
     eta: Annotated[float, Field(gt=0)] = 0.5
-    upper_optimizer: OptimizerName = "sgd"
-    upper_schedule: Schedule = "constant"
     lower_schedule: Schedule = "constant"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of upper_optimizer: momentum
     lower_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # for a y that persists
     adapt_steps: Count = 5  # fresh tasks: steps on g before anything is measured
     barrier_steps: Count = 5  # fresh tasks: R, steps of y alone along grad f + lambda_i grad g
     scale_barrier_steps: bool = True  # divide those by 1 + lambda_i: their length then stays of the order of the gradients'
     diagnose_every: Count = 25  # per_task barrier: how often the full grad q is measured for the log (0: never)
-
-    def start(self, upper: Params, steps: int) -> UpperVariable:
-        return UpperVariable(
-            upper,
-            steps,
-            optimizer=self.upper_optimizer,
-            lr=self.upper_lr,
-            momentum=self.momentum,
-            schedule=self.upper_schedule,
-        )
 
     def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
         steps = self.adapt_steps + self.inner_steps if steps is None else steps

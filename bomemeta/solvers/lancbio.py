@@ -30,11 +30,12 @@ from bomemeta.core.implicit import flat_hessian, hypergradient, move_upper
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.krylov import Lanczos
 from bomemeta.core.oracle import LocalOracle
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult
+from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import OptimizerName, Schedule, UpperVariable
+from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
+from bomemeta.solvers.upper_options import UpperOptions
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -43,7 +44,7 @@ Steps = Annotated[int, Field(ge=1)]
 
 @solvers.register("lancbio")
 @dataclass(frozen=True, kw_only=True)
-class LancBiO(Solver):
+class LancBiO(UpperOptions):
     """Implicit hypergradient by a Lanczos process across outer steps (Gao et al., ICLR 2025).
 
     Tasks whose y persists grow their Krylov space by one vector per outer step. Fresh tasks have no last step: y is adapted on g, and v
@@ -53,10 +54,6 @@ class LancBiO(Solver):
     subspace: Steps = 10  # m, outer steps in an epoch: the largest size of the Krylov space
     inner_steps: Steps = 5  # I; fresh tasks: all the steps that y gets
     inner_lr: Positive = 0.1  # theta, the step of y on g
-    upper_lr: Positive = 0.1  # lambda, the step of x
-    upper_optimizer: OptimizerName = "sgd"
-    upper_schedule: Schedule = "constant"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of upper_optimizer: momentum
     reorthogonalise: bool = True  # off: the recurrence as published, which breaks down for a large `subspace`
     ritz_floor: Annotated[float, Field(ge=0, lt=1)] = 1e-6  # Ritz values up to this share of the largest are left out
     warmup_steps: Count = 0  # m_0 of the theory: first steps of an epoch in which a task says nothing about x
@@ -73,16 +70,6 @@ class LancBiO(Solver):
                 f"solver.warmup_steps: x is to stand still in these steps, and {self.upper_optimizer} moves it without a gradient: "
                 "use solver.upper_optimizer sgd, or warmup_steps 0"
             )
-
-    def start(self, upper: Params, steps: int) -> UpperVariable:
-        return UpperVariable(
-            upper,
-            steps,
-            optimizer=self.upper_optimizer,
-            lr=self.upper_lr,
-            momentum=self.momentum,
-            schedule=self.upper_schedule,
-        )
 
     def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
         return gradient_steps(oracle, oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)

@@ -22,10 +22,11 @@ from bomemeta.core import krylov, tree
 from bomemeta.core.implicit import flat_hessian, hypergradient, move_upper
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import LocalOracle
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult
+from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import OptimizerName, Schedule, UpperVariable
+from bomemeta.core.upper import UpperVariable
 from bomemeta.registry import solvers
+from bomemeta.solvers.upper_options import UpperOptions
 
 Positive = Annotated[float, Field(gt=0)]
 Steps = Annotated[int, Field(ge=1)]
@@ -33,7 +34,7 @@ Steps = Annotated[int, Field(ge=1)]
 
 @solvers.register("subbio")
 @dataclass(frozen=True, kw_only=True)
-class SubBiO(Solver):
+class SubBiO(UpperOptions):
     """Implicit hypergradient from a two-dimensional subspace (Gao et al., ICLR 2025).
 
     Tasks whose y persists take one such step in v per outer step. Fresh tasks adapt y on g and take `aux_steps` of them from v = 0.
@@ -43,21 +44,7 @@ class SubBiO(Solver):
     inner_lr: Positive = 0.1  # theta, their size
     aux_lr: Positive = 0.1  # eta of the plane; below 2 / (the largest curvature of g) v never gets worse
     aux_steps: Steps = 5  # fresh tasks: steps in v
-    upper_lr: Positive = 0.1  # lambda, the step of x
-    upper_optimizer: OptimizerName = "sgd"
-    upper_schedule: Schedule = "constant"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of upper_optimizer: momentum
     ritz_floor: Annotated[float, Field(ge=0, lt=1)] = 1e-6  # Ritz values up to this share of the largest are left out
-
-    def start(self, upper: Params, steps: int) -> UpperVariable:
-        return UpperVariable(
-            upper,
-            steps,
-            optimizer=self.upper_optimizer,
-            lr=self.upper_lr,
-            momentum=self.momentum,
-            schedule=self.upper_schedule,
-        )
 
     def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
         return gradient_steps(oracle, oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
