@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -95,7 +96,7 @@ class Bome:
         return _summary(float(sums["sum/accuracy"]), float(sums["square/accuracy"]), episodes)
 
 
-class _LearnToLearn:
+class _LearnToLearn(ABC):
     """What MAML and ANIL share: Adam on a module, the mean of the tasks' query losses. One task after the other, as its examples do."""
 
     first_order = False
@@ -123,8 +124,9 @@ class _LearnToLearn:
     def _start(self, parameters: Sequence[nn.Parameter]) -> None:
         self._optimizer = torch.optim.Adam(parameters, lr=UPPER_LR)
 
+    @abstractmethod
     def query_logits(self, task: Batch, first_order: bool) -> Tensor:
-        raise NotImplementedError
+        """Of one task's queries, [n, ways], after adaptation to its support set."""
 
     def step(self, task_ids: Sequence[int], elapsed: float) -> None:
         for group in self._optimizer.param_groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -23,7 +24,7 @@ class Sizes(NamedTuple):
     ridge: float
 
 
-class Case:
+class Case(ABC):
     """One problem in the equations' letters: x and y are ONE task's vectors, `data` its constants. `of` is what the config says of it."""
 
     box: float | None = None  # |y_j| <= box
@@ -47,15 +48,17 @@ class Case:
         """The tasks' constants, float64 [N, ...]."""
         return {}
 
+    @abstractmethod
     def upper_loss(self, x: Tensor, y: Tensor, data: Batch) -> Tensor:
-        raise NotImplementedError
+        """f of one task, shape []."""
 
+    @abstractmethod
     def lower_loss(self, x: Tensor, y: Tensor, data: Batch) -> Tensor:
-        raise NotImplementedError
+        """g of one task, shape []."""
 
+    @abstractmethod
     def solution(self, data: Batch) -> Tensor | None:
         """x*, float64, from the constants of all tasks; None where many x are solutions."""
-        raise NotImplementedError
 
 
 class Coreset(Case):
