@@ -27,8 +27,11 @@ class Adder:
 
 
 @pytest.fixture
-def nodes():
+def nodes(monkeypatch):
     """A head without CPUs for the driver, and one node for a worker."""
+    # Ray reads the mode once per process, and earlier tests may have started clusters with tokens here: this one has them too.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    cluster._make_token()
     # The cluster finds a dead node within 3 s instead of 15.
     quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
     with cluster._local_settings():  # loopback only here too

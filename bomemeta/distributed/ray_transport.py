@@ -299,9 +299,9 @@ class RayTransport:
     def _kill(self, seat: Seat, hung: bool) -> None:
         self._forgotten += seat.refs
         seat.refs = []
-        ray.kill(seat.actor, no_restart=True)
-        # A stopped process does not act on ray.kill and Ray does not insist: it would keep its memory and its CPUs, and
-        # the replacement could never be placed.
+        with suppress(RayError):  # an actor that never got as far as to be known cannot be killed, and need not be
+            ray.kill(seat.actor, no_restart=True)
+        # A stopped process does not act on ray.kill: it would keep its CPUs, and the replacement could never be placed.
         if hung and seat.process is not None:
             self._forgotten += kill_on_its_node(seat.process)
         seat.process = None
