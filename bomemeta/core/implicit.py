@@ -46,9 +46,9 @@ def hypergradient(oracle: LocalOracle, at: Params, v: Tensor, weight: float | Te
     }
 
 
-def move_upper(upper: UpperVariable, sums: Sums, run: Run) -> dict[str, float]:
-    """x along minus the mean hypergradient; the last act of a step. Returns its metrics."""
+def move_upper(upper: UpperVariable, sums: Sums, run: Run, lr: float | None = None) -> dict[str, float]:
+    """x along minus the mean hypergradient (`lr`: this step's size, where the solver has one); a step's last act. Returns its metrics."""
     direction = tree.scaled(1 / run.tasks, sums["direction"])
     metrics = mean_sums(sums, MEANS, run.tasks)
     metrics["hypergradient_norm"] = float(tree.dot(direction, direction).sqrt())
-    return metrics | upper.move(direction, run.step, run.project_upper)
+    return metrics | upper.move(direction, run.step, run.project_upper, lr)

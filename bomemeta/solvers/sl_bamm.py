@@ -21,9 +21,10 @@ from pydantic import Field
 from torch import Tensor
 
 from bomemeta.core import tree
+from bomemeta.core.implicit import move_upper
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import Adjoint, LocalOracle
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult, Sums, mean_sums
+from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult, Sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import OptimizerName, Schedule, UpperVariable
 from bomemeta.errors import ConfigError
@@ -120,15 +121,8 @@ class SlBAMM(Solver):
         rates = self.rates(run.step)
         kernel = episode if not run.persistent else jacobi if self.order == "jacobi" else gauss_seidel
         sums, lower = run(kernel, self, upper.params, lower, keeps=run.persistent, rates=rates)
-        direction = tree.scaled(1 / run.tasks, sums["direction"])
-        metrics = {"mu": rates.mu, **mean_sums(sums, MEANS, run.tasks)}
-        metrics["hypergradient_norm"] = float(tree.dot(direction, direction).sqrt())
-        metrics |= upper.move(direction, run.step, run.project_upper, rates.upper)
-        return StepResult(lower, metrics)
+        return StepResult(lower, {"mu": rates.mu, **move_upper(upper, sums, run, rates.upper)})
 
-
-# Scalars that every kernel sums and the log shows as means over tasks.
-MEANS = ("upper_loss", "lower_loss", "residual", "aux_norm", "gradient_evaluations", "hessian_products")
 
 PsiTerm = tuple[Literal["upper", "lower"], float]
 
