@@ -158,7 +158,7 @@ class _Session:
         upper = job.problem.init_upper(torch.Generator().manual_seed(self._config.seed))
         state = State(0, job.solver.start(upper, self._config.steps), LowerStates.none())
         if saved is not None:
-            _check_shapes(upper, saved)
+            _check_shapes(state.upper.params, saved)
             engine.restore(state, saved)
         return state
 

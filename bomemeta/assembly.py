@@ -37,10 +37,6 @@ def build_problem(config: Config) -> BilevelProblem:
 def build_solver(config: Config, problem: BilevelProblem) -> Solver:
     """The config's solver. Raises ConfigError where it cannot solve that problem."""
     solver: Solver = config.solver.build()
-    if problem.lower == "shared":
-        raise ConfigError(
-            f"problem.name: {config.problem.name} has one lower variable for all tasks; this version solves problems with one per task"
-        )
     solver.check(problem)
     return solver
 

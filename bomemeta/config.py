@@ -58,12 +58,15 @@ class _Record(BaseModel):
 
 
 class Evaluation(_Record):
-    """How the result is measured: `episodes` at the end, `validation_episodes` every `every_steps` (None: never)."""
+    """How the result is measured: `episodes` at the end, `validation_episodes` every `every_steps` (None: never). `solve_steps`: steps on g
+    alone, after which problems whose y persists are judged once more (None: they are not).
+    """
 
     episodes: _Positive = 600
     every_steps: _Positive | None = None
     validation_episodes: _Positive = 100
     inner_steps: _NotNegative | None = None  # None: as many as in training
+    solve_steps: _Positive | None = None
 
 
 class Checkpointing(_Record):

@@ -9,9 +9,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config
 from bomemeta.core.inner import evaluate
 from bomemeta.core.problem import BilevelProblem, Split
-from bomemeta.core.solver import LowerStates, Solver
+from bomemeta.core.solver import LowerStates, Solver, Sums
 from bomemeta.core.upper import UpperVariable
 from bomemeta.distributed.packing import PackedTasks, unpack_tasks
-from bomemeta.distributed.rounds import StepRun
+from bomemeta.distributed.rounds import SharedRun, StepRun, step_run
 from bomemeta.distributed.transport import Transport
 from bomemeta.errors import DivergenceError, LowerStateLost
 
@@ -32,6 +32,10 @@ from bomemeta.errors import DivergenceError, LowerStateLost
 FRESH_TASKS_PER_STEP = 8
 # Episodes that one evaluation call holds in memory at once.
 EVALUATION_SHARD = 10
+# What a step costs, per task: added up over the run. Reduces and bytes are the driver's.
+COUNTS = ("gradient_evaluations", "hessian_products", "reduces", "bytes_reduced")
+# What the last step said of itself is worth keeping with the result.
+LATEST = ("residual", "hypergradient_norm")
 # result.json carries the final variables of problems with fewer numbers than this.
 READABLE_NUMBERS = 1000
 
@@ -43,6 +47,7 @@ class State:
     step: int  # how many steps are committed
     upper: UpperVariable
     lower: LowerStates
+    figures: dict[str, float] = field(default_factory=dict)  # COUNTS so far, and the last step's LATEST
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Job:
     solver: Solver
     transport: Transport
 
-    def step_run(self, step: int) -> StepRun:
+    def step_run(self, step: int) -> StepRun | SharedRun:
         """This step's tasks: fresh ids, or a draw from the pool; a function of (config, step) alone."""
         pool, wanted = self.problem.pool, self.config.tasks_per_step
         if pool is None:
@@ -65,15 +70,11 @@ class Job:
         else:
             drawn = np.random.default_rng([self.config.seed, step]).choice(pool, wanted, replace=False)
             ids = sorted(int(task) for task in drawn)  # type: ignore[assignment]
-        return StepRun(
-            self.transport,
-            ids,
-            self.config.shards,
-            step=step,
-            steps=self.config.steps,
-            persistent=pool is not None,
-            project_upper=self.problem.project_upper,
-        )
+        return self.run_on(ids, self.config.shards, step=step)
+
+    def run_on(self, ids: Sequence[int], shards: int, **rest: Any) -> StepRun | SharedRun:
+        """A run on these tasks or blocks; `rest` as for StepRun."""
+        return step_run(self.problem, self.transport, ids, shards, steps=self.config.steps, **rest)
 
 
 def fit(
@@ -106,12 +107,17 @@ def fit(
         state.lower = LowerStates(lower.layout, {**state.lower.handles, **lower.handles})
         state.step += 1
 
+        metrics |= {"reduces": float(run.traffic.reduces), "bytes_reduced": float(run.traffic.bytes_reduced)}
+        state.figures = {
+            **{name: state.figures.get(name, 0.0) + metrics[name] for name in COUNTS if name in metrics},
+            **{name: metrics[name] for name in LATEST if name in metrics},
+        }
         metrics |= run.seconds
         metrics["step_s"] = time.perf_counter() - started
         metrics["update_s"] = metrics["step_s"] - sum(run.seconds.values())
         every = config.evaluation.every_steps
-        if every is not None and state.step % every == 0 and job.problem.meta_tests:
-            metrics |= _validate(job, state)
+        if every is not None and state.step % every == 0:
+            metrics |= _validate(job, state) if job.problem.meta_tests else _own_figures(job, state)
         log(state.step - 1, metrics)
         if state.step % config.checkpoint.every_steps == 0 and state.step < config.steps:
             save(state)
@@ -125,8 +131,12 @@ def final_metrics(job: Job, state: State, say: Callable[[str], None]) -> dict[st
     except DivergenceError as error:
         say(f"no figures with many more inner steps, which diverge ({error}): solver.inner_lr is at the edge of what is stable")
         metrics = {}
+    metrics |= state.figures
     if not job.problem.meta_tests:
-        return metrics | _own_figures(job, state)
+        metrics |= _own_figures(job, state)
+        if (steps := job.config.evaluation.solve_steps) is not None:
+            metrics |= {f"{name}_solved": value for name, value in _own_figures(job, state, steps).items()}
+        return metrics
     episodes = job.config.evaluation.episodes
     metrics |= meta_test(job, state.upper, "test", episodes)
     for name, changes in job.problem.evaluation_variants().items():
@@ -150,19 +160,10 @@ def meta_test(
     job: Job, upper: UpperVariable, split: Split, episodes: int, variant: Mapping[str, Any] | None = None
 ) -> dict[str, float]:
     """Means over the split's first `episodes` tasks, y adapted on g alone; `<split>_ci95` is the 95 % half-width of the accuracy."""
-    run = StepRun(
-        job.transport,
-        range(episodes),
-        math.ceil(episodes / EVALUATION_SHARD),
-        step=0,
-        steps=job.config.steps,
-        persistent=False,
-        split=split,
-        variant=variant,
-        differentiable=False,
-    )
+    shards = math.ceil(episodes / EVALUATION_SHARD)
+    run = job.run_on(range(episodes), shards, step=0, persistent=False, split=split, variant=variant, differentiable=False)
     sums, _ = run(evaluate, job.solver, upper.params, LowerStates.none(), steps=job.config.evaluation.inner_steps)
-    means = {name.removeprefix("sum/"): float(value) / episodes for name, value in sums.items() if name.startswith("sum/")}
+    means = _means(job, sums, episodes)
     # A baseline's figure is not the method's, so it does not take the split's name.
     figures = {name if name.startswith("baseline_") else f"{split}_{name}": value for name, value in means.items()}
     if "accuracy" in means and episodes > 1:
@@ -171,21 +172,22 @@ def meta_test(
     return figures
 
 
-def _own_figures(job: Job, state: State) -> dict[str, float]:
+def _own_figures(job: Job, state: State, steps: int = 0) -> dict[str, float]:
+    """Figures at the lower variables that the run carries, after `steps` steps on g alone: of a pool's tasks, or of the one shared y."""
     pool = job.problem.pool
     if pool is None:
         return {}
-    run = StepRun(
-        job.transport,
-        range(pool),
-        job.config.shards,
-        step=state.step,
-        steps=job.config.steps,
-        persistent=True,
-        differentiable=False,
+    split: Split = "test" if job.problem.lower == "shared" else "train"
+    run = job.run_on(range(pool), job.config.shards, step=state.step, split=split, differentiable=False)
+    sums, _ = run(evaluate, job.solver, state.upper.params, state.lower, steps=steps)
+    return _means(job, sums, run.tasks)
+
+
+def _means(job: Job, sums: Sums, count: int) -> dict[str, float]:
+    """What kernel `evaluate` summed, as the problem reports it."""
+    return job.problem.summary(
+        {name.removeprefix("sum/"): float(value) / count for name, value in sums.items() if name.startswith("sum/")}
     )
-    sums, _ = run(evaluate, job.solver, state.upper.params, state.lower, steps=0)
-    return {name.removeprefix("sum/"): float(value) / pool for name, value in sums.items() if name.startswith("sum/")}
 
 
 def final_variables(job: Job, state: State) -> dict[str, Any] | None:
@@ -214,7 +216,7 @@ def to_checkpoint(job: Job, state: State) -> Checkpoint:
     return Checkpoint(
         step=state.step,
         upper=dict(state.upper.params),
-        solver={"optimizer": state.upper.state_dict(), "lower_layout": state.lower.layout},
+        solver={"optimizer": state.upper.state_dict(), "lower_layout": state.lower.layout, "figures": dict(state.figures)},
         lower={task: torch.tensor(array) for task, array in zip(ids, arrays, strict=True)},
         config=job.config.to_dict(),
     )
@@ -226,6 +228,7 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     state.upper.load(checkpoint.upper, checkpoint.solver["optimizer"])
     handles = {task: tensor.numpy() for task, tensor in checkpoint.lower.items()}
     state.lower = LowerStates(checkpoint.solver["lower_layout"], handles)
+    state.figures = dict(checkpoint.solver["figures"])
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,14 @@ TENSORBOARD_TAGS = {
     "residual": "implicit/residual",
     "aux_norm": "implicit/aux_norm",
     "mu": "implicit/mu",
+    "penalty": "implicit/penalty",
     "upper_norm": "upper/norm",
     "upper_update_norm": "upper/update_norm",
     "learning_rate": "upper/learning_rate",
     "gradient_evaluations": "cost/gradient_evaluations",
     "hessian_products": "cost/hessian_products",
+    "reduces": "cost/reduces",
+    "bytes_reduced": "cost/bytes_reduced",
     "broadcast_s": "time/broadcast_s",
     "compute_s": "time/compute_s",
     "reduce_s": "time/reduce_s",
@@ -165,6 +169,7 @@ class MetricsLog:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
+            _next_second(self._folder.tensorboard)
             # TensorBoard then hides what earlier event files say of these steps.
             purge_step = from_step if from_step > 0 else None
             self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=purge_step)
@@ -201,6 +206,15 @@ def _keep_before(path: Path, step: int) -> None:
 def _replace(path: Path, text: str) -> None:
     with _naming(path), written_whole(path) as file:
         file.write(text.encode())
+
+
+def _next_second(folder: Path) -> None:
+    """Waits until a new event file comes after those in the folder: TensorBoard reads them in the order of their names, which begin with the
+    second of their birth.
+    """
+    newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
+    while 0 <= newest - int(time.time()) < 2:  # a clock that was set back is not waited for
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

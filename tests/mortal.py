@@ -1,4 +1,4 @@
-"""A user's file for the fault tests: few-shot and quadratic problems whose worker dies or hangs once, in the middle of a step.
+"""A user's file for the fault tests: problems of three kinds whose worker dies or hangs once, in the middle of a step.
 
 The mark is made by the first worker to get there, so that only it is struck and the shard's second run goes through.
 """
@@ -16,6 +16,7 @@ import toy  # registers the toy data set; tests/ is on the workers' path
 from bomemeta.core.problem import Batch, Split
 from bomemeta.problems.analytic import Analytic
 from bomemeta.problems.few_shot import FewShot
+from bomemeta.problems.hyper_cleaning import HyperCleaning
 from bomemeta.registry import problems
 
 __all__ = ["toy"]
@@ -49,3 +50,9 @@ class MortalFewShot(Strike, FewShot):
 @dataclass(kw_only=True)
 class MortalAnalytic(Strike, Analytic):
     """analytic whose worker is struck once."""
+
+
+@problems.register("mortal_hyper_cleaning")
+@dataclass(kw_only=True)
+class MortalHyperCleaning(Strike, HyperCleaning):
+    """hyper_cleaning whose worker is struck once."""

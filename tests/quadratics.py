@@ -83,12 +83,38 @@ class Synthetic(BilevelProblem):
         return float((bench.x() - self.solution()).norm() / self.solution().norm())
 
 
+@dataclass(kw_only=True)
+class SharedSynthetic(Synthetic):
+    """The same with one y for all tasks, which are then blocks: f = mean_i f_i, g = mean_i g_i."""
+
+    lower = "shared"
+
+    def lower_gradient(self, encoded, lower, batch):
+        return None
+
+    def solution(self) -> Tensor:
+        a, b, c, t = (tensor.mean(0) for tensor in self._data.values())
+        slope = torch.linalg.solve(a, b)
+        matrix = slope.mT @ slope + self.rho * torch.eye(self.dim_upper, dtype=torch.float64)
+        return torch.linalg.solve(matrix, slope.mT @ (t - torch.linalg.solve(a, c)))
+
+    def hypergradient(self, x: Tensor) -> Tensor:
+        """dF/dx at x, in closed form."""
+        a, b, c, t = (tensor.mean(0) for tensor in self._data.values())
+        y = torch.linalg.solve(a, b @ x + c)
+        return self.rho * x + torch.linalg.solve(a, b).mT @ (y - t)
+
+
 def lancbio(**changes) -> LancBiO:
     return replace(LancBiO(subspace=10, inner_steps=5, inner_lr=0.01, upper_lr=0.02), **changes)
 
 
 def small(tasks: int = 1) -> BilevelProblem:
     return attached(Synthetic(tasks=tasks, dim_upper=4, dim_lower=12, condition=10.0, pull=2.0))
+
+
+def shared(blocks: int = 1) -> SharedSynthetic:
+    return attached(SharedSynthetic(tasks=blocks, dim_upper=4, dim_lower=12, condition=10.0, pull=2.0))
 
 
 SOLVERS = {

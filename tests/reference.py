@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.oracle import LocalOracle
+from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.tree import Params
 
 
@@ -45,7 +45,7 @@ def curvature(
         else tuple(torch.zeros_like(tensor) for tensor in inputs)
     )
     cotangent = products[len(leaf) :]
-    upper = oracle._pull_back(cotangent) if oracle._encodes else dict(zip(oracle._leaves, cotangent, strict=True))
+    upper = oracle._in_x(cotangent)
     return Curvature(
         [value.detach() for value in values],
         {name: grad.detach() for name, grad in zip(leaf, grads, strict=True)},

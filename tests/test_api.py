@@ -69,7 +69,7 @@ def test_result_json_carries_what_was_promised(finished):
 
 def test_confidence_interval_is_that_of_the_mean_over_episodes(finished):
     """The two numbers again, episode by episode, from the parts."""
-    from bomemeta.core.oracle import LocalOracle
+    from bomemeta.core.local_oracle import LocalOracle
     from bomemeta.problems.few_shot import FewShot
     from bomemeta.solvers.bome import BOME
 

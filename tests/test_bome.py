@@ -210,7 +210,7 @@ def test_direction_of_fresh_episodes_approaches_the_true_hypergradient():
 
     def hyper_objective(upper):
         from bomemeta.core.inner import gradient_steps
-        from bomemeta.core.oracle import LocalOracle
+        from bomemeta.core.local_oracle import LocalOracle
 
         oracle = LocalOracle(problem, upper, problem.load(ids, 0, "train"), "loop", False)
         return float(oracle.upper(gradient_steps(oracle, oracle.init_lower(), 300, 0.2)).value.mean())

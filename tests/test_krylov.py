@@ -34,6 +34,11 @@ def times(matrix):
     return lambda rows: (matrix @ rows[..., None])[..., 0]
 
 
+def linear(matrix, right, start=None):
+    image = None if start is None else times(matrix)(start)
+    return krylov.LinearSystem(right, times(matrix), lambda basis: basis @ matrix @ basis.mT, start, image)
+
+
 def began(matrix, right, v, subspace, length=None):
     """An epoch's start in every task."""
     state = krylov.lanczos(v, subspace)
@@ -208,7 +213,7 @@ def test_negative_definite_matrix_keeps_the_anchor():
     matrix, right, anchor = -conditioned(6, 10.0), normal(3, 6, seed=1), normal(3, 6, seed=2)
     state = grown(began(matrix, right, anchor, 3), matrix, right)
     torch.testing.assert_close(state.v, anchor)
-    assert (krylov.conjugate_gradients(times(matrix), right, anchor, 4) == anchor).all()
+    assert (krylov.conjugate_gradients(linear(matrix, right, anchor), 4) == anchor).all()
 
 
 def test_numbers_that_are_not_finite_come_through():
@@ -238,16 +243,16 @@ def test_cg_equals_the_textbook_and_then_the_dense_solution():
     matrix, right, start = conditioned(12, 30.0), normal(3, 12, seed=1), normal(3, 12, seed=2)
     for steps in (0, 1, 5):
         want = torch.stack([plain_cg(matrix[i], right[i], start[i], steps) for i in range(3)])
-        torch.testing.assert_close(krylov.conjugate_gradients(times(matrix), right, start, steps), want)
+        torch.testing.assert_close(krylov.conjugate_gradients(linear(matrix, right, start), steps), want)
     # 12 steps end it; the others are there to show that a solved task stays where it is
-    solution = krylov.conjugate_gradients(times(matrix), right, None, 40)
+    solution = krylov.conjugate_gradients(linear(matrix, right), 40)
     torch.testing.assert_close(solution, torch.linalg.solve(matrix, right), atol=1e-10, rtol=1e-10)
 
 
 def test_cg_of_a_zero_right_hand_side_is_zero():
     matrix, right = conditioned(6, 10.0), normal(3, 6, seed=1)
     right[1] = 0
-    v = krylov.conjugate_gradients(times(matrix), right, None, 6)
+    v = krylov.conjugate_gradients(linear(matrix, right), 6)
     assert (v[1] == 0).all()
     torch.testing.assert_close(v[[0, 2]], torch.linalg.solve(matrix, right)[[0, 2]], atol=1e-10, rtol=1e-10)
 
@@ -260,17 +265,31 @@ def test_cg_counts_its_products():
         calls.append(1)
         return times(matrix)(rows)
 
-    krylov.conjugate_gradients(product, right, None, 4)
+    system = linear(matrix, right)._replace(product=product)
+    krylov.conjugate_gradients(system, 4)
     assert len(calls) == 4
-    krylov.conjugate_gradients(product, right, right, 4)
+    krylov.conjugate_gradients(system.restarted(right), 4)
     assert len(calls) == 9
+    krylov.gradient_descent(system, 4, 0.1)
+    assert len(calls) == 12
+    krylov.gradient_descent(system.restarted(right), 4, 0.1)
+    assert len(calls) == 16
+
+
+def test_gradient_descent_from_zero_is_the_neumann_series():
+    matrix, right, v = conditioned(6, 10.0), normal(3, 6, seed=1), normal(3, 6, seed=2)
+    kept = torch.eye(6, dtype=torch.float64) - 0.05 * matrix
+    series = 0.05 * sum((torch.linalg.matrix_power(kept, i) @ right[..., None])[..., 0] for i in range(7))
+    torch.testing.assert_close(krylov.gradient_descent(linear(matrix, right), 7, 0.05), series)
+    warm = series + (torch.linalg.matrix_power(kept, 7) @ v[..., None])[..., 0]
+    torch.testing.assert_close(krylov.gradient_descent(linear(matrix, right, v), 7, 0.05), warm)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_plane_is_as_good_as_a_gradient_step_and_as_staying(seed):
     matrix, right, v = conditioned(20, 100.0, seed=seed), normal(3, 20, seed=seed + 10), normal(3, 20, seed=seed + 20)
     lr = 0.01  # 1 / (the largest eigenvalue)
-    got = krylov.two_dimensional(times(matrix), right, v, lr, FLOOR)
+    got = krylov.two_dimensional(linear(matrix, right, v), lr, FLOOR)
     stepped = v - lr * (times(matrix)(v) - right)
     assert (energy(matrix, right, got) <= energy(matrix, right, stepped)).all()
     assert (energy(matrix, right, got) < energy(matrix, right, v)).all()
@@ -286,9 +305,9 @@ def test_plane_that_is_a_line_or_a_point():
     right, v = normal(4, 6, seed=1), normal(4, 6, seed=2)
     v[0], v[1], right[2] = 0, 3 * right[1], 0
     right[3], v[3] = 0, 0
-    torch.testing.assert_close(krylov.two_dimensional(times(eye), right, v, 0.5, FLOOR), right)
+    torch.testing.assert_close(krylov.two_dimensional(linear(eye, right, v), 0.5, FLOOR), right)
     matrix = conditioned(6, 10.0, tasks=4)
-    got = krylov.two_dimensional(times(matrix), right, torch.zeros_like(v), 0.1, FLOOR)
+    got = krylov.two_dimensional(linear(matrix, right), 0.1, FLOOR)
     scale = (right * right).sum(1) / (right * times(matrix)(right)).sum(1)
     torch.testing.assert_close(got[:2], (scale[:, None] * right)[:2])
     assert (got[2:] == 0).all()

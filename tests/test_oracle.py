@@ -6,7 +6,8 @@ from reference import curvature
 from toy import attached
 
 from bomemeta.core import tree
-from bomemeta.core.oracle import LocalOracle, Term
+from bomemeta.core.local_oracle import LocalOracle
+from bomemeta.core.oracle import Term
 from bomemeta.problems.analytic import Analytic
 from bomemeta.problems.few_shot import FewShot
 

@@ -48,7 +48,18 @@ QUADRATIC: dict[str, Any] = {
     "steps": STEPS, "tasks_per_step": 4, "shards": 3, "dtype": "float64",
     "checkpoint": {"every_steps": 3}, "log": {"tensorboard": False},
 }  # fmt: skip
-JOBS = {"few_shot": FEW_SHOT, "quadratic": QUADRATIC}
+# One lower variable, its data in five uneven blocks on the workers; the Krylov basis is part of its state.
+SHARED: dict[str, Any] = {
+    "imports": [MORTAL],
+    "problem": {
+        "name": "mortal_hyper_cleaning", "train": 62, "validation": 33, "selection": 10, "weights": "sigmoid", "blocks": 5,
+    },
+    "data": {"dataset": "toy_labelled"},
+    "solver": {"name": "lancbio", "subspace": 3, "inner_steps": 2, "inner_lr": 0.1, "upper_lr": 10.0},
+    "steps": STEPS, "shards": 3, "dtype": "float64",
+    "checkpoint": {"every_steps": 3}, "log": {"tensorboard": False},
+}  # fmt: skip
+JOBS = {"few_shot": FEW_SHOT, "quadratic": QUADRATIC, "shared": SHARED}
 
 
 @pytest.fixture(scope="module")

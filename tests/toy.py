@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from bomemeta.core.problem import BilevelProblem
 from bomemeta.core.solver import LowerStates, Solver, StepResult
 from bomemeta.core.upper import UpperVariable
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
+from bomemeta.data.labelled import Examples
 from bomemeta.distributed.packing import PackedTasks, unpack_tasks
-from bomemeta.distributed.rounds import StepRun
+from bomemeta.distributed.rounds import SharedRun, StepRun, step_run
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.worker import ShardWorker, variant_of
 from bomemeta.registry import datasets
@@ -59,6 +60,25 @@ class Toy:
         return Episode(*images(spec.shots), *images(spec.queries))
 
 
+@datasets.register("toy_labelled")
+@dataclass(frozen=True, kw_only=True)
+class ToyLabelled:
+    """Rows of 6 numbers around 3 class centres: 120 for training, 30 for testing."""
+
+    features: ClassVar[int] = 6
+    classes: ClassVar[int] = 3
+
+    def prepare(self) -> None:
+        pass
+
+    def examples(self, part: str) -> Examples:
+        count, seed = (120, 0) if part == "train" else (30, 1)
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(count) % self.classes
+        centres = 2 * torch.eye(self.classes, self.features)
+        return Examples(centres[labels] + torch.randn(count, self.features, generator=generator), labels)
+
+
 def attached(problem: BilevelProblem, dtype: torch.dtype = torch.float64, seed: int = 0) -> BilevelProblem:
     """The problem ready for use, on the toy data set where it needs one."""
     data = None
@@ -89,16 +109,8 @@ class Bench:
         self.lower = LowerStates.none()
         self.step = 0
 
-    def run(self, task_ids: Sequence[int]) -> StepRun:
-        return StepRun(
-            self.transport,
-            task_ids,
-            self.shards,
-            step=self.step,
-            steps=self.steps,
-            persistent=self.problem.pool is not None,
-            project_upper=self.problem.project_upper,
-        )
+    def run(self, task_ids: Sequence[int]) -> StepRun | SharedRun:
+        return step_run(self.problem, self.transport, task_ids, self.shards, step=self.step, steps=self.steps)
 
     def advance(self, task_ids: Sequence[int] | None = None) -> StepResult:
         ids = task_ids if task_ids is not None else range(self.problem.pool or 4)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.krylov import Product
-from bomemeta.core.oracle import LocalOracle
+from bomemeta.core.krylov import LinearSystem, Product
+from bomemeta.core.oracle import Adjoint, G, Hessian, Oracle
 from bomemeta.core.solver import Run, Sums, mean_sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -21,29 +21,47 @@ from bomemeta.core.upper import UpperVariable
 MEANS = ("upper_loss", "lower_loss", "residual", "aux_norm", "gradient_evaluations", "hessian_products")
 
 
-def flat_hessian(oracle: LocalOracle, at: Params, rows: Tensor | None = None) -> Product:
-    """`oracle.hessian` on flat vectors, [B, n] to [B, n]."""
-    product = oracle.hessian(at, rows)
-    return lambda direction: tree.flatten_tasks(product(tree.unflatten_tasks(direction, at)))
+def linear_system(oracle: Oracle, at: Params, start: Tensor | None) -> LinearSystem:
+    """A v = b at y = `at` on flat vectors, to be started from `start` [B, n]; None: from 0. One question."""
+    right, image, hessian = oracle.system(at, None if start is None else tree.unflatten_tasks(start, at))
+
+    def projected(basis: Tensor) -> Tensor:
+        return hessian.projected([tree.unflatten_tasks(vector, at) for vector in basis.unbind(1)])
+
+    return LinearSystem(
+        tree.flatten_tasks(right.lower), flat(hessian, at), projected, start, tree.flatten_tasks(image) if image else None
+    )
 
 
-def hypergradient(oracle: LocalOracle, at: Params, v: Tensor, weight: float | Tensor = 1.0) -> Sums:
-    """The kernel's sums at y = `at` and `v` [B, n]: `direction` = sum_i weight_i (grad_x f_i - (d2g_i/dxdy) v_i), losses, |A v - b|, costs.
+def flat(hessian: Hessian, at: Params) -> Product:
+    """A Hessian on flat vectors, [B, n] to [B, n]."""
+    return lambda direction: tree.flatten_tasks(hessian(tree.unflatten_tasks(direction, at)))
 
-    The double backward of the cross product gives A v along with it: the residual is free, and not counted among the Hessian products.
-    A task whose weight is 0 has no residual here.
+
+def hypergradient(oracle: Oracle, at: Params, v: Tensor, weight: float | Tensor = 1.0, residual: bool = True) -> Sums:
+    """The kernel's sums at y = `at` and `v` [B, n]: `direction` = sum_i weight_i (grad_x f_i - (d2g_i/dxdy) v_i), losses, costs and, with
+    `residual`, |A v - b|.
+
+    The double backward of the cross product gives A v along with it: the residual costs no product and is not counted as one, but it is
+    sent where the lower problem is shared. A task whose weight is 0 has no residual here.
     """
     products = oracle.hessian_products
-    system = oracle.adjoint(at, tree.unflatten_tasks(v, at), ("lower", 1.0), weight=weight)
-    return {
-        "direction": system.upper,
-        "upper_loss": system.upper_value.sum(),
-        "lower_loss": system.values[0].sum(),
-        "residual": tree.flatten_tasks(system.residual).norm(dim=1).sum(),
-        "aux_norm": v.norm(dim=1).sum(),
+    at_v = tree.unflatten_tasks(v, at)
+    found = oracle.adjoint(at, at_v, *G, weight=weight, gradient=False, residual=residual)
+    return adjoint_sums(oracle, found, at_v, products)
+
+
+def adjoint_sums(oracle: Oracle, at: Adjoint, v: Params, hessian_products: float) -> Sums:
+    """What the driver needs of an adjoint system, as sums over tasks. `hessian_products`: per task, so far."""
+    sums: Sums = {
+        "direction": at.upper,
+        "upper_loss": at.upper_value.sum(),
+        "lower_loss": at.values[-1].sum(),
+        "aux_norm": tree.dot_tasks(v, v).sqrt().sum(),
         "gradient_evaluations": torch.tensor(float(oracle.gradient_evaluations * oracle.tasks)),
-        "hessian_products": torch.tensor(float(products * oracle.tasks)),
+        "hessian_products": torch.tensor(float(hessian_products * oracle.tasks)),
     }
+    return sums | ({"residual": tree.dot_tasks(at.residual, at.residual).sqrt().sum()} if at.residual else {})
 
 
 def move_upper(upper: UpperVariable, sums: Sums, run: Run, lr: float | None = None) -> dict[str, float]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bomemeta.core import tree
-from bomemeta.core.oracle import LocalOracle
+from bomemeta.core.oracle import Oracle
 from bomemeta.core.solver import KernelResult, LowerGroups, Solver
 from bomemeta.core.tree import Params
 
 
-def gradient_steps(oracle: LocalOracle, start: Params, steps: int, lr: float) -> Params:
+def gradient_steps(oracle: Oracle, start: Params, steps: int, lr: float) -> Params:
     """`steps` projected gradient steps of size `lr` on g, each task its own."""
     at = start
     for _ in range(steps):
@@ -16,12 +16,12 @@ def gradient_steps(oracle: LocalOracle, start: Params, steps: int, lr: float) ->
     return at
 
 
-def evaluate(solver: Solver, oracle: LocalOracle, lower: LowerGroups | None, *, steps: int | None) -> KernelResult:
+def evaluate(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int | None) -> KernelResult:
     """Kernel: the problem's figures of merit, as sums and sums of squares over tasks.
 
-    Tasks that carry a y of their own are judged at it, fresh ones at y adapted on g.
+    Tasks that carry a y of their own are judged at it after `steps` steps on g, fresh ones at y adapted on g.
     """
-    at = lower["y"] if lower is not None else solver.adapt(oracle, steps)
+    at = solver.adapt(oracle, steps, lower["y"] if lower is not None else None) if lower is None or steps else lower["y"]
     figures = oracle.evaluate(at)
     sums = {f"sum/{name}": value.sum() for name, value in figures.items()}
     squares = {f"square/{name}": value.square().sum() for name, value in figures.items()}

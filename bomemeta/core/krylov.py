@@ -1,10 +1,11 @@
-"""Ways to (nearly) solve A v = b, A = d2g/dy2, for a stack of B tasks at once; vectors are rows [B, n], `Product` is u -> A u.
+"""Ways to (nearly) solve A v = b, A = d2g/dy2, for a stack of B tasks at once; vectors are rows [B, n].
 
-What an update carries from one outer step to the next is an argument and a result:
+A `LinearSystem` has b, A as a product, and the v to start from, which is what an update carries from one outer step to the next:
 
-    conjugate_gradients(product, b, v, steps) -> v          Q steps, warm from v
-    two_dimensional(product, b, v, lr, floor) -> v          SubBiO: the best v in span{b, (I - lr A) v}
-    restarted, extended, solved: Lanczos -> Lanczos         LancBiO: a basis that grows by one vector per outer step
+    gradient_descent(system, steps, lr) -> v         v - lr (A v - b), so many times; from 0 a truncated Neumann series
+    conjugate_gradients(system, steps) -> v          the best v of the Krylov space of so many steps
+    two_dimensional(system, lr, floor) -> v          SubBiO: the best v in span{b, (I - lr A) v}
+    restarted, extended, solved: Lanczos -> Lanczos  LancBiO: a basis that grows by one vector per outer step
 
 Tasks are at different places of their epochs, so the basis has a fixed shape and its empty rows are 0: a zero row makes a zero row of
 the projected matrix, a Ritz value 0, and those are left out of every solution.
@@ -18,7 +19,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]  # u -> A u, [B, n] to [B, n]
+
+
+class LinearSystem(NamedTuple):
+    """A v = b at one point, and where to start."""
+
+    right: Tensor  # b [B, n]
+    product: Product
+    projected: Callable[[Tensor], Tensor]  # [B, k, n] to the matrix u_i'A u_j, [B, k, k]
+    start: Tensor | None = None  # v [B, n]; None: 0
+    image: Tensor | None = None  # A times `start`, given with it
+
+    def restarted(self, v: Tensor) -> LinearSystem:
+        """The same system to be started from v: one product."""
+        return self._replace(start=v, image=self.product(v))
+
+    def begin(self) -> tuple[Tensor, Tensor]:
+        """v and A v to start from."""
+        if self.start is None or self.image is None:
+            return torch.zeros_like(self.right), torch.zeros_like(self.right)
+        return self.start, self.image
+
 
 # What is left of a vector after it was made orthogonal to others is rounding below this many units of it; 100 leaves room for
 # the sums over n numbers that the rounding comes from.
@@ -61,8 +83,8 @@ def restarted(state: Lanczos, due: Tensor, image: Tensor, right: Tensor, length:
 
 
 def newest(state: Lanczos) -> Tensor:
-    """q_j, the vector whose product with A `extended` wants, [B, n]."""
-    index = state.size.long()[..., None].expand(-1, 1, state.basis.shape[2])
+    """q_j, the vector whose product with A `extended` wants, [B, n]. Of no meaning where a restart is due."""
+    index = state.size.long().clamp_max(state.basis.shape[1] - 1)[..., None].expand(-1, 1, state.basis.shape[2])
     return state.basis.gather(1, index)[:, 0]
 
 
@@ -127,14 +149,26 @@ def ritz_solution(matrix: Tensor, right: Tensor, floor: float) -> Tensor:
     return _combine(vectors.mT, inverse * _components(vectors.mT, wanted)).to(right)
 
 
-def conjugate_gradients(product: Product, right: Tensor, start: Tensor | None, steps: int) -> Tensor:
-    """v after `steps` steps of conjugate gradients from `start`; None: from 0, which saves the first of `steps` + 1 products.
+def gradient_descent(system: LinearSystem, steps: int, lr: float) -> Tensor:
+    """v after `steps` steps v - lr (A v - b): `steps` - 1 products, the first step's being known. From v = 0 the result is the Neumann
+    series lr sum_{i < steps} (I - lr A)^i b.
+    """
+    v, image = system.begin()
+    for step in range(steps):
+        if step > 0:
+            image = system.product(v)
+        v = v - lr * (image - system.right)
+    return v
+
+
+def conjugate_gradients(system: LinearSystem, steps: int) -> Tensor:
+    """v after `steps` steps of conjugate gradients.
 
     A task stops where its residual is rounding, and where a direction has no positive curvature: A is not definite, and the step
     would lead away from every solution.
     """
-    v = torch.zeros_like(right) if start is None else start
-    residual = right if start is None else right - product(start)
+    v, image = system.begin()
+    right, product, residual = system.right, system.product, system.right - image
     direction, square = residual, _dot(residual, residual)
     least = torch.finfo(right.dtype).eps ** 2 * _dot(right, right)
     for _ in range(steps):
@@ -151,21 +185,22 @@ def conjugate_gradients(product: Product, right: Tensor, start: Tensor | None, s
     return v
 
 
-def two_dimensional(product: Product, right: Tensor, v: Tensor, lr: float, floor: float) -> Tensor:
-    """The minimiser of u'Au/2 - b'u over span{b, (I - lr A) v}, with three products. At least as good as v - lr (A v - b).
+def two_dimensional(system: LinearSystem, lr: float, floor: float) -> Tensor:
+    """The minimiser of u'Au/2 - b'u over span{b, (I - lr A) v}, with two products more. At least as good as v - lr (A v - b).
 
     Source: Gao, Yang, Yuan, SubBiO, ICLR 2025. An orthonormal basis by Gram-Schmidt; a vector that depends on the other, or is 0,
     is left out (rank test), and so are Ritz pairs at or below `floor` times the largest.
     """
-    first = _unit(right, _norm(right) > 0)
-    moved = v - lr * product(v)
+    v, image = system.begin()
+    first = _unit(system.right, _norm(system.right) > 0)
+    moved = v - lr * image
     second = moved
     for _ in range(2):
         second = second - _dot(first, second) * first
     second = _unit(second, _norm(second) > _rounding(moved) * _norm(moved))
     basis = torch.stack([first, second], dim=1)
-    matrix = torch.stack([product(first), product(second)], dim=1) @ basis.mT
-    return _combine(basis, ritz_solution((matrix + matrix.mT) / 2, _components(basis, right), floor))
+    matrix = system.projected(basis)
+    return _combine(basis, ritz_solution((matrix + matrix.mT) / 2, _components(basis, system.right), floor))
 
 
 def _components(basis: Tensor, vector: Tensor) -> Tensor:

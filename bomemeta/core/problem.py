@@ -1,5 +1,7 @@
 """What a bilevel problem is:  min_x mean_i f_i(x, y_i)  subject to  y_i in argmin_y g_i(x, y).
 
+Where the lower problem is shared there is one y, and the "tasks" i are blocks of its data:  f = mean_i f_i(x, y), g = mean_i g_i(x, y).
+
 A problem is a dataclass: its fields are the keys of the config's `problem:` section. Losses are written for ONE task in plain
 PyTorch; the oracle maps them over a stack of tasks.
 """
@@ -40,7 +42,10 @@ class BilevelProblem:
 
     @property
     def pool(self) -> int | None:
-        """N: there are the tasks 0..N-1 and their lower variables persist from step to step. None: every step draws fresh tasks."""
+        """N: there are the tasks 0..N-1 and their lower variables persist from step to step. None: every step draws fresh tasks.
+
+        Shared: the number of blocks; y persists in any case.
+        """
         return None
 
     def init_upper(self, generator: torch.Generator) -> Params:
@@ -48,7 +53,10 @@ class BilevelProblem:
         raise must_define(self, "init_upper")
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
-        """The data of these tasks, stacked: every tensor `[B, ...]`. A pure function of (seed, step, split, task id)."""
+        """The data of these tasks, stacked: every tensor `[B, ...]`. A pure function of (seed, step, split, task id).
+
+        Shared: asked for in every round, so what does not change should be kept; split `test` is asked for `evaluate`.
+        """
         raise must_define(self, "load")
 
     def encode(self, upper: Params, batch: Batch) -> Encoded:
@@ -64,7 +72,7 @@ class BilevelProblem:
         return type(self).encode is not BilevelProblem.encode
 
     def init_lower(self, encoded: Encoded, batch: Batch) -> Params:
-        """y of a task that has none yet. For one task; not differentiated."""
+        """y of a task that has none yet. For one task; not differentiated. Shared: the first block is asked."""
         raise must_define(self, "init_lower")
 
     def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
@@ -94,6 +102,13 @@ class BilevelProblem:
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """Figures of merit of one task at an adapted y, each of shape [] (accuracy, ...). Default: f alone, as `loss`."""
         return {"loss": self.upper_loss(encoded, lower, batch)}
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What is reported, from the means over tasks or blocks of what `evaluate` gave. Default: these, as they are.
+
+        Where a figure is no mean, as F1 is none, `evaluate` gives the counts that it follows from.
+        """
+        return dict(means)
 
     def evaluation_variants(self) -> Mapping[str, Mapping[str, Any]]:
         """Named field changes under which meta-testing is reported too (BatchNorm policies). Default: none."""

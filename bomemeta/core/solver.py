@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from bomemeta.core.oracle import LocalOracle
+from bomemeta.core.oracle import Oracle
 from bomemeta.core.problem import BilevelProblem, must_define
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -92,8 +92,10 @@ class Solver:
         """One iteration of the algorithm. Moves `upper` in place as its LAST act: what fails before that changes nothing."""
         raise must_define(self, "step")
 
-    def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
-        """y of fresh tasks as meta-testing uses it: solved on g alone, `steps` inner steps (None: as many as training uses)."""
+    def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
+        """y solved on g alone, as meta-testing uses it: `steps` inner steps (None: as many as training uses) from `start` (None: from where a
+        fresh task's y is).
+        """
         raise must_define(self, "adapt")
 
     def examine(self, upper: UpperVariable, lower: LowerStates, run: Run) -> dict[str, float]:

@@ -29,12 +29,14 @@ def pack(sums: Sums, dtype: torch.dtype) -> Packed:
 
 
 def unpack(packed: Packed) -> Sums:
-    """The inverse of `pack`; tensors are copies."""
+    """The inverse of `pack`. Every tensor is a copy in memory of its own: vectorised sums round differently on differently aligned
+    memory, and workers must agree with the driver bit for bit.
+    """
     sums: Sums = {}
-    flat, start = torch.from_numpy(packed.buffer), 0
+    start = 0
     for name, key, shape in packed.layout:
         size = int(np.prod(shape, dtype=np.int64))
-        tensor = flat[start : start + size].reshape(shape).clone()
+        tensor = torch.tensor(packed.buffer[start : start + size]).reshape(shape)
         start += size
         if key is None:
             sums[name] = tensor

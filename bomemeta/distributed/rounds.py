@@ -1,21 +1,37 @@
-"""The driver's side of a round: cuts a step's tasks into shards, sends x once, adds the replies in shard order."""
+"""The driver's side of a round: cuts a step's tasks into shards, sends x once, adds the replies in shard order.
+
+`StepRun` runs kernels where the tasks are; `SharedRun` runs them here, on an oracle that asks the blocks of a shared lower problem.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.problem import Split
-from bomemeta.core.solver import Kernel, LowerStates, Reduced, Solver
+from bomemeta.core.problem import BilevelProblem, Split
+from bomemeta.core.reduced_oracle import ReducedOracle
+from bomemeta.core.solver import Kernel, Layout, LowerGroups, LowerStates, Reduced, Solver, Sums
 from bomemeta.core.tree import Params
-from bomemeta.distributed.packing import Packed, add_in_order, unpack
+from bomemeta.distributed.packing import Packed, PackedTasks, add_in_order, pack, pack_tasks, unpack, unpack_tasks
 from bomemeta.distributed.transport import ShardCall, Transport
 from bomemeta.distributed.worker import Request
 from bomemeta.errors import DivergenceError
+
+
+@dataclass
+class Traffic:
+    """What a step's rounds brought to the driver."""
+
+    reduces: int = 0  # rounds whose answers were added
+    bytes_reduced: int = 0  # over all shards
 
 
 class StepRun:
@@ -41,6 +57,7 @@ class StepRun:
         self.tasks, self.step, self.steps = len(task_ids), step, steps
         self.persistent, self.project_upper = persistent, project_upper
         self.seconds = {"broadcast_s": 0.0, "compute_s": 0.0, "reduce_s": 0.0}  # summed over the step's rounds
+        self.traffic = Traffic()
         self._transport, self._split, self._variant, self._differentiable = transport, split, dict(variant or {}), differentiable
         cuts = np.array_split(np.asarray(task_ids), min(shards, len(task_ids)))
         self._shards = [tuple(int(task) for task in cut) for cut in cuts]
@@ -54,10 +71,27 @@ class StepRun:
         keeps: bool = False,
         **arguments: Any,
     ) -> Reduced:
-        calls = [self._call(kernel, solver, arguments, lower, keeps, shard) for shard in self._shards]
-        answer = self._transport.run(tree.flatten(upper).numpy(), calls)
+        return self.ask(kernel, solver, upper, lower, {}, keeps, arguments)
+
+    def ask(
+        self,
+        kernel: Kernel,
+        solver: Solver,
+        upper: Params,
+        lower: LowerStates,
+        sent: LowerGroups,
+        keeps: bool,
+        arguments: Mapping[str, Any],
+    ) -> Reduced:
+        """As `Run.__call__`; `sent`: lower groups that all tasks share, sent along with x in place of states of the tasks' own."""
+        broadcast = pack({"x": upper, **sent}, next(iter(upper.values())).dtype)
+        calls = [self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout) for shard in self._shards]
+        answer = self._transport.run(broadcast.buffer, calls)
         start = time.perf_counter()
-        total = add_in_order([reply.reply.packed for reply in answer.replies])
+        parts = [reply.reply.packed for reply in answer.replies]
+        total = add_in_order(parts)
+        self.traffic.reduces += 1
+        self.traffic.bytes_reduced += sum(part.buffer.nbytes for part in parts)
         _check_finite(total)
         sums = unpack(total)
         handles = {
@@ -78,6 +112,7 @@ class StepRun:
         lower: LowerStates,
         keeps: bool,
         shard: tuple[int, ...],
+        sent: Layout,
     ) -> ShardCall:
         present = tuple(task in lower.handles for task in shard)
         request = Request(
@@ -92,9 +127,64 @@ class StepRun:
             layout=lower.layout,
             with_state=present,
             keeps=keeps,
+            sent=sent,
         )
         states = tuple(lower.handles[task] for task, has in zip(shard, present, strict=True) if has)
         return ShardCall(request, states, len(shard) if keeps else 0)
+
+
+class SharedRun:
+    """Runs kernels of a problem with one y: here, as a stack of one task, whose oracle asks the step's blocks through `blocks`."""
+
+    def __init__(self, problem: BilevelProblem, blocks: StepRun, first: StepRun) -> None:
+        self.tasks, self.persistent = 1, True
+        self.step, self.steps = blocks.step, blocks.steps
+        self.project_upper: Callable[[Params], Params] = problem.project_upper
+        self.seconds, self.traffic = blocks.seconds, blocks.traffic
+        self._problem, self._blocks, self._first = problem, blocks, first
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        solver: Solver,
+        upper: Params,
+        lower: LowerStates,
+        keeps: bool = False,
+        **arguments: Any,
+    ) -> Reduced:
+        groups = None
+        if SHARED_TASK in lower.handles:
+            groups = unpack_tasks(PackedTasks(lower.layout, torch.tensor(lower.handles[SHARED_TASK])[None]))
+        oracle = ReducedOracle(self._problem, functools.partial(self._ask, solver, upper))
+        result = kernel(solver, oracle, groups, **arguments)
+        if not keeps:
+            return Reduced(result.sums, LowerStates.none())
+        layout, rows = pack_tasks(result.lower)
+        row = rows[0].numpy()
+        _check_finite(Packed(layout, row))
+        return Reduced(result.sums, LowerStates(layout, {SHARED_TASK: row}))
+
+    def _ask(
+        self, solver: Solver, upper: Params, kernel: Kernel, sent: Mapping[str, Params], first: bool = False, **arguments: Any
+    ) -> Sums:
+        run = self._first if first else self._blocks
+        sums, _ = run.ask(kernel, solver, upper, LowerStates.none(), dict(sent), False, arguments)
+        return {name: _mean(value, run.tasks) for name, value in sums.items()}
+
+
+# The number under which the one y of a shared problem is kept.
+SHARED_TASK = 0
+
+
+def step_run(problem: BilevelProblem, transport: Transport, ids: Sequence[int], shards: int, **rest: Any) -> StepRun | SharedRun:
+    """The run of a step on these tasks or blocks, as the problem's `lower` wants it; `rest` as for StepRun."""
+    given: dict[str, Any] = {"project_upper": problem.project_upper, "persistent": problem.pool is not None, **rest}
+    run = StepRun(transport, ids, shards, **given)
+    return run if problem.lower == "per_task" else SharedRun(problem, run, StepRun(transport, ids[:1], 1, **given))
+
+
+def _mean(value: Tensor | Params, count: int) -> Tensor | Params:
+    return value / count if isinstance(value, Tensor) else tree.scaled(1 / count, value)
 
 
 def _check_finite(total: Packed) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from bomemeta.core import tree
-from bomemeta.core.oracle import LocalOracle, TaskMap
+from bomemeta.core.local_oracle import LocalOracle, TaskMap
 from bomemeta.core.problem import BilevelProblem, Split
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, Solver
-from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack_tasks
+from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
 
 
 class Request(NamedTuple):
@@ -30,6 +30,7 @@ class Request(NamedTuple):
     layout: Layout  # what is in a state array
     with_state: tuple[bool, ...]  # which of the tasks come with a state array
     keeps: bool  # whether the kernel's lower groups are returned, one array per task
+    sent: Layout  # what is in the broadcast array: x, and lower groups that all tasks share
 
 
 class ShardSums(NamedTuple):
@@ -47,14 +48,14 @@ class ShardWorker:
         self._device = torch.device(device)
         self._task_map: TaskMap = "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
         self._problems: dict[str, BilevelProblem] = {}
-        self._upper_like = self._problem({}).init_upper(torch.Generator().manual_seed(0))  # names and shapes only
+        self._problem({})  # what is wrong with it shows before the first step
 
     def execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
         problem = self._problem(request.variant)
-        upper = tree.unflatten(torch.tensor(broadcast, dtype=problem.dtype), self._upper_like)
+        sent = {name: self._on_device(params) for name, params in unpack(Packed(request.sent, broadcast)).items()}
         batch = problem.load(request.task_ids, request.step, request.split)
-        oracle = LocalOracle(problem, self._on_device(upper), self._on_device(batch), self._task_map, request.differentiable)
-        lower = self._unpack_lower(oracle, request, states)
+        oracle = LocalOracle(problem, sent.pop("x"), self._on_device(batch), self._task_map, request.differentiable)
+        lower = _repeated(sent, oracle.tasks) if sent else self._unpack_lower(oracle, request, states)
         result = request.kernel(request.solver, oracle, lower, **request.arguments)
         sums = pack(result.sums, problem.dtype)
         if not request.keeps:
@@ -86,6 +87,13 @@ class ShardWorker:
             for name, start in oracle.init_lower().items():
                 groups["y"][name][~known] = start[~known]
         return groups
+
+
+def _repeated(groups: LowerGroups, tasks: int) -> LowerGroups:
+    """Groups that all tasks share as stacks, without copies."""
+    return {
+        group: {name: tensor.expand(tasks, *tensor.shape) for name, tensor in params.items()} for group, params in groups.items()
+    }
 
 
 def variant_of(problem: BilevelProblem, changes: Mapping[str, Any]) -> BilevelProblem:

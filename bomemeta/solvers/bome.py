@@ -24,7 +24,7 @@ from torch import Tensor
 from bomemeta.core import tree
 from bomemeta.core.barrier import Barrier, Phi, barrier, stationarity
 from bomemeta.core.inner import gradient_steps
-from bomemeta.core.oracle import LocalOracle, Term
+from bomemeta.core.oracle import Oracle, Term
 from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult, Sums, mean_sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import Schedule, UpperVariable, schedule_factor
@@ -61,9 +61,9 @@ class BOME(UpperOptions):
     scale_barrier_steps: bool = True  # divide those by 1 + lambda_i: their length then stays of the order of the gradients'
     diagnose_every: Count = 25  # per_task barrier: how often the full grad q is measured for the log (0: never)
 
-    def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
+    def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
         steps = self.adapt_steps + self.inner_steps if steps is None else steps
-        return gradient_steps(oracle, oracle.init_lower(), steps, self.inner_lr)
+        return gradient_steps(oracle, start or oracle.init_lower(), steps, self.inner_lr)
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         full = self.barrier == "global" or (self.diagnose_every > 0 and run.step % self.diagnose_every == 0)
@@ -99,7 +99,7 @@ class BOME(UpperOptions):
 MEANS = ("upper_loss", "lower_loss", "gap", "gradient_evaluations", "multiplier", "multiplier_zero_share")
 
 
-def episode(solver: BOME, oracle: LocalOracle, lower: LowerGroups | None, *, full: bool) -> KernelResult:
+def episode(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bool) -> KernelResult:
     """Kernel for fresh tasks: adapt on g, keep a separate chain to y_T, move y by lower-only barrier steps, measure."""
     at = gradient_steps(oracle, oracle.init_lower(), solver.adapt_steps, solver.inner_lr)
     solved = gradient_steps(oracle, at, solver.inner_steps, solver.inner_lr)
@@ -113,7 +113,7 @@ def episode(solver: BOME, oracle: LocalOracle, lower: LowerGroups | None, *, ful
     return _measure_at(solver, oracle, at, solved, full)
 
 
-def measure(solver: BOME, oracle: LocalOracle, lower: LowerGroups | None, *, full: bool) -> KernelResult:
+def measure(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bool) -> KernelResult:
     """Kernel for tasks whose y persists: T inner steps from the current y, then f, q and their gradients at it.
 
     With the per-task barrier y is moved at once; with the global one its gradients wait for the multiplier (`move_lower`).
@@ -129,7 +129,7 @@ def measure(solver: BOME, oracle: LocalOracle, lower: LowerGroups | None, *, ful
     return KernelResult(result.sums, _moved(solver, oracle, waiting, waiting["direction"]))
 
 
-def move_lower(solver: BOME, oracle: LocalOracle, lower: LowerGroups, *, weight: float) -> KernelResult:
+def move_lower(solver: BOME, oracle: Oracle, lower: LowerGroups, *, weight: float) -> KernelResult:
     """Kernel: y <- y - lower_lr (grad_y f + lambda grad_y g), once lambda is known."""
     return KernelResult({}, _moved(solver, oracle, lower, tree.axpy(weight, lower["grad_g"], lower["grad_f"])))
 
@@ -143,7 +143,7 @@ class _Local(NamedTuple):
     grad_g: Params
 
 
-def _local_barrier(solver: BOME, oracle: LocalOracle, at: Params, solved_value: Tensor | None) -> _Local:
+def _local_barrier(solver: BOME, oracle: Oracle, at: Params, solved_value: Tensor | None) -> _Local:
     """Each task's own barrier from its lower block alone. `solved_value` = g(x, y_T), needed for phi = gap."""
     f, g = oracle.upper(at), oracle.lower(at)
     gap = g.value - solved_value if solved_value is not None else torch.zeros_like(g.value)
@@ -152,7 +152,7 @@ def _local_barrier(solver: BOME, oracle: LocalOracle, at: Params, solved_value: 
     return _Local(local, tree.axpy(local.weights(), g.lower, f.lower), f.value, g.value, f.lower, g.lower)
 
 
-def _measure_at(solver: BOME, oracle: LocalOracle, at: Params, solved: Params, full: bool) -> KernelResult:
+def _measure_at(solver: BOME, oracle: Oracle, at: Params, solved: Params, full: bool) -> KernelResult:
     """f, q and what the barrier needs at (x, y), as sums over tasks.
 
     `full`: both vectors in x, grad_x f and grad_x q. Per-task barrier: one vector, grad_x f + sum_i lambda_i grad_x q_i, the
@@ -161,8 +161,7 @@ def _measure_at(solver: BOME, oracle: LocalOracle, at: Params, solved: Params, f
     groups: LowerGroups = {}
     sums: Sums = {}
     if full:
-        f = oracle.total(Term("upper", at))
-        q = oracle.total(Term("lower", at), Term("lower", solved, -1.0))
+        f, q = oracle.totals((Term("upper", at),), (Term("lower", at), Term("lower", solved, -1.0, in_y=False)))
         values, solved_value = (f.values[0], q.values[0]), q.values[1]
         grad_f, grad_g = f.lowers[0], q.lowers[0]
         sums = {"grad_upper_f": f.upper, "grad_upper_gap": q.upper}
@@ -172,7 +171,7 @@ def _measure_at(solver: BOME, oracle: LocalOracle, at: Params, solved: Params, f
         known = None if solver.phi == "grad_norm" else oracle.lower(solved).value
         local = _local_barrier(solver, oracle, at, known)
         weights = local.barrier.weights()
-        combined = oracle.total(Term("upper", at), Term("lower", at, weights), Term("lower", solved, -weights))
+        combined = oracle.total(Term("upper", at), Term("lower", at, weights), Term("lower", solved, -weights, in_y=False))
         values, solved_value = (combined.values[0], combined.values[1]), combined.values[2]
         grad_f, grad_g = local.grad_f, local.grad_g
         groups = {"direction": local.direction}
@@ -194,7 +193,7 @@ def _measure_at(solver: BOME, oracle: LocalOracle, at: Params, solved: Params, f
     return KernelResult(scalars | sums, groups)
 
 
-def _moved(solver: BOME, oracle: LocalOracle, lower: LowerGroups, direction: Params) -> LowerGroups:
+def _moved(solver: BOME, oracle: Oracle, lower: LowerGroups, direction: Params) -> LowerGroups:
     if solver.lower_momentum == 0:
         return {"y": oracle.project_lower(tree.axpy(-solver.lower_lr, direction, lower["y"]))}
     velocity = tree.axpy(solver.lower_momentum, lower["velocity"], direction)

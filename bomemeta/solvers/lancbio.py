@@ -26,25 +26,20 @@ from pydantic import Field
 from torch import Tensor
 
 from bomemeta.core import krylov, tree
-from bomemeta.core.implicit import flat_hessian, hypergradient, move_upper
+from bomemeta.core.implicit import flat, hypergradient, linear_system
 from bomemeta.core.inner import gradient_steps
-from bomemeta.core.krylov import Lanczos
-from bomemeta.core.oracle import LocalOracle
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult
+from bomemeta.core.krylov import Lanczos, LinearSystem
+from bomemeta.core.oracle import Oracle
+from bomemeta.core.solver import Kernel, KernelResult, LowerGroups
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
-from bomemeta.solvers.upper_options import UpperOptions
-
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Steps = Annotated[int, Field(ge=1)]
+from bomemeta.solvers.implicit_solver import Count, ImplicitSolver, Steps
 
 
 @solvers.register("lancbio")
 @dataclass(frozen=True, kw_only=True)
-class LancBiO(UpperOptions):
+class LancBiO(ImplicitSolver):
     """Implicit hypergradient by a Lanczos process across outer steps (Gao et al., ICLR 2025).
 
     Tasks whose y persists grow their Krylov space by one vector per outer step. Fresh tasks have no last step: y is adapted on g, and v
@@ -52,8 +47,6 @@ class LancBiO(UpperOptions):
     """
 
     subspace: Steps = 10  # m, outer steps in an epoch: the largest size of the Krylov space
-    inner_steps: Steps = 5  # I; fresh tasks: all the steps that y gets
-    inner_lr: Positive = 0.1  # theta, the step of y on g
     reorthogonalise: bool = True  # off: the recurrence as published, which breaks down for a large `subspace`
     ritz_floor: Annotated[float, Field(ge=0, lt=1)] = 1e-6  # Ritz values up to this share of the largest are left out
     warmup_steps: Count = 0  # m_0 of the theory: first steps of an epoch in which a task says nothing about x
@@ -71,44 +64,44 @@ class LancBiO(UpperOptions):
                 "use solver.upper_optimizer sgd, or warmup_steps 0"
             )
 
-    def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
-        return gradient_steps(oracle, oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
+    def solve(self, system: LinearSystem) -> Tensor:
+        return krylov.conjugate_gradients(system, self.subspace)
 
-    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = run(track if run.persistent else episode, self, upper.params, lower, keeps=run.persistent)
-        return StepResult(lower, move_upper(upper, sums, run))
-
-
-def episode(solver: LancBiO, oracle: LocalOracle, lower: LowerGroups | None) -> KernelResult:
-    """Kernel for fresh tasks: adapt y on g, solve for v from 0 at that y."""
-    at = solver.adapt(oracle, None)
-    right = tree.flatten_tasks(oracle.upper(at).lower)
-    v = krylov.conjugate_gradients(flat_hessian(oracle, at), right, None, solver.subspace)
-    return KernelResult(hypergradient(oracle, at, v), {})
+    def tracking(self) -> Kernel:
+        return track
 
 
-def track(solver: LancBiO, oracle: LocalOracle, lower: LowerGroups | None) -> KernelResult:
-    """Kernel for tasks whose y persists: y follows x, then one Lanczos step and v."""
+def track(solver: LancBiO, oracle: Oracle, lower: LowerGroups | None, *, residual: bool) -> KernelResult:
+    """Kernel for tasks whose y persists: y follows x, then one Lanczos step and v.
+
+    b and the product that every task needs first are one question: of a task that restarts A v, of the others A q_j.
+    """
     at = gradient_steps(oracle, lower["y"] if lower is not None else oracle.init_lower(), solver.inner_steps, solver.inner_lr)
-    right = tree.flatten_tasks(oracle.upper(at).lower)
-    state = Lanczos(**lower["krylov"]) if lower is not None else krylov.lanczos(torch.zeros_like(right), solver.subspace)
-    product = flat_hessian(oracle, at)
+    state = (
+        Lanczos(**lower["krylov"])
+        if lower is not None
+        else krylov.lanczos(tree.flatten_tasks(tree.zeros_like(at)), solver.subspace)
+    )
     due = state.left == 0
+    system = linear_system(oracle, at, torch.where(due, state.v, krylov.newest(state)))
+    _, image = system.begin()
     if due.any():
-        image = product(state.v) if due.all() else _some_images(oracle, at, state.v, due)
-        state = krylov.restarted(state, due, image, right, _epoch_length(solver, state))
+        state = krylov.restarted(state, due, image, system.right, _epoch_length(solver, state))
+        fresh = krylov.newest(state)
+        image = system.product(fresh) if due.all() else _with_images(oracle, at, fresh, due, image)
     # The theory wants no step of x while the new epoch's space is small.
-    heard = (state.size >= solver.warmup_steps)[:, 0].to(right.dtype) if solver.warmup_steps > 0 else 1.0
-    state = krylov.extended(state, product(krylov.newest(state)), solver.reorthogonalise)
-    state = krylov.solved(state, right, solver.ritz_floor)
-    return KernelResult(hypergradient(oracle, at, state.v, heard), {"y": at, "krylov": state._asdict()})
+    heard = (state.size >= solver.warmup_steps)[:, 0].to(system.right.dtype) if solver.warmup_steps > 0 else 1.0
+    state = krylov.extended(state, image, solver.reorthogonalise)
+    state = krylov.solved(state, system.right, solver.ritz_floor)
+    sums = hypergradient(oracle, at, state.v, heard, residual)
+    return KernelResult(sums, {"y": at, "krylov": state._asdict()})
 
 
-def _some_images(oracle: LocalOracle, at: Params, v: Tensor, due: Tensor) -> Tensor:
-    """A v of the tasks that are due, 0 for the others, at the cost of those that are due."""
+def _with_images(oracle: Oracle, at: Params, vectors: Tensor, due: Tensor, images: Tensor) -> Tensor:
+    """`images` with A times `vectors` in the rows that are due, at the cost of these rows."""
     rows = due[:, 0].nonzero()[:, 0]
-    product = flat_hessian(oracle, {name: tensor[rows] for name, tensor in at.items()}, rows)
-    return torch.zeros_like(v).index_put((rows,), product(v[rows]))
+    some = {name: tensor[rows] for name, tensor in at.items()}
+    return images.index_put((rows,), flat(oracle.hessian(some, rows), some)(vectors[rows]))
 
 
 def _epoch_length(solver: LancBiO, state: Lanczos) -> Tensor:

@@ -21,10 +21,10 @@ from pydantic import Field
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.implicit import move_upper
+from bomemeta.core.implicit import adjoint_sums, move_upper
 from bomemeta.core.inner import gradient_steps
-from bomemeta.core.oracle import Adjoint, LocalOracle
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult, Sums
+from bomemeta.core.oracle import G, Hessian, Oracle, Psi
+from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import OptimizerName, Schedule, UpperVariable
 from bomemeta.errors import ConfigError
@@ -114,8 +114,8 @@ class SlBAMM(Solver):
             schedule=self.upper_schedule,
         )
 
-    def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
-        return gradient_steps(oracle, oracle.init_lower(), self.adapt_steps if steps is None else steps, self.lower_lr)
+    def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
+        return gradient_steps(oracle, start or oracle.init_lower(), self.adapt_steps if steps is None else steps, self.lower_lr)
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         rates = self.rates(run.step)
@@ -124,42 +124,41 @@ class SlBAMM(Solver):
         return StepResult(lower, {"mu": rates.mu, **move_upper(upper, sums, run, rates.upper)})
 
 
-PsiTerm = tuple[Literal["upper", "lower"], float]
-
-
-def psi(mu: float) -> tuple[PsiTerm, ...]:
+def psi(mu: float) -> Psi:
     """psi's terms for the oracle, g last. With mu = 0 f is left out, not weighted by 0: it would cost its gradient."""
-    return (("upper", mu), ("lower", 1 - mu)) if mu > 0 else (("lower", 1.0),)
+    return (("upper", mu), ("lower", 1 - mu)) if mu > 0 else G
 
 
-def jacobi(solver: SlBAMM, oracle: LocalOracle, lower: LowerGroups | None, *, rates: Rates) -> KernelResult:
+def jacobi(solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates) -> KernelResult:
     """Kernel for tasks that persist: all three directions at the old (y, v)."""
     y, v = _state(oracle, lower)
     at = oracle.adjoint(y, v, *psi(rates.mu))
     eta: float | Tensor = rates.aux
     if solver.aux_step == "cauchy":
-        product = oracle.hessian(y, terms=psi(rates.mu))
-        eta = cauchy_step(at.residual, product(at.residual), rates.aux)
+        eta = _line_search(oracle.hessian(y, terms=psi(rates.mu)), at.residual, rates.aux)
     moved = oracle.project_lower(tree.axpy(-rates.lower, at.lower, y))
-    return KernelResult(_sums(oracle, at, v, oracle.hessian_products), {"y": moved, "v": tree.axpy(-eta, at.residual, v)})
+    sums = adjoint_sums(oracle, at, v, oracle.hessian_products)
+    return KernelResult(sums, {"y": moved, "v": tree.axpy(-eta, at.residual, v)})
 
 
-def gauss_seidel(solver: SlBAMM, oracle: LocalOracle, lower: LowerGroups | None, *, rates: Rates) -> KernelResult:
+def gauss_seidel(solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates) -> KernelResult:
     """Kernel for tasks that persist: y moves, then v at the new y, then d_x is taken at both. More evaluations than `jacobi`."""
     y, v = _state(oracle, lower)
-    direction = tree.scaled(1 - rates.mu, oracle.lower(y).lower)
-    if rates.mu > 0:
-        direction = tree.axpy(rates.mu, oracle.upper(y).lower, direction)
-    y = oracle.project_lower(tree.axpy(-rates.lower, direction, y))
-    product = oracle.hessian(y, terms=psi(rates.mu))
-    residual = tree.axpy(-1.0, oracle.upper(y).lower, product(v))
-    eta = cauchy_step(residual, product(residual), rates.aux) if solver.aux_step == "cauchy" else rates.aux
+    terms = psi(rates.mu)
+    slopes = oracle.gradients(*((loss, y) for loss, _ in terms))
+    for (_, weight), slope in zip(terms, slopes, strict=True):
+        y = tree.axpy(-rates.lower * weight, slope.lower, y)
+    y = oracle.project_lower(y)
+    system = oracle.system(y, v, terms)
+    residual = tree.axpy(-1.0, system.right.lower, system.image)
+    eta = _line_search(system.hessian, residual, rates.aux) if solver.aux_step == "cauchy" else rates.aux
     v = tree.axpy(-eta, residual, v)
     products = oracle.hessian_products  # the residual after v's step comes with the cross product for nothing
-    return KernelResult(_sums(oracle, oracle.adjoint(y, v, *psi(rates.mu)), v, products), {"y": y, "v": v})
+    at = oracle.adjoint(y, v, *terms, gradient=False)
+    return KernelResult(adjoint_sums(oracle, at, v, products), {"y": y, "v": v})
 
 
-def episode(solver: SlBAMM, oracle: LocalOracle, lower: LowerGroups | None, *, rates: Rates) -> KernelResult:
+def episode(solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates) -> KernelResult:
     """Kernel for fresh tasks: y on g, v from 0 at that y, and d_x at both."""
     y = solver.adapt(oracle, None)
     product = oracle.hessian(y, terms=psi(rates.mu))
@@ -167,36 +166,27 @@ def episode(solver: SlBAMM, oracle: LocalOracle, lower: LowerGroups | None, *, r
     v = tree.zeros_like(y)
     for _ in range(solver.aux_steps):
         image = product(residual)
-        eta = cauchy_step(residual, image, rates.aux)
+        eta = cauchy_step(residual, tree.dot_tasks(residual, image), rates.aux)
         v, residual = tree.axpy(-eta, residual, v), tree.axpy(-eta, image, residual)
     products = oracle.hessian_products
-    return KernelResult(_sums(oracle, oracle.adjoint(y, v, *psi(rates.mu)), v, products), {})
+    return KernelResult(adjoint_sums(oracle, oracle.adjoint(y, v, *psi(rates.mu), gradient=False), v, products), {})
 
 
-def cauchy_step(residual: Params, image: Params, otherwise: float) -> Tensor:
-    """eta = |r|^2 / r'Hr per task, [B], with `image` = H r: minimises v'Hv/2 - b'v along -r. `otherwise` where r'Hr <= 0."""
-    curvature = tree.dot_tasks(residual, image)
+def cauchy_step(residual: Params, curvature: Tensor, otherwise: float) -> Tensor:
+    """eta = |r|^2 / r'Hr per task, [B], with `curvature` = r'Hr: minimises v'Hv/2 - b'v along -r. `otherwise` where r'Hr <= 0."""
     # r'Hr <= 0: psi is not convex along r (or r = 0, and any step will do), so there is no minimum to go to
     convex = curvature > 0
     exact = tree.dot_tasks(residual, residual) / torch.where(convex, curvature, torch.ones_like(curvature))
     return torch.where(convex, exact, torch.full_like(exact, otherwise))
 
 
-def _state(oracle: LocalOracle, lower: LowerGroups | None) -> tuple[Params, Params]:
+def _line_search(hessian: Hessian, residual: Params, otherwise: float) -> Tensor:
+    """`cauchy_step` along `residual`: one product, of which one number is needed."""
+    return cauchy_step(residual, hessian.projected([residual])[:, 0, 0], otherwise)
+
+
+def _state(oracle: Oracle, lower: LowerGroups | None) -> tuple[Params, Params]:
     if lower is not None:
         return lower["y"], lower["v"]  # v of a task that is met for the first time is 0, as every group but y
     y = oracle.init_lower()
     return y, tree.zeros_like(y)
-
-
-def _sums(oracle: LocalOracle, at: Adjoint, v: Params, hessian_products: float) -> Sums:
-    """What the driver needs, from the (y, v) where d_x was taken."""
-    return {
-        "direction": at.upper,
-        "upper_loss": at.upper_value.sum(),
-        "lower_loss": at.values[-1].sum(),
-        "residual": tree.dot_tasks(at.residual, at.residual).sqrt().sum(),
-        "aux_norm": tree.dot_tasks(v, v).sqrt().sum(),
-        "gradient_evaluations": torch.tensor(float(oracle.gradient_evaluations * oracle.tasks)),
-        "hessian_products": torch.tensor(float(hessian_products * oracle.tasks)),
-    }

@@ -18,58 +18,27 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from bomemeta.core import krylov, tree
-from bomemeta.core.implicit import flat_hessian, hypergradient, move_upper
-from bomemeta.core.inner import gradient_steps
-from bomemeta.core.oracle import LocalOracle
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult
-from bomemeta.core.tree import Params
-from bomemeta.core.upper import UpperVariable
+from bomemeta.core import krylov
+from bomemeta.core.krylov import LinearSystem
 from bomemeta.registry import solvers
-from bomemeta.solvers.upper_options import UpperOptions
-
-Positive = Annotated[float, Field(gt=0)]
-Steps = Annotated[int, Field(ge=1)]
+from bomemeta.solvers.implicit_solver import ImplicitSolver, Positive, Steps
 
 
 @solvers.register("subbio")
 @dataclass(frozen=True, kw_only=True)
-class SubBiO(UpperOptions):
+class SubBiO(ImplicitSolver):
     """Implicit hypergradient from a two-dimensional subspace (Gao et al., ICLR 2025).
 
     Tasks whose y persists take one such step in v per outer step. Fresh tasks adapt y on g and take `aux_steps` of them from v = 0.
     """
 
-    inner_steps: Steps = 5  # of y on g; fresh tasks: all the steps that y gets
-    inner_lr: Positive = 0.1  # theta, their size
     aux_lr: Positive = 0.1  # eta of the plane; below 2 / (the largest curvature of g) v never gets worse
     aux_steps: Steps = 5  # fresh tasks: steps in v
     ritz_floor: Annotated[float, Field(ge=0, lt=1)] = 1e-6  # Ritz values up to this share of the largest are left out
 
-    def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
-        return gradient_steps(oracle, oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
-
-    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = run(track if run.persistent else episode, self, upper.params, lower, keeps=run.persistent)
-        return StepResult(lower, move_upper(upper, sums, run))
-
-
-def episode(solver: SubBiO, oracle: LocalOracle, lower: LowerGroups | None) -> KernelResult:
-    """Kernel for fresh tasks: adapt y on g, solve for v from 0 at that y."""
-    at = solver.adapt(oracle, None)
-    return _measured(solver, oracle, at, tree.zeros_like(at), solver.aux_steps)
-
-
-def track(solver: SubBiO, oracle: LocalOracle, lower: LowerGroups | None) -> KernelResult:
-    """Kernel for tasks whose y persists: y follows x, then one step of v."""
-    at = gradient_steps(oracle, lower["y"] if lower is not None else oracle.init_lower(), solver.inner_steps, solver.inner_lr)
-    return _measured(solver, oracle, at, lower["v"] if lower is not None else tree.zeros_like(at), 1)
-
-
-def _measured(solver: SubBiO, oracle: LocalOracle, at: Params, start: Params, steps: int) -> KernelResult:
-    right = tree.flatten_tasks(oracle.upper(at).lower)
-    product = flat_hessian(oracle, at)
-    v: Tensor = tree.flatten_tasks(start)
-    for _ in range(steps):
-        v = krylov.two_dimensional(product, right, v, solver.aux_lr, solver.ritz_floor)
-    return KernelResult(hypergradient(oracle, at, v), {"y": at, "v": tree.unflatten_tasks(v, at)})
+    def solve(self, system: LinearSystem) -> Tensor:
+        v = krylov.two_dimensional(system, self.aux_lr, self.ritz_floor)
+        if system.start is None:
+            for _ in range(self.aux_steps - 1):
+                v = krylov.two_dimensional(system.restarted(v), self.aux_lr, self.ritz_floor)
+        return v

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from bomemeta.core import tree
 from bomemeta.core.inner import gradient_steps
-from bomemeta.core.oracle import LocalOracle, Term
+from bomemeta.core.oracle import Oracle, Term
 from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult, mean_sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -41,11 +41,11 @@ class FixedPenalty(Solver):
         metrics |= upper.move(tree.scaled(1 / run.tasks, sums["direction"]), run.step, run.project_upper)
         return StepResult(lower, metrics)
 
-    def adapt(self, oracle: LocalOracle, steps: int | None) -> Params:
-        return gradient_steps(oracle, oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
+    def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
+        return gradient_steps(oracle, start or oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
 
 
-def penalised(solver: FixedPenalty, oracle: LocalOracle, lower: LowerGroups | None) -> KernelResult:
+def penalised(solver: FixedPenalty, oracle: Oracle, lower: LowerGroups | None) -> KernelResult:
     """Kernel, on a stack of B tasks. At module level, because workers find it by its name; pure, so that any may run it again."""
     at = lower["y"] if lower is not None else solver.adapt(oracle, None)
     solved = gradient_steps(oracle, at, solver.inner_steps, solver.inner_lr)

@@ -1,0 +1,42 @@
+"""F2SA: a first-order method with a penalty that grows from step to step.
+
+Source: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bilevel Optimization", ICML 2023.
+
+    `inner_steps` times:  z <- z - inner_lr grad_y g(x, z),   y <- y - lower_lr (grad_y f(x, y) + l_k grad_y g(x, y))
+    x   <- x - upper_lr (grad_x f(x, y) + l_k (grad_x g(x, y) - grad_x g(x, z)))
+    l_k  = penalty + k penalty_growth
+
+The direction is the hypergradient up to O(1/l). `lower_lr` has to shrink as l grows: it is below 2 / (curvature of f + l g).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from bomemeta.core import tree
+from bomemeta.core.oracle import Oracle
+from bomemeta.core.tree import Params
+from bomemeta.registry import solvers
+from bomemeta.solvers.penalty_solver import PenaltySolver, Positive
+
+
+@solvers.register("f2sa")
+@dataclass(frozen=True, kw_only=True)
+class F2SA(PenaltySolver):
+    """Fully first-order bilevel optimisation with a growing penalty (Kwon et al., ICML 2023)."""
+
+    penalty: Positive = 1.0  # l at step 0
+    penalty_growth: Annotated[float, Field(ge=0)] = 0.01  # delta, added at every step
+
+    def penalty_at(self, step: int) -> float:
+        return self.penalty + step * self.penalty_growth
+
+    def follow(self, oracle: Oracle, y: Params, z: Params, penalty: float) -> tuple[Params, Params]:
+        for _ in range(self.inner_steps):
+            f, at_y, at_z = oracle.gradients(("upper", y), ("lower", y), ("lower", z))  # one reduce for both
+            z = oracle.project_lower(tree.axpy(-self.inner_lr, at_z.lower, z))
+            y = oracle.project_lower(tree.axpy(-self.lower_lr, tree.axpy(penalty, at_y.lower, f.lower), y))
+        return y, z
