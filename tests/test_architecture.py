@@ -17,7 +17,7 @@ LONGEST = 350  # lines: what is longer is two things
 # The heads that each room may import beside the standard library: top-level packages, or modules of bomemeta with all below them.
 ROOMS = {
     "core": {"torch", "bomemeta.core", "bomemeta.errors"},
-    "solvers": {"torch", "pydantic", "bomemeta.core", "bomemeta.solvers", "bomemeta.registry", "bomemeta.errors"},
+    "solvers": {"torch", "pydantic", "bomemeta.core", "bomemeta.solvers", "bomemeta.registry", "bomemeta.errors", "bomemeta.l2l"},
     "nets": {"torch", "bomemeta.nets"},
 }
 NEVER = {

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from bomemeta.data.archives import data_folder
 from bomemeta.data.class_images import check_size, episode_of
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
 from bomemeta.errors import DataError
+from bomemeta.l2l import learn2learn as learn2learn
 from bomemeta.registry import datasets
 
 CLASS_SPLIT_KEY = (0,)  # seeds learn2learn's shuffle of Omniglot's classes: any constant, but the same for ever
@@ -175,15 +175,6 @@ def global_random_states(key: tuple[int, ...]) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
-
-
-def learn2learn() -> Any:
-    """The package, imported at the first call (seconds) without gym's notice about itself."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        import learn2learn
-
-    return learn2learn
 
 
 def load(benchmark: str, folder: Path) -> dict[Split, Any]:

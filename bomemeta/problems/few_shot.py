@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -44,6 +44,7 @@ class FewShot(BilevelProblem):
 
     needs_data = True
     meta_tests = True
+    head_names: ClassVar[tuple[str, ...]] = ("head.weight", "head.bias")  # form network: x's entries that are not the backbone's
 
     form: Literal["head", "network"] = "head"
     head: Literal["prototype", "ridge", "span"] = "prototype"
@@ -68,6 +69,7 @@ class FewShot(BilevelProblem):
         for split in SPLITS:
             source.check(split, self._spec(split))
         self._skeleton = self._network(channels, torch.Generator())
+        self._backbone_names = [name for name, _ in self._skeleton.named_parameters()]
         with torch.no_grad():
             self._features = BACKBONES[self.backbone](channels, self.width)(torch.zeros(1, channels, height, width)).shape[1]
 
@@ -107,7 +109,7 @@ class FewShot(BilevelProblem):
             return upper
         images = torch.cat([batch["support"], batch["query"]])
         seen = None if self.batch_norm == "transductive" else len(batch["support"])
-        features = functional_call(self._skeleton, upper, (images, seen))
+        features = self._backbone(upper, images, seen)
         features = self.feature_scale * functional.normalize(features, dim=1)
         support, query = features[: len(batch["support"])], features[len(batch["support"]) :]
         if self.head == "span":
@@ -123,7 +125,8 @@ class FewShot(BilevelProblem):
 
     def init_lower(self, encoded: Encoded, batch: Batch) -> Params:
         if self.form == "network":
-            return encoded
+            # A solver may carry entries of its own in x: they are no part of the network.
+            return {name: encoded[name] for name in (*self._backbone_names, *self.head_names)}
         if self.head == "prototype":
             return {"head": encoded["prior"]}
         return {"head": encoded["support"].new_zeros(encoded["support"].shape[1], self.ways)}
@@ -133,7 +136,7 @@ class FewShot(BilevelProblem):
 
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         if self.form == "network":
-            loss = functional.cross_entropy(self._forward(lower, batch["support"], None), batch["support_labels"])
+            loss = functional.cross_entropy(self.logits(lower, self.support_features(lower, batch)), batch["support_labels"])
             distance = torch.stack([((lower[name] - encoded[name]) ** 2).sum() for name in lower]).sum()
             return loss + self.regularisation / 2 * distance
         logits = encoded["support"] @ lower["head"]
@@ -182,16 +185,29 @@ class FewShot(BilevelProblem):
     def _query_logits(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         if self.form == "head":
             return encoded["query"] @ lower["head"]
-        if self.batch_norm == "transductive":
-            return self._forward(lower, batch["query"], None)
-        images = torch.cat([batch["support"], batch["query"]])
-        return self._forward(lower, images, len(batch["support"]))[len(batch["support"]) :]
+        return self.logits(lower, self.query_features(lower, batch))
 
-    def _forward(self, params: Params, images: Tensor, statistics_rows: int | None) -> Tensor:
-        backbone = {name: tensor for name, tensor in params.items() if not name.startswith("head.")}
-        features = functional_call(self._skeleton, backbone, (images, statistics_rows))
-        logits: Tensor = features @ params["head.weight"] + params["head.bias"]
-        return logits
+    # The parts of the network form's network, for one task; solvers that adapt the network themselves use them too.
+
+    def support_features(self, params: Params, batch: Batch) -> Tensor:
+        """[n, d], BatchNorm statistics of the support set."""
+        return self._backbone(params, batch["support"], None)
+
+    def query_features(self, params: Params, batch: Batch) -> Tensor:
+        """[n, d], BatchNorm statistics as `batch_norm` says."""
+        if self.batch_norm == "transductive":
+            return self._backbone(params, batch["query"], None)
+        images = torch.cat([batch["support"], batch["query"]])
+        return self._backbone(params, images, len(batch["support"]))[len(batch["support"]) :]
+
+    def logits(self, params: Params, features: Tensor) -> Tensor:
+        """The head `head_names` on features."""
+        return features @ params["head.weight"] + params["head.bias"]
+
+    def _backbone(self, params: Params, images: Tensor, statistics_rows: int | None) -> Tensor:
+        backbone = {name: params[name] for name in self._backbone_names}
+        features: Tensor = functional_call(self._skeleton, backbone, (images, statistics_rows))
+        return features
 
 
 def _softmax_regression(inputs: Tensor, weights: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,19 @@
+"""learn2learn (Arnold et al., 2020), imported when it is first used and not before: its import takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import warnings
+from typing import Any
+
+
+@functools.cache
+def learn2learn() -> Any:
+    """The package, imported at the first call without gym's notice about itself."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import learn2learn
+
+    return learn2learn
