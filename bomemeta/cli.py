@@ -100,6 +100,47 @@ def evaluate(run_dir: _RunDir, overrides: _Overrides = None) -> None:
         _run(lambda listener: api.evaluate(run_dir, overrides or (), listener=listener))
 
 
+@app.command()
+def check(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one in ./configs.")],
+    overrides: _Overrides = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Take x from this run's last checkpoint, not from the start.")
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="How many tasks; a shared lower problem is checked whole.")] = 2,
+    settle: Annotated[int, typer.Option(min=1, help="At most so many steps until the solver's direction stands still.")] = 200,
+    directions: Annotated[int, typer.Option(min=0, help="Random directions for finite differences.")] = 3,
+    at_step: Annotated[
+        int | None, typer.Option(min=0, help="The step that the solver is told, for schedules; else the checkpoint's, or 0.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there too.")] = None,
+) -> None:
+    """Compare the solver's hypergradient with the implicit one and with finite differences.
+
+    In float64, in this process, on a few tasks at a fixed x. The last line but notes begins with OK, POOR, WRONG or
+    UNDECIDED; the exit code is 0 for OK and 1 for the others.
+    """
+    with _reported():
+        from bomemeta.hypercheck import check as compare
+
+        report = compare(
+            config,
+            overrides or (),
+            tasks=tasks,
+            settle_steps=settle,
+            directions=directions,
+            run_dir=run,
+            at_step=at_step,
+            say=lambda text: typer.echo(text, err=True),
+        )
+        for line in report.lines():
+            typer.echo(line)
+        if json_file is not None:
+            report.write(json_file)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 @app.command("list")
 def list_(
     kind: Annotated[Kind | None, typer.Argument(help="Which list; all three without it.")] = None,

@@ -1,0 +1,302 @@
+"""The check from start to end: solver, reference, finite differences, trials with other keys, verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bomemeta.assembly import build_problem, build_solver, open_transport
+from bomemeta.checkpoint import load_latest
+from bomemeta.config import Config, load_config
+from bomemeta.core.solver import Run, Solver
+from bomemeta.core.tree import Params
+from bomemeta.engine import READABLE_NUMBERS, Job
+from bomemeta.errors import CheckpointError, ConfigError, DivergenceError
+from bomemeta.hypercheck import advice
+from bomemeta.hypercheck.advice import Trial
+from bomemeta.hypercheck.frozen import Settled, settle
+from bomemeta.hypercheck.reference import Difference, Reference, differences, reference
+from bomemeta.hypercheck.verdict import NOISE, SINGULAR, Comparison, Report, compare, disagreement, stationary, undecidable
+from bomemeta.metrics import RunFolder
+
+Say = Callable[[str], None]
+
+# A spread of a direction that did not settle from which on a note says so.
+RESTLESS = 0.01
+
+# The reference is computed in float64 and in this process, whatever the run does.
+OWN_KEYS = ("dtype=float64", "workers=0")
+
+
+class Cut(NamedTuple):
+    """The small cut of the problem: x, the solver's run, and one run per task (or the one of the shared y) for the reference."""
+
+    upper: Params
+    whole: Run
+    parts: list[Run]
+    tasks: int
+    step: int
+
+
+def check(
+    config: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    *,
+    tasks: int = 2,
+    settle_steps: int = 200,
+    directions: int = 3,
+    run_dir: str | Path | None = None,
+    at_step: int | None = None,
+    say: Say = lambda text: None,
+) -> Report:
+    """Compares the config's solver with the implicit hypergradient and with finite differences; nothing is written.
+
+    x is the start's, or that of `run_dir`'s last checkpoint. `at_step` is the step that the solver is told (default: the checkpoint's,
+    else 0). Raises a BomemetaError where there is nothing to check: a wrong config, missing data, an x of another shape.
+    """
+    settings = load_config(config, [*overrides, *OWN_KEYS])
+    problem = build_problem(settings)
+    solver = build_solver(settings, problem)
+    with _torch_threads(settings.threads), closing(open_transport(settings, say)) as transport:
+        job = Job(settings, problem, solver, transport)
+        cut = _cut(job, tasks, run_dir, at_step, say)
+        return _report(job, cut, settle_steps, directions, say)
+
+
+def _report(job: Job, cut: Cut, settle_steps: int, directions: int, say: Say) -> Report:
+    solver, seed = job.solver, job.config.seed
+    say(f"the direction of {job.config.solver.name} at a fixed x")
+    settled = settle(solver, cut.upper, cut.whole, settle_steps)
+    say("the reference: y*, A v = grad_y f, eigenvalues of A")
+    reasons = [settled.failure] if settled.failure else []
+    known, found, trials, now = None, [], [], None
+    try:
+        adapts = job.problem.pool is None and not settled.failure
+        known = reference(solver, cut.upper, settled.lower, cut.parts, advice.inner_loop(solver), adapts, seed)
+        reasons += undecidable(known)
+        if not reasons:
+            found = differences(solver, cut.upper, cut.parts, known, directions, seed, say)
+            reasons += [text for text in (disagreement(known, found), stationary(known)) if text][:1]
+    except DivergenceError as error:
+        reasons.append(f"the reference is not finite ({error}): g may have no minimiser, or a loss no second derivative")
+    except (NotImplementedError, RuntimeError) as error:
+        if "derivative" not in str(error):
+            raise
+        reasons.append(f"a loss cannot be differentiated twice, so there is no reference: {str(error).partition(chr(10))[0]}")
+    notes: list[str] = []
+    if known is not None and settled.direction is not None:
+        now = compare(settled.direction, known.direction)
+    if known is not None and (settled.failure or (now is not None and not reasons and now.word != "OK")):
+        trials = _trials(solver, cut, known, settled, settle_steps, say)
+        notes = advice.explain(solver, settled, known, now) if now is not None else [advice.unstable(solver, known)]
+    if settled.spread > RESTLESS:
+        notes.append(
+            f"the direction does not stand still: this is its mean over the last quarter of {settled.steps} steps, from which one step is "
+            f"off by {settled.spread:.2g}. For more steps: --settle"
+        )
+    if known is not None and any(one.error > NOISE * float(known.direction.norm()) for one in found):
+        notes.append("finite differences are too rough here to confirm the reference: a loss has kinks, as networks with ReLU do")
+    rows = _rows(job, cut, settled, known, found, now, trials)
+    numbers = _numbers(settled, known, found, now, trials, cut)
+    notes = [note for note in notes if note]
+    if reasons or now is None:
+        cure = advice.cure(trials, None) if settled.failure else None
+        hint = [f"run again with {cure.keys}: the direction is finite there"] if cure is not None else []
+        return Report("UNDECIDED", reasons[0], [*reasons[1:], *hint, *notes], rows, numbers)
+    return Report(now.word, _headline(now, trials, advice.is_penalty(solver, settled)), notes, rows, numbers)
+
+
+def _trials(solver: Solver, cut: Cut, known: Reference, settled: Settled, settle_steps: int, say: Say) -> list[Trial]:
+    """The solver again with other keys, until one is OK; keys that change nothing at all are left out."""
+    trials: list[Trial] = []
+    tried: list[advice.Changes] = []
+    waiting = advice.proposals(solver, known)
+    while waiting and not any(one.ok for one in trials):
+        trial = Trial(waiting.pop(0), None)
+        tried.append(trial.changes)
+        try:
+            other: Solver = dataclasses.replace(solver, **trial.changes)  # type: ignore[type-var]
+        except (ConfigError, ValueError):  # what the class itself refuses
+            continue
+        say(f"once more with {trial.keys}")
+        again = settle(other, cut.upper, cut.whole, settle_steps)
+        if again.direction is None:
+            trials.append(trial)
+        elif settled.direction is None or not torch.equal(again.direction, settled.direction):
+            trials.append(trial._replace(comparison=compare(again.direction, known.direction)))
+        whole = advice.together(solver, trials) if not waiting else None
+        if whole is not None and whole not in tried:
+            waiting.append(whole)
+    return trials
+
+
+def _headline(now: Comparison, trials: Sequence[Trial], penalty: bool) -> str:
+    text = f"relative error {now.error:.2g}, cosine {now.cosine:.3f}"
+    if now.word == "OK":
+        return text
+    cure = advice.cure(trials, now)
+    if cure is not None and cure.comparison is not None:
+        return f"{text}. Run again with {cure.keys}: relative error {cure.comparison.error:.2g} there"
+    if not trials or penalty:
+        return text
+    return f"{text}. More work or another step size does not help: see whether the formula is right"
+
+
+def _cut(job: Job, tasks: int, run_dir: str | Path | None, at_step: int | None, say: Say) -> Cut:
+    if tasks < 1:
+        raise ConfigError(f"--tasks: got {tasks}, wanted 1 or more")
+    upper = job.problem.init_upper(torch.Generator().manual_seed(job.config.seed))
+    step = 0
+    if run_dir is not None:
+        loaded = load_latest(RunFolder.open(run_dir).checkpoints)
+        for note in loaded.notes:
+            say(note)
+        saved = loaded.checkpoint.upper
+        wanted, got = ({name: tuple(tensor.shape) for name, tensor in params.items()} for params in (upper, saved))
+        if wanted != got:
+            different = sorted(name for name in {**wanted, **got} if wanted.get(name) != got.get(name))
+            raise CheckpointError(
+                f"the x of {loaded.path} has another shape than the config's problem: {', '.join(different)}. Check with that run's "
+                "own config.yaml"
+            )
+        upper, step = saved, loaded.checkpoint.step
+    last = job.config.steps - 1
+    if at_step is not None and not 0 <= at_step <= last:
+        raise ConfigError(f"--at-step: got {at_step}, wanted 0 to {last}, as the config has steps: {job.config.steps}")
+    step = min(step, last) if at_step is None else at_step
+    # In the problem's order of names, which the flat vectors of the check follow.
+    upper = {name: upper[name].detach().to(torch.float64) for name in upper}
+    pool, shared = job.problem.pool, job.problem.lower == "shared"
+    count = pool if shared and pool is not None else min(tasks, pool or tasks)
+    whole = job.run_on(range(count), job.config.shards, step=step)
+    parts: list[Run] = [whole] if shared else [job.run_on([task], 1, step=step) for task in range(count)]
+    return Cut(upper, whole, parts, count, step)
+
+
+def _rows(
+    job: Job,
+    cut: Cut,
+    settled: Settled,
+    known: Reference | None,
+    found: Sequence[Difference],
+    now: Comparison | None,
+    trials: Sequence[Trial],
+) -> list[tuple[str, str]]:
+    what = ("block" if job.problem.lower == "shared" else "task") + ("s" if cut.tasks > 1 else "")
+    numbers = sum(tensor.numel() for tensor in cut.upper.values())
+    rows = [
+        (
+            "checked",
+            f"{job.config.solver.name} on {job.config.problem.name}: {cut.tasks} {what}, {numbers} numbers in x, step {cut.step}",
+        )
+    ]
+    if settled.direction is not None:
+        rows.append(("solver's direction", f"length {float(settled.direction.norm()):.6g}, {_steps(settled)}"))
+    if known is not None:
+        rows += [
+            (
+                "reference",
+                f"length {float(known.direction.norm()):.6g}, |grad_y g| fell to {known.unsolved:.0e}, "
+                f"|A v - b| / |b| = {known.residual:.0e}",
+            ),
+            (
+                "curvature of g",
+                f"mu = {known.smallest:.3g}{_margin(known)}, L = {known.largest:.3g}, L / mu = {_condition(known):.3g}",
+            ),
+            ("steps of CG for v", f"{known.steps_enough} to 1 %"),
+            ("solver's y", f"|y - y*| / |y*| = {known.distance:.1e}"),
+        ]
+    rows += [
+        (f"along {one.along}", f"implicit {one.implicit:.8g}, finite differences {one.found:.8g} +- {one.error:.0e}")
+        for one in found
+    ]
+    if now is not None:
+        rows += [
+            ("relative error", f"{now.error:.3g}"),
+            ("cosine", f"{now.cosine:.6f}"),
+            ("length, of the reference's", f"{now.length:.4g}"),
+        ]
+    for one in trials:
+        outcome = "not finite"
+        if one.comparison is not None:
+            outcome = f"relative error {one.comparison.error:.3g}, cosine {one.comparison.cosine:.4f}"
+        rows.append(("with other keys", f"{one.keys}: {outcome}"))
+    return rows
+
+
+def _numbers(
+    settled: Settled,
+    known: Reference | None,
+    found: Sequence[Difference],
+    now: Comparison | None,
+    trials: Sequence[Trial],
+    cut: Cut,
+) -> dict[str, Any]:
+    """Everything for `--json`."""
+    figures = {name: value for name, value in known._asdict().items() if isinstance(value, int | float)} if known else {}
+    return {
+        "tasks": cut.tasks,
+        "step": cut.step,
+        "relative_error": now and now.error,
+        "cosine": now and now.cosine,
+        "length": now and now.length,
+        "solver": {
+            "length": None if settled.direction is None else float(settled.direction.norm()),
+            "direction": _listed(settled.direction),
+            "steps": settled.steps,
+            "change": settled.change,
+            "spread": settled.spread,
+            "metrics": dict(settled.metrics),
+        },
+        "reference": known
+        and {
+            "length": float(known.direction.norm()),
+            "condition": _condition(known),
+            "error_at_solvers_y": compare(known.at_solvers_y, known.direction).error,
+            "error_of_inner_steps": compare(known.seen, known.direction).error,
+            "direction": _listed(known.direction),
+            **figures,
+        },
+        "finite_differences": [one._asdict() for one in found],
+        "trials": [{"changes": one.changes, **(one.comparison._asdict() if one.comparison else {"error": None})} for one in trials],
+    }
+
+
+def _listed(direction: Tensor | None) -> list[float] | None:
+    """Of an x that is small enough to be read."""
+    return direction.tolist() if direction is not None and len(direction) < READABLE_NUMBERS else None
+
+
+def _steps(settled: Settled) -> str:
+    if settled.steps == 1:
+        return "one step"
+    return f"settled after {settled.steps} steps" if settled.spread == 0 else f"a mean: not settled after {settled.steps} steps"
+
+
+def _margin(known: Reference) -> str:
+    """How far Lanczos may be off, where that is worth a word."""
+    return (
+        f" (+- {known.smallest_error:.1g})"
+        if known.smallest_error > max(0.1 * abs(known.smallest), SINGULAR * known.largest)
+        else ""
+    )
+
+
+def _condition(known: Reference) -> float:
+    return known.largest / known.smallest if known.smallest > 0 else float("inf")
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
