@@ -11,7 +11,9 @@ import torch
 import toy
 
 import bomemeta
+from bomemeta.assembly import build_problem
 from bomemeta.checkpoint import upper_sha256
+from bomemeta.config import load_config
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.metrics import read_metrics
 
@@ -154,3 +156,49 @@ def test_evaluation_may_change_the_protocol(finished):
     harder = bomemeta.evaluate(finished.run_dir, ["problem.ways=6", "evaluation.episodes=4"])
     assert harder.metrics["test_accuracy"] < finished.metrics["test_accuracy"]
     assert harder.upper_sha256 == finished.upper_sha256
+
+
+# Figures after the lower problem is solved
+
+
+def test_a_y_that_was_trained_on_the_upper_loss_is_found_out(tmp_path):
+    """All labels wrong and a barrier that asks for nothing: y learns from the validation set, and forgets it when it is solved on g."""
+    job = {
+        "problem": {"name": "hyper_cleaning", "train": 80, "validation": 40, "selection": 0, "corruption": "shift", "noise": 1.0},
+        "data": {"dataset": "toy_labelled"},
+        "solver": {
+            "name": "bome",
+            "inner_steps": 1,
+            "inner_lr": 1e-6,
+            "lower_lr": 0.3,
+            "eta": 1e-9,
+            "upper_lr": 1e-3,
+            "phi": "gap",
+        },
+        "steps": 40,
+        "evaluation": {"solve_steps": 10},
+    }
+    result = bomemeta.train(job, [f"output_dir={tmp_path / 'a'}"])
+    assert result.metrics["test_accuracy_solved"] == pytest.approx(
+        result.metrics["test_accuracy"], abs=0.04
+    )  # steps of 1e-6 solve nothing
+    longer = bomemeta.train(job, [f"output_dir={tmp_path / 'b'}", "solver.inner_lr=0.5", "evaluation.solve_steps=300"])
+    assert longer.metrics["test_accuracy"] > longer.metrics["test_accuracy_solved"] + 0.3
+    assert any("what x is worth" in note for note in longer.notes)
+
+
+def test_solved_figures_are_those_of_the_solved_lower_problem(tmp_path):
+    job = {
+        "problem": {"name": "analytic", "case": "quadratic", "tasks": 3, "dim_lower": 4, "condition": 2.0},
+        "solver": {"name": "bome"}, "steps": 3, "dtype": "float64", "evaluation": {"solve_steps": 500},
+    }  # fmt: skip
+    result = bomemeta.train(job, [f"output_dir={tmp_path / 'a'}"])
+    problem = build_problem(load_config(job))
+    data = problem.load(range(3), 0, "train")
+    solved = torch.linalg.solve(data["A"], (result.upper["x"] @ data["B"])[..., None])[..., 0]
+    losses = [
+        float(problem.lower_loss(result.upper, {"y": solved[i]}, {name: tensor[i] for name, tensor in data.items()}))
+        for i in range(3)
+    ]
+    assert result.metrics["lower_loss_solved"] == pytest.approx(sum(losses) / 3, rel=1e-9)
+    assert result.metrics["lower_loss"] > result.metrics["lower_loss_solved"]

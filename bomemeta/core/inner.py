@@ -19,10 +19,15 @@ def gradient_steps(oracle: Oracle, start: Params, steps: int, lr: float) -> Para
 def evaluate(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int | None) -> KernelResult:
     """Kernel: the problem's figures of merit, as sums and sums of squares over tasks.
 
-    Tasks that carry a y of their own are judged at it after `steps` steps on g, fresh ones at y adapted on g.
+    Tasks that carry a y of their own are judged at it, fresh ones at y adapted on g.
     """
-    at = solver.adapt(oracle, steps, lower["y"] if lower is not None else None) if lower is None or steps else lower["y"]
+    at = lower["y"] if lower is not None else solver.adapt(oracle, steps)
     figures = oracle.evaluate(at)
     sums = {f"sum/{name}": value.sum() for name, value in figures.items()}
     squares = {f"square/{name}": value.square().sum() for name, value in figures.items()}
     return KernelResult(sums | squares, {})
+
+
+def solve_lower(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int) -> KernelResult:
+    """Kernel: every y after `steps` steps on g alone from where it is."""
+    return KernelResult({}, {"y": solver.adapt(oracle, steps, lower["y"] if lower is not None else None)})

@@ -128,10 +128,11 @@ class LocalOracle(Oracle):
             inside = self.project_lower(tree.detached(moved))
             at = {name: tensor + (inside[name] - tensor.detach()) for name, tensor in moved.items()}
         f = self._values("upper", encoded, at)
+        end = self.project_lower(tree.detached(at))  # the difference above may have rounded past the edge
         upper = self._in_x(torch.autograd.grad(f.sum(), list(encoded.values()), materialize_grads=True))
         self.gradient_evaluations += steps + 1
         self.hessian_products += steps
-        return Unrolled(tree.detached(at), f.detach(), value.detach(), upper)
+        return Unrolled(end, f.detach(), value.detach(), upper)
 
     def evaluate(self, at: Params) -> dict[str, Tensor]:
         with torch.no_grad():
