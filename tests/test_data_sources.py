@@ -194,8 +194,9 @@ every_file_source = pytest.mark.parametrize("source", FROM_FILES, indirect=True)
 
 
 def test_all_registered_data_sets_are_tested_here() -> None:
+    """Of those that draw episodes; the others are tested with the problems that read them."""
     shipped = [name for name in datasets.names() if datasets.get(name).__module__.startswith("bomemeta.")]
-    assert shipped == ALL
+    assert [name for name in shipped if hasattr(datasets.get(name), "episode")] == ALL
 
 
 def test_importing_the_room_is_cheap() -> None:

@@ -184,14 +184,6 @@ def test_conversion_orders_rows_and_columns(source: TwentyNewsgroups, tmp_path: 
         assert made["label_name"].tolist() == ["a", "b", "c"]
 
 
-def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"scikit-learn, which fetches it, is not installed; `pip install"):
-        prepare.prepare("twenty_newsgroups", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 # The problem
 
 

@@ -234,10 +234,7 @@ def newsgroups_arrays(train: CountedRows, test: CountedRows) -> Arrays:
 
 
 def _twenty_newsgroups(downloads: Path) -> Arrays:
-    try:
-        from sklearn.datasets import fetch_20newsgroups_vectorized
-    except ImportError as error:
-        raise RuntimeError("scikit-learn, which fetches it, is not installed; `pip install 'scikit-learn>=1.5'`") from error
+    from sklearn.datasets import fetch_20newsgroups_vectorized
 
     # One try: what fails is said at once, as with torchvision's sets.
     return newsgroups_arrays(

@@ -2,11 +2,12 @@
 
 Source: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bilevel Optimization", ICML 2023.
 
-    `inner_steps` times:  z <- z - inner_lr grad_y g(x, z),   y <- y - lower_lr (grad_y f(x, y) + l_k grad_y g(x, y))
+    `inner_steps` times:  z <- z - inner_lr grad_y g(x, z),   y <- y - a_k (grad_y f(x, y) + l_k grad_y g(x, y))
     x   <- x - upper_lr (grad_x f(x, y) + l_k (grad_x g(x, y) - grad_x g(x, z)))
-    l_k  = penalty + k penalty_growth
+    l_k  = penalty + k penalty_growth,   a_k = lower_lr penalty / l_k
 
-The direction is the hypergradient up to O(1/l). `lower_lr` has to shrink as l grows: it is below 2 / (curvature of f + l g).
+The direction is the hypergradient up to O(1/l). a_k has to stay below 2 / (the largest curvature of f + l_k g): it shrinks as l grows, as
+in the paper, where a_k l_k is a step of its own; one that is stable at step 0 stays so.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ class F2SA(PenaltySolver):
     def penalty_at(self, step: int) -> float:
         return self.penalty + step * self.penalty_growth
 
+    def lower_lr_at(self, penalty: float) -> float:
+        return self.lower_lr * self.penalty / penalty
+
     def follow(self, oracle: Oracle, y: Params, z: Params, penalty: float) -> tuple[Params, Params]:
+        lr = self.lower_lr_at(penalty)
         for _ in range(self.inner_steps):
             f, at_y, at_z = oracle.gradients(("upper", y), ("lower", y), ("lower", z))  # one reduce for both
             z = oracle.project_lower(tree.axpy(-self.inner_lr, at_z.lower, z))
-            y = oracle.project_lower(tree.axpy(-self.lower_lr, tree.axpy(penalty, at_y.lower, f.lower), y))
+            y = oracle.project_lower(tree.axpy(-lr, tree.axpy(penalty, at_y.lower, f.lower), y))
         return y, z

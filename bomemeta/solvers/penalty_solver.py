@@ -4,7 +4,8 @@
     y    follows argmin f(x, .) + l g(x, .)
     x <- x - upper_lr (grad_x f(x, y) + l (grad_x g(x, y) - grad_x g(x, z)))
 
-They differ in the order of these steps and in l from step to step.
+They differ in the order of these steps and in l from step to step. What is kept of z is z - y: a task of the pool that is met for the first
+time, whose groups but y are 0, then has z = y, whoever else is in its shard.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class PenaltySolver(UpperOptions):
         """l at a step, counted from 0."""
         raise must_define(self, "penalty_at")
 
+    def lower_lr_at(self, penalty: float) -> float:
+        """The step of y while l is `penalty`. Default: always the same."""
+        return self.lower_lr
+
     def follow(self, oracle: Oracle, y: Params, z: Params, penalty: float) -> tuple[Params, Params]:
         """(y, z) at which x's direction is taken, for tasks whose y persists."""
         raise must_define(self, "follow")
@@ -77,9 +82,11 @@ def episode(solver: PenaltySolver, oracle: Oracle, lower: LowerGroups | None, *,
 def track(solver: PenaltySolver, oracle: Oracle, lower: LowerGroups | None, *, penalty: float) -> KernelResult:
     """Kernel for tasks whose y persists."""
     y = lower["y"] if lower is not None else oracle.init_lower()
-    y, z = solver.follow(oracle, y, lower["z"] if lower is not None else y, penalty)
+    z = tree.axpy(1.0, lower["z_offset"], y) if lower is not None else y
+    y, z = solver.follow(oracle, y, z, penalty)
     total = penalised(oracle, y, z, penalty)
-    return KernelResult(_sums(oracle, total), {"y": solver.leave(oracle, y, total), "z": z})
+    y = solver.leave(oracle, y, total)
+    return KernelResult(_sums(oracle, total), {"y": y, "z_offset": tree.axpy(-1.0, y, z)})
 
 
 def penalised(oracle: Oracle, y: Params, z: Params, penalty: float) -> Total:
@@ -90,7 +97,7 @@ def penalised(oracle: Oracle, y: Params, z: Params, penalty: float) -> Total:
 def penalised_step(solver: PenaltySolver, oracle: Oracle, y: Params, penalty: float) -> Params:
     """One step of y on f + l g."""
     f, g = oracle.gradients(("upper", y), ("lower", y))
-    return oracle.project_lower(tree.axpy(-solver.lower_lr, tree.axpy(penalty, g.lower, f.lower), y))
+    return oracle.project_lower(tree.axpy(-solver.lower_lr_at(penalty), tree.axpy(penalty, g.lower, f.lower), y))
 
 
 def _sums(oracle: Oracle, total: Total) -> dict[str, object]:
