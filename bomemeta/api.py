@@ -113,13 +113,14 @@ class _Session:
     def run(self, problem: Any, solver: Any, saved: Checkpoint | None) -> Result:
         started = time.perf_counter()
         first_step = saved.step if saved is not None else 0
-        self._listener.start(self._folder.path, first_step, self._config.steps, self._config.log.every_steps)
+        steps = engine.run_length(self._config, problem)
+        self._listener.start(self._folder.path, first_step, steps, self._config.log.every_steps)
         with _torch_threads(self._config.threads), closing(self), closing(open_transport(self._config, self.note)) as transport:
             job = Job(self._config, problem, solver, transport)
             state = self._state(job, saved)
             if saved is None:
                 self._save(job, state)  # what a lost node or a kill in the first steps goes back to
-            if state.step < self._config.steps:
+            if state.step < steps:
                 self._folder.result_file.unlink(missing_ok=True)  # of a shorter run, which this one takes further
             self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
             with engine.stop_on_signal(self._listener.note) as stop:
@@ -134,12 +135,14 @@ class _Session:
                     )
                 except DivergenceError as error:
                     raise DivergenceError(self._diverged(error)) from error
-            interrupted = state.step < self._config.steps
+            interrupted = state.step < steps
             metrics = {} if interrupted else engine.final_metrics(job, state, self.note)
             self._listener.close()
             result = self._result(state, metrics, interrupted)
             if not interrupted:
                 seconds = time.perf_counter() - started
+                for name, content in problem.artefacts(state.history).items():
+                    self._folder.write_file(name, content)
                 self._folder.write_result(self._record(job, state, result, first_step, seconds))
         return result
 
@@ -156,7 +159,7 @@ class _Session:
 
     def _state(self, job: Job, saved: Checkpoint | None) -> State:
         upper = job.problem.init_upper(torch.Generator().manual_seed(self._config.seed))
-        state = State(0, job.solver.start(upper, self._config.steps), LowerStates.none())
+        state = State(0, job.solver.start(upper, job.steps), LowerStates.none(), job.problem.init_memory())
         if saved is not None:
             _check_shapes(state.upper.params, saved)
             engine.restore(state, saved)

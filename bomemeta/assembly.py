@@ -31,6 +31,13 @@ def build_problem(config: Config) -> BilevelProblem:
     if data is not None:
         data.prepare()
     problem.attach(seed=config.seed, dtype=getattr(torch, config.dtype), data=data)
+    length = problem.length
+    if config.steps is None and length is None:
+        raise ConfigError(f"steps: missing; problem {config.problem.name} has no end of its own. Give a number, as in steps=1000")
+    if length is not None and config.steps is not None and config.steps > length:
+        raise ConfigError(
+            f"steps: got {config.steps}; the stream of problem {config.problem.name} ends after {length}. Leave it out"
+        )
     return problem
 
 

@@ -84,7 +84,7 @@ class Settings(_Record):
 
     imports: list[str] = []
     seed: _NotNegative = 0
-    steps: _Positive
+    steps: _Positive | None = None
     tasks_per_step: _Positive | None = None
     shards: _Positive = 2
     dtype: Literal["float32", "float64"] = "float32"

@@ -22,6 +22,7 @@ from bomemeta.config import Config
 from bomemeta.core.inner import evaluate, solve_lower
 from bomemeta.core.problem import BilevelProblem, Split
 from bomemeta.core.solver import LowerStates, Solver, Sums
+from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.distributed.rounds import SharedRun, StepRun, step_run
@@ -49,7 +50,9 @@ class State:
     step: int  # how many steps are committed
     upper: UpperVariable
     lower: LowerStates
+    memory: Params = field(default_factory=dict)  # the problem's own, beside its data
     figures: dict[str, float] = field(default_factory=dict)  # COUNTS so far, and the last step's LATEST
+    history: list[dict[str, float]] = field(default_factory=list)  # the figures of each milestone
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,12 @@ class Job:
     solver: Solver
     transport: Transport
 
-    def step_run(self, step: int) -> StepRun | SharedRun:
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return run_length(self.config, self.problem)
+
+    def step_run(self, step: int, **rest: Any) -> StepRun | SharedRun:
         """This step's tasks: fresh ids, or a draw from the pool; a function of (config, step) alone."""
         pool, wanted = self.problem.pool, self.config.tasks_per_step
         if pool is None:
@@ -72,11 +80,18 @@ class Job:
         else:
             drawn = np.random.default_rng([self.config.seed, step]).choice(pool, wanted, replace=False)
             ids = sorted(int(task) for task in drawn)  # type: ignore[assignment]
-        return self.run_on(ids, self.config.shards, step=step)
+        return self.run_on(ids, self.config.shards, step=step, **rest)
 
     def run_on(self, ids: Sequence[int], shards: int, **rest: Any) -> StepRun | SharedRun:
         """A run on these tasks or blocks; `rest` as for StepRun."""
-        return step_run(self.problem, self.transport, ids, shards, steps=self.config.steps, **rest)
+        return step_run(self.problem, self.transport, ids, shards, steps=self.steps, **rest)
+
+
+def run_length(config: Config, problem: BilevelProblem) -> int:
+    """How many steps a run has: the config's number, or else the problem's own."""
+    steps = config.steps if config.steps is not None else problem.length
+    assert steps is not None, "build_problem refuses a config without either"
+    return steps
 
 
 def fit(
@@ -88,17 +103,20 @@ def fit(
     roll_back: Callable[[State, LowerStateLost], None],
     stop: Callable[[], bool],
 ) -> None:
-    """Steps until `config.steps` or until `stop()`; moves `state` in place. Saves when due and at the end.
+    """Steps until `job.steps` or until `stop()`; moves `state` in place. Saves when due and at the end.
 
     A step happens whole or not at all: whatever fails before its commit leaves `state` as it was.
     Raises DivergenceError naming the step where a number is not finite.
     """
     config = job.config
-    while state.step < config.steps and not stop():
+    while state.step < job.steps and not stop():
         started = time.perf_counter()
-        run = job.step_run(state.step)
+        run = job.step_run(state.step, memory=state.memory)
+        memory = state.memory
         try:
             lower, metrics = job.solver.step(state.upper, state.lower, run)
+            if isinstance(run, SharedRun) and job.problem.remembers(state.step):
+                memory = run.remember(job.solver, state.upper.params, lower)
         except DivergenceError as error:
             raise DivergenceError(f"step {state.step}: {error}") from error
         except LowerStateLost as error:
@@ -107,6 +125,7 @@ def fit(
 
         # commit
         state.lower = LowerStates(lower.layout, {**state.lower.handles, **lower.handles})
+        state.memory = memory
         state.step += 1
 
         metrics |= {"reduces": float(run.traffic.reduces), "bytes_reduced": float(run.traffic.bytes_reduced)}
@@ -120,8 +139,11 @@ def fit(
         every = config.evaluation.every_steps
         if every is not None and state.step % every == 0:
             metrics |= _validate(job, state) if job.problem.meta_tests else _own_figures(job, state)
+        if job.problem.milestone(state.step - 1):
+            state.history.append(_own_figures(job, state))
+            metrics |= state.history[-1]
         log(state.step - 1, metrics)
-        if state.step % config.checkpoint.every_steps == 0 and state.step < config.steps:
+        if state.step % config.checkpoint.every_steps == 0 and state.step < job.steps:
             save(state)
     save(state)
 
@@ -129,11 +151,12 @@ def fit(
 def final_metrics(job: Job, state: State, say: Callable[[str], None]) -> dict[str, float]:
     """What the run is judged by: meta-test figures for problems that have test tasks, else figures at the tasks' own y."""
     try:
-        metrics = job.solver.examine(state.upper, state.lower, job.step_run(max(state.step - 1, 0)))
+        last = job.step_run(max(state.step - 1, 0), memory=state.memory)
+        metrics = job.solver.examine(state.upper, state.lower, last)
     except DivergenceError as error:
         say(f"no figures with many more inner steps, which diverge ({error}): solver.inner_lr is at the edge of what is stable")
         metrics = {}
-    metrics |= state.figures
+    metrics |= state.figures | job.problem.retrospect(state.history)
     if not job.problem.meta_tests:
         own = _own_figures(job, state)
         if (steps := job.config.evaluation.solve_steps) is None:
@@ -188,10 +211,10 @@ def _own_figures(job: Job, state: State, steps: int = 0) -> dict[str, float]:
         return {}
     lower, tasks, shards = state.lower, range(pool), job.config.shards
     if steps > 0:
-        run = job.run_on(tasks, shards, step=state.step, differentiable=False)
+        run = job.run_on(tasks, shards, step=state.step, differentiable=False, memory=state.memory)
         _, lower = run(solve_lower, job.solver, state.upper.params, lower, keeps=True, steps=steps)
     split: Split = "test" if job.problem.lower == "shared" else "train"
-    run = job.run_on(tasks, shards, step=state.step, split=split, differentiable=False)
+    run = job.run_on(tasks, shards, step=state.step, split=split, differentiable=False, memory=state.memory)
     sums, _ = run(evaluate, job.solver, state.upper.params, lower, steps=0)
     return _means(job, sums, run.tasks)
 
@@ -229,7 +252,13 @@ def to_checkpoint(job: Job, state: State) -> Checkpoint:
     return Checkpoint(
         step=state.step,
         upper=dict(state.upper.params),
-        solver={"optimizer": state.upper.state_dict(), "lower_layout": state.lower.layout, "figures": dict(state.figures)},
+        solver={
+            "optimizer": state.upper.state_dict(),
+            "lower_layout": state.lower.layout,
+            "memory": dict(state.memory),
+            "figures": dict(state.figures),
+            "history": [dict(figures) for figures in state.history],
+        },
         lower={task: torch.tensor(array) for task, array in zip(ids, arrays, strict=True)},
         config=job.config.to_dict(),
     )
@@ -241,7 +270,9 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     state.upper.load(checkpoint.upper, checkpoint.solver["optimizer"])
     handles = {task: tensor.numpy() for task, tensor in checkpoint.lower.items()}
     state.lower = LowerStates(checkpoint.solver["lower_layout"], handles)
+    state.memory = dict(checkpoint.solver["memory"])
     state.figures = dict(checkpoint.solver["figures"])
+    state.history = [dict(figures) for figures in checkpoint.solver["history"]]
 
 
 @contextmanager

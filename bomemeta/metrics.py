@@ -124,6 +124,11 @@ class RunFolder:
         """Replaces result.json; NaN and infinite numbers, which JSON does not have, become null."""
         _replace(self.result_file, json.dumps(_finite(result), indent=2) + "\n")
 
+    def write_file(self, name: str, content: bytes) -> None:
+        """Puts a file of the problem's own into the folder, or replaces it."""
+        with _naming(self.path / name), written_whole(self.path / name) as file:
+            file.write(content)
+
 
 class MetricsLog:
     """metrics.jsonl, one flushed line per step, and TensorBoard's event files where asked for.

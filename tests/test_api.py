@@ -202,3 +202,13 @@ def test_solved_figures_are_those_of_the_solved_lower_problem(tmp_path):
     ]
     assert result.metrics["lower_loss_solved"] == pytest.approx(sum(losses) / 3, rel=1e-9)
     assert result.metrics["lower_loss"] > result.metrics["lower_loss_solved"]
+
+
+# How long a run is
+
+
+def test_steps_must_be_given_where_the_problem_has_no_end(tmp_path):
+    job = {name: value for name, value in FEW_SHOT.items() if name != "steps"}
+    with pytest.raises(ConfigError, match="steps: missing; problem few_shot has no end of its own"):
+        bomemeta.train(job, [f"output_dir={tmp_path / 'a'}"])
+    assert not (tmp_path / "a").exists()

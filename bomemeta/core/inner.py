@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bomemeta.core import tree
+from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.solver import KernelResult, LowerGroups, Solver
 from bomemeta.core.tree import Params
@@ -31,3 +32,8 @@ def evaluate(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps
 def solve_lower(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int) -> KernelResult:
     """Kernel: every y after `steps` steps on g alone from where it is."""
     return KernelResult({}, {"y": solver.adapt(oracle, steps, lower["y"] if lower is not None else None)})
+
+
+def remember(solver: Solver, oracle: LocalOracle, lower: LowerGroups) -> KernelResult:
+    """Kernel on blocks: their shares of the problem's memory at y."""
+    return KernelResult({"memory": oracle.remember(lower["y"])}, {})

@@ -134,6 +134,11 @@ class LocalOracle(Oracle):
         self.hessian_products += steps
         return Unrolled(end, f.detach(), value.detach(), upper)
 
+    def remember(self, at: Params) -> Params:
+        """The problem's new memory, summed over the blocks of the stack."""
+        with torch.no_grad():
+            return {name: share.sum(0) for name, share in self._over_tasks(self.problem.remember, self.encoded, at).items()}
+
     def evaluate(self, at: Params) -> dict[str, Tensor]:
         with torch.no_grad():
             return self._over_tasks(self.problem.evaluate, self.encoded, at)

@@ -48,6 +48,11 @@ class BilevelProblem:
         """
         return None
 
+    @property
+    def length(self) -> int | None:
+        """How many steps there are, for a problem that is a stream and ends by itself: the config's `steps` if it names none. None: no end."""
+        return None
+
     def init_upper(self, generator: torch.Generator) -> Params:
         """x at step 0; every random number from `generator`."""
         raise must_define(self, "init_upper")
@@ -90,6 +95,34 @@ class BilevelProblem:
     def lower_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Optional closed form on a whole STACK: (g [B], grad_y g [B, ...]). None (the default): the oracle uses autograd."""
         return None
+
+    # What a shared problem remembers from step to step beside y and its data: soft targets, stored logits ...
+
+    def init_memory(self) -> Params:
+        """Memory at step 0: tensors that the driver holds and every block's batch carries under their names. Default: none."""
+        return {}
+
+    def remembers(self, step: int) -> bool:
+        """Whether memory changes after this step. Default: never."""
+        return False
+
+    def remember(self, encoded: Encoded, lower: Params, batch: Batch) -> Params:
+        """One block's share of the memory after the step, at the x and y that the step left. The blocks' shares are summed, so each entry is to
+        come from one block and be 0 in all others.
+        """
+        raise must_define(self, "remember")
+
+    def milestone(self, step: int) -> bool:
+        """Whether `evaluate` is asked after this step and its figures kept: the end of a task of a stream. Default: never."""
+        return False
+
+    def retrospect(self, history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """What the figures of all milestones, in order, come to; among the result's metrics. Default: nothing."""
+        return {}
+
+    def artefacts(self, history: Sequence[Mapping[str, float]]) -> dict[str, bytes]:
+        """Files for the run's folder that follow from the same figures, by name. Default: none."""
+        return {}
 
     def project_upper(self, upper: Params) -> Params:
         """The nearest admissible x. Default: no constraint."""

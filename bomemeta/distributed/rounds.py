@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bomemeta.core import tree
+from bomemeta.core.inner import remember
 from bomemeta.core.problem import BilevelProblem, Split
 from bomemeta.core.reduced_oracle import ReducedOracle
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, LowerStates, Reduced, Solver, Sums
@@ -53,11 +54,13 @@ class StepRun:
         split: Split = "train",
         variant: Mapping[str, Any] | None = None,
         differentiable: bool = True,
+        memory: Params | None = None,
     ) -> None:
         self.tasks, self.step, self.steps = len(task_ids), step, steps
         self.persistent, self.project_upper = persistent, project_upper
         self.seconds = {"broadcast_s": 0.0, "compute_s": 0.0, "reduce_s": 0.0}  # summed over the step's rounds
         self.traffic = Traffic()
+        self._memory: LowerGroups = {"memory": memory} if memory else {}
         self._transport, self._split, self._variant, self._differentiable = transport, split, dict(variant or {}), differentiable
         cuts = np.array_split(np.asarray(task_ids), min(shards, len(task_ids)))
         self._shards = [tuple(int(task) for task in cut) for cut in cuts]
@@ -84,7 +87,7 @@ class StepRun:
         arguments: Mapping[str, Any],
     ) -> Reduced:
         """As `Run.__call__`; `sent`: lower groups that all tasks share, sent along with x in place of states of the tasks' own."""
-        broadcast = pack({"x": upper, **sent}, next(iter(upper.values())).dtype)
+        broadcast = pack({"x": upper, **self._memory, **sent}, next(iter(upper.values())).dtype)
         calls = [self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout) for shard in self._shards]
         answer = self._transport.run(broadcast.buffer, calls)
         start = time.perf_counter()
@@ -152,9 +155,7 @@ class SharedRun:
         keeps: bool = False,
         **arguments: Any,
     ) -> Reduced:
-        groups = None
-        if SHARED_TASK in lower.handles:
-            groups = unpack_tasks(PackedTasks(lower.layout, torch.tensor(lower.handles[SHARED_TASK])[None]))
+        groups = _groups(lower)
         oracle = ReducedOracle(self._problem, functools.partial(self._ask, solver, upper))
         result = kernel(solver, oracle, groups, **arguments)
         if not keeps:
@@ -163,6 +164,15 @@ class SharedRun:
         row = rows[0].numpy()
         _check_finite(Packed(layout, row))
         return Reduced(result.sums, LowerStates(layout, {SHARED_TASK: row}))
+
+    def remember(self, solver: Solver, upper: Params, lower: LowerStates) -> Params:
+        """The problem's memory as it is after the step: the sum of the blocks' shares, at their y."""
+        groups = _groups(lower)
+        assert groups is not None, "a step leaves a y"
+        y = {name: tensor[0] for name, tensor in groups["y"].items()}
+        sums, _ = self._blocks.ask(remember, solver, upper, LowerStates.none(), {"y": y}, False, {})
+        memory: Params = sums["memory"]
+        return memory
 
     def _ask(
         self, solver: Solver, upper: Params, kernel: Kernel, sent: Mapping[str, Params], first: bool = False, **arguments: Any
@@ -174,6 +184,13 @@ class SharedRun:
 
 # The number under which the one y of a shared problem is kept.
 SHARED_TASK = 0
+
+
+def _groups(lower: LowerStates) -> LowerGroups | None:
+    """What is kept of the one y, as stacks of one; None before the first step."""
+    if SHARED_TASK not in lower.handles:
+        return None
+    return unpack_tasks(PackedTasks(lower.layout, torch.tensor(lower.handles[SHARED_TASK])[None]))
 
 
 def step_run(problem: BilevelProblem, transport: Transport, ids: Sequence[int], shards: int, **rest: Any) -> StepRun | SharedRun:

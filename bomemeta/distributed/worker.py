@@ -30,7 +30,7 @@ class Request(NamedTuple):
     layout: Layout  # what is in a state array
     with_state: tuple[bool, ...]  # which of the tasks come with a state array
     keeps: bool  # whether the kernel's lower groups are returned, one array per task
-    sent: Layout  # what is in the broadcast array: x, and lower groups that all tasks share
+    sent: Layout  # what is in the broadcast array: x, the problem's memory, and lower groups that all tasks share
 
 
 class ShardSums(NamedTuple):
@@ -53,8 +53,10 @@ class ShardWorker:
     def execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
         problem = self._problem(request.variant)
         sent = {name: self._on_device(params) for name, params in unpack(Packed(request.sent, broadcast)).items()}
-        batch = problem.load(request.task_ids, request.step, request.split)
-        oracle = LocalOracle(problem, sent.pop("x"), self._on_device(batch), self._task_map, request.differentiable)
+        batch = self._on_device(problem.load(request.task_ids, request.step, request.split))
+        if "memory" in sent:
+            batch |= _repeated({"memory": sent.pop("memory")}, len(request.task_ids))["memory"]
+        oracle = LocalOracle(problem, sent.pop("x"), batch, self._task_map, request.differentiable)
         lower = _repeated(sent, oracle.tasks) if sent else self._unpack_lower(oracle, request, states)
         result = request.kernel(request.solver, oracle, lower, **request.arguments)
         sums = pack(result.sums, problem.dtype)

@@ -166,7 +166,7 @@ def _cut(job: Job, tasks: int, run_dir: str | Path | None, at_step: int | None, 
                 "own config.yaml"
             )
         upper, step = saved, loaded.checkpoint.step
-    last = job.config.steps - 1
+    last = job.steps - 1
     if at_step is not None and not 0 <= at_step <= last:
         raise ConfigError(f"--at-step: got {at_step}, wanted 0 to {last}, as the config has steps: {job.config.steps}")
     step = min(step, last) if at_step is None else at_step
