@@ -53,6 +53,8 @@ def train(
     solver = build_solver(settings, problem)
     name = Path(config).stem if isinstance(config, str | Path) else settings.problem.name
     folder = RunFolder.create(settings.output_dir, name, settings)
+    if settings.seeds > 1:
+        return _seeds(settings, folder, listener)
     try:
         return _Session(settings, folder, listener or Quiet()).run(problem, solver, None)
     except BomemetaError:
@@ -73,6 +75,8 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: List
     if any(override.partition("=")[0].strip() == "output_dir" for override in overrides):
         raise ConfigError(f"output_dir: a run goes on in its own folder, {folder.path}; leave the override out")
     listener = listener or Quiet()
+    if settings.seeds > 1:
+        return _seeds(settings, folder, listener, overrides)
     saved = None
     if checkpoints.latest(folder.checkpoints) is not None:  # else the run died before its first checkpoint: begin again
         loaded = load_latest(folder.checkpoints)
@@ -93,12 +97,22 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Li
     """
     folder = RunFolder.open(run_dir)
     settings = load_config(folder.config_file, overrides)
+    if settings.seeds > 1:
+        return _seeds(settings, folder, listener, overrides, evaluates=True)
     loaded = load_latest(folder.checkpoints)
     problem = build_problem(settings)
     session = _Session(settings, folder, listener or Quiet())
     for note in loaded.notes:
         session.note(note)
     return session.evaluate(problem, build_solver(settings, problem), loaded.checkpoint)
+
+
+def _seeds(
+    settings: Config, folder: RunFolder, listener: Listener | None, overrides: Sequence[str] = (), evaluates: bool = False
+) -> Result:
+    from bomemeta.seeds import run_seeds  # which runs its seeds through this module
+
+    return run_seeds(settings, folder, listener or Quiet(), overrides, evaluates)
 
 
 class _Session:

@@ -11,7 +11,7 @@ import torch
 from bomemeta.config import Config, load_config
 from bomemeta.core.problem import BilevelProblem
 from bomemeta.core.solver import Solver
-from bomemeta.distributed.transport import Transport
+from bomemeta.distributed.transport import Transport, WorkerFactory
 from bomemeta.distributed.worker import ShardWorker, variant_of
 from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.imports import Import, execute_imports, read_imports
@@ -48,12 +48,12 @@ def build_solver(config: Config, problem: BilevelProblem) -> Solver:
     return solver
 
 
-def open_transport(config: Config, say: Callable[[str], None]) -> Transport:
-    """Where the tasks are computed: this process (`workers: 0`) or Ray actors.
+def open_transport(config: Config, say: Callable[[str], None], factory: WorkerFactory | None = None) -> Transport:
+    """Where the tasks are computed: this process (`workers: 0`) or Ray actors. `factory` makes the workers; None: those of one run's shards.
 
     Raises ConfigError or ClusterError where the device or the workers cannot be had.
     """
-    factory = BuildWorker(config.to_dict(), tuple(read_imports(config.imports)))
+    factory = factory or BuildWorker(config.to_dict(), tuple(read_imports(config.imports)))
     if config.workers == 0:
         from bomemeta.distributed.serial import SerialTransport
 

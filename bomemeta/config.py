@@ -84,6 +84,7 @@ class Settings(_Record):
 
     imports: list[str] = []
     seed: _NotNegative = 0
+    seeds: Annotated[_Positive, _ASIDE] = 1
     steps: _Positive | None = None
     tasks_per_step: _Positive | None = None
     shards: _Positive = 2

@@ -50,7 +50,7 @@ class BilevelProblem:
 
     @property
     def length(self) -> int | None:
-        """How many steps there are, for a problem that is a stream and ends by itself: the config's `steps` if it names none. None: no end."""
+        """How many steps there are, for a problem that is a stream and ends by itself; the config may then name none. None: no end."""
         return None
 
     def init_upper(self, generator: torch.Generator) -> Params:
@@ -107,8 +107,8 @@ class BilevelProblem:
         return False
 
     def remember(self, encoded: Encoded, lower: Params, batch: Batch) -> Params:
-        """One block's share of the memory after the step, at the x and y that the step left. The blocks' shares are summed, so each entry is to
-        come from one block and be 0 in all others.
+        """One block's share of the memory after the step, at the x and y that the step left. The blocks' shares are summed, so each entry
+        is to come from one block and be 0 in all others.
         """
         raise must_define(self, "remember")
 

@@ -93,8 +93,8 @@ class Solver:
         raise must_define(self, "step")
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
-        """y solved on g alone, as meta-testing uses it: `steps` inner steps (None: as many as training uses) from `start` (None: from where a
-        fresh task's y is).
+        """y solved on g alone, as meta-testing uses it: `steps` inner steps (None: as many as training uses) from `start` (None: from
+        where a fresh task's y is).
         """
         raise must_define(self, "adapt")
 

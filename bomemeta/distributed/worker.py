@@ -48,12 +48,13 @@ class ShardWorker:
         self._device = torch.device(device)
         self._task_map: TaskMap = "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
         self._problems: dict[str, BilevelProblem] = {}
+        self._last: tuple[tree.Params, tree.Params] | None = None
         self._problem({})  # what is wrong with it shows before the first step
 
     def execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
         problem = self._problem(request.variant)
         sent = {name: self._on_device(params) for name, params in unpack(Packed(request.sent, broadcast)).items()}
-        batch = self._on_device(problem.load(request.task_ids, request.step, request.split))
+        batch = self._loaded(problem.load(request.task_ids, request.step, request.split))
         if "memory" in sent:
             batch |= _repeated({"memory": sent.pop("memory")}, len(request.task_ids))["memory"]
         oracle = LocalOracle(problem, sent.pop("x"), batch, self._task_map, request.differentiable)
@@ -64,6 +65,12 @@ class ShardWorker:
             return (ShardSums(sums, ()),)
         layout, rows = pack_tasks(result.lower)
         return ShardSums(sums, layout), *(row.numpy().copy() for row in rows)
+
+    def _loaded(self, batch: tree.Params) -> tree.Params:
+        """The batch on the worker's device. A problem that gives the very same batch again has not changed it: it is moved once."""
+        if self._last is None or self._last[0] is not batch:
+            self._last = batch, self._on_device(batch)
+        return dict(self._last[1])
 
     def _problem(self, variant: Mapping[str, Any]) -> BilevelProblem:
         key = repr(sorted(variant.items()))

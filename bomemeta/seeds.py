@@ -1,0 +1,137 @@
+"""One config with several seeds: independent runs, side by side where there are workers, and the mean of what they came to.
+
+Each seed is a run like any other, serial, in a folder of its own below the common one. A worker runs a seed from begin to end; one that is
+lost has its seed gone on with elsewhere, from the seed's last checkpoint and to the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bomemeta import api
+from bomemeta.assembly import open_transport
+from bomemeta.config import Config, load_config
+from bomemeta.distributed.transport import ShardCall
+from bomemeta.imports import Import, execute_imports, is_file_entry, read_imports
+from bomemeta.metrics import RunFolder
+from bomemeta.report import Listener
+
+# What says how the seeds are run, and not how one is.
+OF_THE_WHOLE = {"seeds", "workers", "address", "cpus_per_worker", "gpus_per_worker"}
+# A seed is a whole run: no answer for a long time says nothing.
+NEVER_S = 1e9
+
+
+class Job(NamedTuple):
+    """What a worker is asked for one seed: exactly one of training, going on and evaluating."""
+
+    seed: int
+    folder: str
+    overrides: tuple[str, ...]
+    evaluates: bool
+
+
+class Answer(NamedTuple):
+    seed: int
+    steps: int
+    metrics: dict[str, float]
+    upper_sha256: str
+    notes: list[str]
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class BuildSeedWorker:
+    """Makes a worker for seeds in whatever process it is called in; carries the config as plain values and user files as text."""
+
+    config: Mapping[str, Any]
+    imports: tuple[Import, ...]
+
+    def __call__(self, device: str) -> SeedWorker:
+        execute_imports(self.imports)
+        # Imported files have just been executed from their text, and need not exist here. Where they do, a seed's folder can be used alone.
+        files = [entry for entry in self.config["imports"] if is_file_entry(entry)]
+        here = all(Path(entry).is_file() for entry in files)
+        return SeedWorker({**self.config, "imports": self.config["imports"] if here else []})
+
+
+class SeedWorker:
+    """Runs one seed per call."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+
+    def execute(self, request: Job, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Answer]:
+        folder = Path(request.folder)
+        if request.evaluates:
+            result = api.evaluate(folder, request.overrides)
+        elif (folder / "config.yaml").is_file():  # this seed was begun: by an earlier call, or by a worker that was lost
+            result = api.resume(folder, request.overrides)
+        else:
+            own = {**self._config, "seed": request.seed, "seeds": 1, "workers": 0, "output_dir": request.folder}
+            result = api.train(load_config(own))
+        notes = [f"seed {request.seed}: {note}" for note in result.notes]
+        return (Answer(request.seed, result.steps, result.metrics, result.upper_sha256, notes, result.interrupted),)
+
+
+def run_seeds(
+    config: Config, folder: RunFolder, listener: Listener, overrides: Sequence[str] = (), evaluates: bool = False
+) -> api.Result:
+    """All seeds of the config, begun, gone on with or evaluated, `workers` at a time; result.json unless `evaluates`.
+
+    `metrics` has the mean of every figure over the seeds and, as NAME_ci95, the half-width of its 95 % interval by Student's t.
+    `upper` is empty and `upper_sha256` that of the seeds' own hashes, in order.
+    """
+    started = time.perf_counter()
+    listener.note(f"run folder: {folder.path}")
+    own = tuple(override for override in overrides if override.partition("=")[0].strip() not in OF_THE_WHOLE)
+    jobs = [Job(seed, str(folder.path / f"seed-{seed}"), own, evaluates) for seed in range(config.seed, config.seed + config.seeds)]
+    answers: list[Answer] = []
+    factory = BuildSeedWorker(config.to_dict(), tuple(read_imports(config.imports)))
+    at_once = max(config.workers, 1)
+    patient = config.model_copy(update={"step_timeout_s": NEVER_S})
+    with closing(open_transport(patient, listener.note, factory)) as transport:
+        for first in range(0, len(jobs), at_once):
+            calls = [ShardCall(job) for job in jobs[first : first + at_once]]
+            answers += [reply.reply for reply in transport.run(np.empty(0, np.float32), calls).replies]
+            listener.note(f"{len(answers)} of {len(jobs)} seeds are done")
+            if any(answer.interrupted for answer in answers):
+                break
+    interrupted = any(answer.interrupted for answer in answers)
+    metrics = {} if interrupted else over_seeds([answer.metrics for answer in answers])
+    digest = hashlib.sha256("".join(answer.upper_sha256 for answer in answers).encode()).hexdigest()
+    notes = [note for answer in answers for note in answer.notes]
+    result = api.Result(folder.path, min(answer.steps for answer in answers), metrics, {}, digest, interrupted, notes)
+    if not (interrupted or evaluates):
+        runs = [{"seed": answer.seed, "upper_sha256": answer.upper_sha256, "metrics": answer.metrics} for answer in answers]
+        record = {"steps": result.steps, "seed": config.seed, "upper_sha256": digest, "wall_s": time.perf_counter() - started}
+        folder.write_result(record | {"metrics": metrics, "runs": runs, "notes": notes, "config": config.to_dict()})
+    return result
+
+
+def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every figure that all runs have, followed by NAME_ci95; an interval has no interval of its own."""
+    from scipy.stats import t
+
+    n = len(runs)
+    quantile = float(t.ppf(0.975, n - 1))
+    found: dict[str, float] = {}
+    for name in runs[0]:
+        if not all(name in run for run in runs):
+            continue
+        values = [run[name] for run in runs]
+        mean = math.fsum(values) / n
+        found[name] = mean
+        if not name.endswith("ci95"):
+            variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+            found[f"{name}_ci95"] = quantile * math.sqrt(variance / n)
+    return found
