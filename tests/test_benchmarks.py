@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,3 +87,33 @@ def test_the_ratio_and_the_table(data_root: str, tmp_path: Path) -> None:
     text = run("table", str(tmp_path))
     assert "BOME, prototype head" in text
     assert "| 4 | 1 | wall | 60 |" in text
+
+
+def test_live_bytes_are_those_of_tensors_until_they_are_freed() -> None:
+    live_bytes = importlib.import_module("benchmarks.memory").LiveBytes
+    with live_bytes() as counted:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)  # a view has no memory of its own
+        c = b + 1
+        assert (counted.live, counted.peak) == (8000, 8000)
+        del a, b
+        assert counted.live == 4000
+        x = c.requires_grad_()
+        y = x.sin().sin().sum()  # the graph keeps what its backward pass needs
+        assert counted.live == 4000 + 4000 + 4
+        y.backward()
+        del y
+        assert counted.live == 4000 + 4000  # x and its gradient
+    assert counted.peak >= 12000
+
+
+def test_bomes_memory_does_not_grow_with_the_inner_steps_and_itds_does(tmp_path: Path) -> None:
+    sizes = ("--filters", "4", "--tasks", "1", "--inner-steps", "1", "4", "16")
+    result = run("memory", *sizes, "--json", str(tmp_path / "memory.json"))
+    assert json.loads((tmp_path / "memory.json").read_text()) == result
+    found = {(r["form"], r["solver"]): r for r in result["results"]}
+    for form in ("head", "network"):
+        peaks = found[form, "bome"]["peak_bytes"].values()
+        assert max(peaks) - min(peaks) <= 64  # a few numbers of bookkeeping; y of the network form has 2,100 bytes
+    # Of each inner step the graph keeps at least what the first layer's images became: 5 images, 4 filters of 28 x 28 floats.
+    assert found["network", "itd"]["bytes_per_inner_step"] > 5 * 4 * 28 * 28 * 4

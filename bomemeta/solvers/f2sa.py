@@ -7,7 +7,8 @@ Source: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bi
     l_k  = penalty + k penalty_growth,   a_k = lower_lr penalty / l_k
 
 The direction is the hypergradient up to O(1/l). a_k has to stay below 2 / (the largest curvature of f + l_k g): it shrinks as l grows, as
-in the paper, where a_k l_k is a step of its own; one that is stable at step 0 stays so.
+in the paper, where a_k l_k is a step of its own; one that is stable at step 0 stays so. x's direction has l_k (y - z) in it, so that what y
+and z lag behind is multiplied by l_k: with lower_lr penalty = inner_lr they lag alike, and it cancels.
 """
 
 from __future__ import annotations
