@@ -212,3 +212,8 @@ def test_steps_must_be_given_where_the_problem_has_no_end(tmp_path):
     with pytest.raises(ConfigError, match="steps: missing; problem few_shot has no end of its own"):
         bomemeta.train(job, [f"output_dir={tmp_path / 'a'}"])
     assert not (tmp_path / "a").exists()
+
+
+def test_few_shot_wants_a_data_set_of_episodes(tmp_path):
+    with pytest.raises(ConfigError, match="problem few_shot draws episodes, which ToyLabelled does not have"):
+        bomemeta.train({**FEW_SHOT, "data": {"dataset": "toy_labelled"}}, [f"output_dir={tmp_path / 'a'}"])

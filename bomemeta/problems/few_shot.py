@@ -60,6 +60,11 @@ class FewShot(BilevelProblem):
     fixed_tasks: Annotated[int, Field(ge=1)] | None = None  # so many episodes whose y persists; none: fresh ones for ever
 
     def setup(self) -> None:
+        if not hasattr(self.data, "episode"):
+            raise ConfigError(
+                f"data.dataset: problem few_shot draws episodes, which {type(self.data).__name__} does not have; use glyphs, omniglot or one "
+                "of learn2learn's"
+            )
         source: EpisodeSource = self.data
         channels, height, width = source.image_shape
         if self.backbone == "conv4" and min(height, width) < 16:
