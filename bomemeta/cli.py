@@ -141,6 +141,28 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The experiment, as in bome_toys; a wrong name shows them all.")],
+    full: Annotated[bool, typer.Option("--full", help="The paper's lengths; without it, one to three minutes on a CPU.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder; reproduced/NAME if left out. What is done there is not done again."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of every run.")] = 0,
+) -> None:
+    """Rerun a paper's experiment into a table and a figure.
+
+    Writes table.md, table.json, figure.png and one file per run. Ctrl-C keeps the finished runs; the same command goes on.
+    """
+    with _reported():
+        from bomemeta.reproduce import reproduce as rerun
+
+        folder = rerun(name, full=full, out=out, seed=seed, say=lambda text: typer.echo(text, err=True))
+        typer.echo((folder / "table.md").read_text(encoding="utf-8"), nl=False)
+        typer.echo(f"written: {folder}")
+
+
 @app.command("list")
 def list_(
     kind: Annotated[Kind | None, typer.Argument(help="Which list; all three without it.")] = None,

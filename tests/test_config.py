@@ -182,12 +182,12 @@ def test_the_last_override_wins_and_places_follow_it(write: Any) -> None:
 
 
 def test_everything_wrong_is_reported_at_once_in_the_order_of_the_file(write: Any) -> None:
-    path = write("steps: x\nproblem: {name: fake}\nsolver:\n  name: fake\n  upper_lr: -1\nseeds: 1\n")
+    path = write("steps: x\nproblem: {name: fake}\nsolver:\n  name: fake\n  upper_lr: -1\nseedd: 1\n")
     assert message_of(path).splitlines() == [
         f"{path}:1: steps: got 'x' (str), wanted an integer >= 1 or null",
         f"{path}:2: problem.ways is missing; wanted an integer",
         f"{path}:5: solver.upper_lr: got -1 (int), wanted a number > 0",
-        f"{path}:6: seeds is not a key. Did you mean seed?",
+        f"{path}:6: seedd is not a key. Did you mean seed?",
     ]
 
 
