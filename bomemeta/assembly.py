@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def build_solver(config: Config, problem: BilevelProblem) -> Solver:
 
 
 def open_transport(config: Config, say: Callable[[str], None], factory: WorkerFactory | None = None) -> Transport:
-    """Where the tasks are computed: this process (`workers: 0`) or Ray actors. `factory` makes the workers; None: those of one run's shards.
+    """Where the tasks are computed: this process (`workers: 0`) or Ray actors. `factory` makes the workers; None: those of a run's shards.
 
     Raises ConfigError or ClusterError where the device or the workers cannot be had.
     """
@@ -102,3 +103,14 @@ def _serial_device(config: Config) -> str:
     if not torch.cuda.is_available():
         raise ConfigError("device: cuda, but torch sees no GPU here; use device: cpu or auto")
     return "cuda:0"
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """This process's torch threads, for as long as a run lasts: the driver adds and squares too, and sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bomemeta import api
 from bomemeta.assembly import open_transport
 from bomemeta.config import Config, load_config
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.imports import Import, execute_imports, is_file_entry, read_imports
 from bomemeta.metrics import RunFolder
-from bomemeta.report import Listener
+from bomemeta.report import Listener, Quiet
+from bomemeta.session import Result, evaluate_one, resume_one, train_one
 
 # What says how the seeds are run, and not how one is.
 OF_THE_WHOLE = {"seeds", "workers", "address", "cpus_per_worker", "gpus_per_worker"}
@@ -71,21 +71,22 @@ class SeedWorker:
         self._config = config
 
     def execute(self, request: Job, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Answer]:
-        folder = Path(request.folder)
-        if request.evaluates:
-            result = api.evaluate(folder, request.overrides)
-        elif (folder / "config.yaml").is_file():  # this seed was begun: by an earlier call, or by a worker that was lost
-            result = api.resume(folder, request.overrides)
+        path = Path(request.folder)
+        if request.evaluates or (path / "config.yaml").is_file():
+            # Where it is not to be evaluated, this seed was begun: by an earlier call, or by a worker that was lost.
+            folder = RunFolder.open(path)
+            settings = load_config(folder.config_file, request.overrides)
+            result = (evaluate_one if request.evaluates else resume_one)(settings, folder, Quiet())
         else:
             own = {**self._config, "seed": request.seed, "seeds": 1, "workers": 0, "output_dir": request.folder}
-            result = api.train(load_config(own))
+            result = train_one(load_config(own), path.name, Quiet())
         notes = [f"seed {request.seed}: {note}" for note in result.notes]
         return (Answer(request.seed, result.steps, result.metrics, result.upper_sha256, notes, result.interrupted),)
 
 
 def run_seeds(
     config: Config, folder: RunFolder, listener: Listener, overrides: Sequence[str] = (), evaluates: bool = False
-) -> api.Result:
+) -> Result:
     """All seeds of the config, begun, gone on with or evaluated, `workers` at a time; result.json unless `evaluates`.
 
     `metrics` has the mean of every figure over the seeds and, as NAME_ci95, the half-width of its 95 % interval by Student's t.
@@ -110,7 +111,7 @@ def run_seeds(
     metrics = {} if interrupted else over_seeds([answer.metrics for answer in answers])
     digest = hashlib.sha256("".join(answer.upper_sha256 for answer in answers).encode()).hexdigest()
     notes = [note for answer in answers for note in answer.notes]
-    result = api.Result(folder.path, min(answer.steps for answer in answers), metrics, {}, digest, interrupted, notes)
+    result = Result(folder.path, min(answer.steps for answer in answers), metrics, {}, digest, interrupted, notes)
     if not (interrupted or evaluates):
         runs = [{"seed": answer.seed, "upper_sha256": answer.upper_sha256, "metrics": answer.metrics} for answer in answers]
         record = {"steps": result.steps, "seed": config.seed, "upper_sha256": digest, "wall_s": time.perf_counter() - started}

@@ -21,13 +21,28 @@ ROOMS = {
     "nets": {"torch", "bomemeta.nets"},
 }
 NEVER = {
-    "problems": {"bomemeta.solvers", "bomemeta.distributed", "bomemeta.engine", "bomemeta.api"},
-    "data": {"bomemeta.problems", "bomemeta.solvers", "bomemeta.distributed", "bomemeta.engine", "bomemeta.api"},
-    "distributed": {"bomemeta.problems", "bomemeta.solvers", "bomemeta.data", "bomemeta.engine", "bomemeta.api", "bomemeta.config"},
+    "problems": {"bomemeta.solvers", "bomemeta.distributed", "bomemeta.engine", "bomemeta.session", "bomemeta.api"},
+    "data": {
+        "bomemeta.problems",
+        "bomemeta.solvers",
+        "bomemeta.distributed",
+        "bomemeta.engine",
+        "bomemeta.session",
+        "bomemeta.api",
+    },
+    "distributed": {
+        "bomemeta.problems",
+        "bomemeta.solvers",
+        "bomemeta.data",
+        "bomemeta.engine",
+        "bomemeta.session",
+        "bomemeta.api",
+        "bomemeta.config",
+    },
 }
 WITH_RAY = {"distributed/actor.py", "distributed/cluster.py", "distributed/ray_transport.py", "distributed/seats.py", "tune.py"}
 ENGINE_NEVER = {
-    "ray", "bomemeta.assembly", "bomemeta.api", "bomemeta.problems", "bomemeta.solvers", "bomemeta.data",
+    "ray", "bomemeta.assembly", "bomemeta.session", "bomemeta.api", "bomemeta.problems", "bomemeta.solvers", "bomemeta.data",
     "bomemeta.distributed.serial", "bomemeta.distributed.ray_transport", "bomemeta.distributed.cluster", "bomemeta.distributed.actor",
 }  # fmt: skip
 

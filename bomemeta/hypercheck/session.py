@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bomemeta.assembly import build_problem, build_solver, open_transport
+from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.checkpoint import load_latest
 from bomemeta.config import Config, load_config
 from bomemeta.core.solver import Run, Solver
@@ -63,7 +63,7 @@ def check(
     settings = load_config(config, [*overrides, *OWN_KEYS])
     problem = build_problem(settings)
     solver = build_solver(settings, problem)
-    with _torch_threads(settings.threads), closing(open_transport(settings, say)) as transport:
+    with torch_threads(settings.threads), closing(open_transport(settings, say)) as transport:
         job = Job(settings, problem, solver, transport)
         cut = _cut(job, tasks, run_dir, at_step, say)
         return _report(job, cut, settle_steps, directions, say)
@@ -290,13 +290,3 @@ def _margin(known: Reference) -> str:
 
 def _condition(known: Reference) -> float:
     return known.largest / known.smallest if known.smallest > 0 else float("inf")
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
