@@ -14,9 +14,8 @@ import bomemeta
 from bomemeta.errors import ConfigError
 from bomemeta.seeds import over_seeds
 
-TOY = str(Path(__file__).with_name("toy.py"))
 JOB: dict[str, Any] = {
-    "imports": [TOY],
+    "imports": ["toy"],
     "problem": {"name": "few_shot", "ways": 3, "queries": 2, "test_queries": 2, "width": 4},
     "data": {"dataset": "toy"},
     "solver": {"name": "bome", "inner_steps": 2, "inner_lr": 0.2, "lower_lr": 0.2, "adapt_steps": 1, "barrier_steps": 1},

@@ -1,0 +1,178 @@
+"""Streams of classification tasks made of one labelled data set: the same images permuted or turned, or its classes in groups.
+
+    permuted   task t shuffles the numbers of every input by one permutation of its own     (Kirkpatrick et al. 2017)
+    rotated    task t turns every image by t * 180 / tasks degrees                          (Lopez-Paz and Ranzato 2017)
+    split      task t has classes of its own                                                (Zenke et al. 2017)
+
+Training samples come from the data set's training part, test samples from its test part; which of them follows from the seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bomemeta.data.labelled import GREY_LEVELS, Examples, LabelledArrays, Part
+from bomemeta.errors import ConfigError, DataError
+
+Kind = Literal["permuted", "rotated", "split"]
+ImageShape = tuple[int, int, int]  # channels, height, width
+
+# Second numbers of the keys of what is drawn from the seed.
+ROWS, PERMUTATION, CLASSES = range(3)
+LEAST = 2  # samples of a task: one for each kind of memory
+TURN = 180.0  # degrees, over all tasks of a rotated stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSpec:
+    """What a stream is to be. `samples`, `test_samples`: of each task, None: all there are."""
+
+    kind: Kind
+    tasks: int
+    samples: int | None
+    test_samples: int | None
+    classes_per_task: int | None  # split; None: the classes in equal groups
+    shuffle_classes: bool  # split: groups in an order that follows from the seed, else in the classes' own
+    seed: int
+
+
+class TaskRows(NamedTuple):
+    """The samples of all tasks, one task after the other; in the order in which they come."""
+
+    examples: Examples
+    tasks: Tensor  # int64 [n]
+    starts: tuple[int, ...]  # task t has the rows starts[t] up to starts[t + 1]
+
+
+class Stream(NamedTuple):
+    train: TaskRows
+    test: TaskRows
+    allowed: Tensor  # bool [tasks, classes], the classes that a task has
+
+
+def build_stream(data: LabelledArrays, spec: StreamSpec) -> Stream:
+    """Raises ConfigError where the classes cannot be cut so, DataError where a task has too few samples."""
+    groups = _groups(data.classes, spec)
+    allowed = torch.zeros(spec.tasks, data.classes, dtype=torch.bool)
+    for t, group in enumerate(groups):
+        allowed[t, group] = True
+    transforms = [_transform(data, spec, t) for t in range(spec.tasks)]
+    return Stream(
+        _part(data, spec, "train", spec.samples, allowed, transforms),
+        _part(data, spec, "test", spec.test_samples, allowed, transforms),
+        allowed,
+    )
+
+
+def image_shape(data: LabelledArrays, wanted_for: str) -> ImageShape:
+    """Of a row, folded: what the data set says, or else a square of grey levels. Raises ConfigError where neither is to be had."""
+    shape: ImageShape | None = getattr(data, "image_shape", None)
+    if shape is not None:
+        return shape
+    side = math.isqrt(data.features)
+    if side * side != data.features:
+        raise ConfigError(
+            f"{wanted_for} wants images; a row of this data set has {data.features} numbers, which are no square, and the data set has no "
+            "`image_shape` (channels, height, width)"
+        )
+    return 1, side, side
+
+
+def rotated(images: Tensor, degrees: float) -> Tensor:
+    """Images [n, C, H, W], floats, turned counter-clockwise about their middle, bilinearly; 0 where nothing was."""
+    angle = math.radians(degrees)
+    height, width = images.shape[2:]
+    # grid_sample counts both axes from -1 to 1: what is not square would be sheared.
+    matrix = torch.tensor(
+        [
+            [math.cos(angle), -math.sin(angle) * height / width, 0.0],
+            [math.sin(angle) * width / height, math.cos(angle), 0.0],
+        ],
+        dtype=images.dtype,
+    )
+    grid = functional.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, align_corners=False)
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def _groups(classes: int, spec: StreamSpec) -> list[list[int]]:
+    """The classes of each task."""
+    if spec.kind != "split":
+        return [list(range(classes))] * spec.tasks
+    each = spec.classes_per_task
+    if each is None:
+        if classes % spec.tasks:
+            fitting = [n for n in range(2, classes + 1) if classes % n == 0]
+            raise ConfigError(
+                f"problem.tasks: {classes} classes do not make {spec.tasks} equal groups. Set problem.classes_per_task, or problem.tasks "
+                f"to one of: {', '.join(map(str, fitting))}"
+            )
+        each = classes // spec.tasks
+    if each * spec.tasks > classes:
+        raise ConfigError(
+            f"problem.tasks: {spec.tasks} tasks of {each} classes want {each * spec.tasks} classes; the data set has {classes}: make "
+            "problem.tasks or problem.classes_per_task smaller"
+        )
+    order = _generator(spec.seed, CLASSES).permutation(classes) if spec.shuffle_classes else np.arange(classes)
+    return [sorted(int(label) for label in order[t * each : (t + 1) * each]) for t in range(spec.tasks)]
+
+
+def _transform(data: LabelledArrays, spec: StreamSpec, task: int) -> Callable[[Tensor], Tensor]:
+    """What the task does to rows [n, d], as stored."""
+    if spec.kind == "permuted":
+        order = torch.from_numpy(_generator(spec.seed, PERMUTATION, task).permutation(data.features))
+        return lambda rows: rows[:, order]
+    if spec.kind == "rotated":
+        shape = image_shape(data, "problem.stream: rotated")
+        degrees = task * TURN / spec.tasks
+        return lambda rows: rows if degrees == 0 else _turned(rows, shape, degrees)
+    return lambda rows: rows
+
+
+def _turned(rows: Tensor, shape: ImageShape, degrees: float) -> Tensor:
+    floats = rows.float() if rows.dtype == torch.uint8 else rows
+    turned = rotated(floats.reshape(-1, *shape), degrees).flatten(1)
+    return turned.round().clamp(0, GREY_LEVELS).to(torch.uint8) if rows.dtype == torch.uint8 else turned
+
+
+def _part(
+    data: LabelledArrays,
+    spec: StreamSpec,
+    part: Part,
+    wanted: int | None,
+    allowed: Tensor,
+    transforms: list[Callable[[Tensor], Tensor]],
+) -> TaskRows:
+    whole = data.examples(part)
+    key = "samples_per_task" if part == "train" else "test_samples_per_task"
+    inputs, labels, tasks, starts = [], [], [], [0]
+    for t, transform in enumerate(transforms):
+        there = allowed[t][whole.labels].nonzero()[:, 0].numpy()
+        least = wanted if wanted is not None else LEAST
+        if len(there) < least:
+            raise DataError(
+                f"problem.{key}: task {t} (classes {_listed(allowed[t])}) wants {least} samples; the {part} part of the data set has "
+                f"{len(there)} of them: make it smaller, or null for all"
+            )
+        drawn = _generator(spec.seed, ROWS, part == "test", t).permutation(there)[:wanted]
+        chosen = torch.from_numpy(drawn)
+        inputs.append(transform(whole.inputs[chosen]))
+        labels.append(whole.labels[chosen])
+        tasks.append(torch.full((len(chosen),), t))
+        starts.append(starts[-1] + len(chosen))
+    return TaskRows(Examples(torch.cat(inputs), torch.cat(labels)), torch.cat(tasks), tuple(starts))
+
+
+def _listed(allowed: Tensor) -> str:
+    return ", ".join(str(int(label)) for label in allowed.nonzero()[:, 0])

@@ -1,0 +1,314 @@
+"""Continual learning: one network learns a stream of tasks in one pass, with a small memory of each (Pham et al., CTN, ICLR 2021).
+
+    y = the base network,  x = the controller that modulates it by the task (`method: plain`: none)
+
+    g = CE(incoming batch) + [t > 0] (CE(replay) + distillation KL(soft targets || softmax(z / temperature)))     objective: ctn
+    f = CE(semantic memory of the tasks 0..t)
+
+Step k is round k % rounds on incoming batch k // rounds. Everything that a step reads follows from (seed, k), but for what earlier
+networks said (soft targets, stored logits, Fisher information): that is the problem's memory, which the driver keeps.
+
+The samples of a step are cut over blocks, sample i to block i % blocks, each weighted so that the plain mean over the blocks is f or g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Split
+from bomemeta.core.tree import Params
+from bomemeta.data.labelled import GREY_LEVELS, LabelledArrays
+from bomemeta.data.streams import Kind, StreamSpec, build_stream, image_shape
+from bomemeta.errors import ConfigError
+from bomemeta.nets.controller import Mlp, Network, ReducedResNet18, controller_films, controller_initial, films_of
+from bomemeta.problems import continual_report as report
+from bomemeta.problems.continual_losses import distilled, fisher_share, masked, rows_share
+from bomemeta.problems.continual_memory import Policy
+from bomemeta.problems.continual_samples import NETWORK, Notes, Plan, Samples
+from bomemeta.registry import problems
+
+# What earlier networks said of the samples in memory: probabilities at the end of their task, or logits when they came.
+NOTES = {"ctn": "soft_targets", "derpp": "logits"}
+TEST_ROWS = 500  # that are judged at once
+
+Size = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Objective = Literal["ctn", "finetune", "er", "derpp", "ewc", "joint"]
+
+
+@problems.register("continual")
+@dataclass(kw_only=True)
+class Continual(BilevelProblem):
+    """An online stream of tasks made of the config's data set, with a memory of `memory_per_task` samples of each.
+
+    stream:    permuted, rotated, split (bomemeta.data.streams)
+    protocol:  task_incremental    the task of a sample is known, and only that task's classes come into question
+               class_incremental   neither in training nor in testing
+    objective: ctn       g and f as above: of a task's memory `semantic_per_task` are for f alone and the others for g
+               finetune  g = CE(batch), no remedy; with solver agem, which takes its memory from f, A-GEM
+               er        g = CE(batch) + CE(replay)
+               derpp     g = CE(batch) + der_alpha MSE(replay, its logits when it came) + der_beta CE(replay)
+               ewc       g = CE(batch) + ewc_weight / 2 sum_i F_i (y_i - y*_i)^2, F summed over the tasks, y* the last task's end
+               joint     g = CE(batch), batches drawn from all tasks at once: what a stream can at best come to
+    For all but ctn f = CE(replay). `replay` samples are drawn at every step from the memory of earlier tasks.
+    """
+
+    lower = "shared"
+    needs_data = True
+
+    stream: Kind = "permuted"
+    tasks: Annotated[int, Field(ge=2)] = 5
+    samples_per_task: Annotated[int, Field(ge=2)] | None = 1000  # None: all there are
+    test_samples_per_task: Size | None = 1000
+    classes_per_task: Size | None = None  # stream: split; None: the data set's classes in equal groups
+    shuffle_classes: bool = False  # stream: split
+    protocol: Literal["task_incremental", "class_incremental"] = "task_incremental"
+    network: Literal["mlp", "resnet18"] = "mlp"
+    hidden: Size = 256  # mlp
+    layers: Size = 2  # mlp
+    filters: Annotated[int, Field(ge=4, multiple_of=4)] = 20  # resnet18
+    method: Literal["ctn", "plain"] = "ctn"
+    embedding: Size = 16  # method: ctn
+    objective: Objective = "ctn"
+    batch: Size = 10
+    rounds: Size = 2
+    memory: Policy = "reservoir"
+    memory_per_task: Count = 50
+    semantic_per_task: Size = 10  # objective: ctn
+    replay: Size = 64
+    temperature: Annotated[float, Field(gt=0)] = 5.0
+    distillation: Weight = 100.0
+    der_alpha: Weight = 0.5
+    der_beta: Weight = 0.5
+    ewc_weight: Weight = 100.0
+    fisher_samples: Size = 200  # of each task, objective: ewc
+    blocks: Size = 1
+
+    @property
+    def pool(self) -> int:
+        return self.blocks
+
+    @property
+    def length(self) -> int:
+        return self._samples.steps
+
+    def setup(self) -> None:
+        self._check()
+        spec = StreamSpec(
+            kind=self.stream,
+            tasks=self.tasks,
+            samples=self.samples_per_task,
+            test_samples=self.test_samples_per_task,
+            classes_per_task=self.classes_per_task,
+            shuffle_classes=self.shuffle_classes,
+            seed=self.seed,
+        )
+        stream = build_stream(self.data, spec)
+        self._network = self._build_network()
+        known = self.protocol == "task_incremental"
+        self._allowed = stream.allowed if known else torch.ones_like(stream.allowed)
+        self._samples = Samples(stream, self._allowed, self._plan(), self.dtype)
+        self._loaded: dict[tuple[int, ...], Batch] = {}  # of the step that was last asked for
+        self._loaded_step = -1
+        self._tests: dict[tuple[int, ...], Batch] = {}
+
+    def _plan(self) -> Plan:
+        weights: dict[str, tuple[float, float]] = {
+            "ctn": (1.0, self.distillation),
+            "er": (1.0, 0.0),
+            "derpp": (self.der_beta, self.der_alpha),
+        }
+        notes: dict[str, Notes] = {"ctn": "task", "derpp": "batch", "ewc": "fisher"}
+        replay_weight, notes_weight = weights.get(self.objective, (None, 0.0))
+        return Plan(
+            seed=self.seed,
+            batch=self.batch,
+            rounds=self.rounds,
+            memory=self.memory,
+            capacity=self.memory_per_task,
+            semantic=self.semantic_per_task if self.objective == "ctn" else 0,
+            replay=self.replay,
+            replay_weight=replay_weight,
+            notes_weight=notes_weight,
+            notes=notes.get(self.objective, "none"),
+            fisher_samples=self.fisher_samples,
+            shuffled=self.objective == "joint",
+            blocks=self.blocks,
+        )
+
+    def _check(self) -> None:
+        if not isinstance(self.data, LabelledArrays):
+            raise ConfigError(
+                f"data.dataset: continual wants labelled rows (digits, mnist, cifar10_subset, labelled_array ...), and "
+                f"{type(self.data).__name__} is none of these"
+            )
+        if self.method == "ctn" and self.protocol == "class_incremental":
+            raise ConfigError(
+                "problem.protocol: class_incremental does not tell the task, which method ctn is a function of. Take method: plain, or "
+                "protocol: task_incremental"
+            )
+        if self.objective == "ctn" and self.semantic_per_task >= self.memory_per_task:
+            raise ConfigError(
+                f"problem.semantic_per_task: got {self.semantic_per_task} of memory_per_task {self.memory_per_task}, which leaves "
+                "nothing to replay; wanted less"
+            )
+        if self.objective in ("er", "derpp") and self.memory_per_task == 0:
+            raise ConfigError(f"problem.memory_per_task: got 0; objective {self.objective} replays from memory and wants 1 or more")
+
+    def _build_network(self) -> Network:
+        classes = self.data.classes
+        if self.network == "mlp":
+            return Mlp(inputs=self.data.features, hidden=self.hidden, layers=self.layers, classes=classes)
+        channels, height, width = image_shape(self.data, "problem.network: resnet18")
+        return ReducedResNet18(channels=channels, height=height, width=width, filters=self.filters, classes=classes)
+
+    # x and y
+
+    def init_upper(self, generator: torch.Generator) -> Params:
+        if self.method == "plain":
+            return {"unused": torch.zeros(1, dtype=self.dtype)}
+        start = controller_initial(self.tasks, self.embedding, self._network.modulated, generator)
+        return {name: tensor.to(self.dtype) for name, tensor in start.items()}
+
+    def encode(self, upper: Params, batch: Batch) -> Encoded:
+        """gamma and beta of every task; the losses take each sample's."""
+        return controller_films(upper) if self.method == "ctn" else upper
+
+    def init_lower(self, encoded: Encoded, batch: Batch) -> Params:
+        return {name: tensor.to(next(iter(encoded.values())).device) for name, tensor in self._start().items()}
+
+    def _start(self) -> Params:
+        words = np.random.SeedSequence((self.seed, NETWORK)).generate_state(1, np.uint64)
+        start = self._network.initial(torch.Generator().manual_seed(int(words[0]) >> 1))
+        return {name: tensor.to(self.dtype) for name, tensor in start.items()}
+
+    # The samples of a step
+
+    def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
+        ids = tuple(task_ids)
+        if split == "test":
+            if ids not in self._tests:
+                self._tests[ids] = self._samples.tested(ids)
+            return self._tests[ids]
+        step = min(step, self.length - 1)  # a run that has ended is looked at once more
+        if step != self._loaded_step:
+            self._loaded, self._loaded_step = {}, step
+        if ids not in self._loaded:
+            self._loaded[ids] = self._samples.of_step(ids, step)
+        return self._loaded[ids]
+
+    # The losses
+
+    def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
+        if "g_inputs" not in batch:
+            return _nothing(lower)
+        logits = self._logits(encoded, lower, batch["g_inputs"], batch["g_tasks"])
+        allowed = batch["allowed"][batch["g_tasks"]]
+        loss = (batch["g_weight"] * _cross_entropies(logits, batch["g_labels"], allowed)).sum()
+        if self.objective in NOTES:
+            notes = batch[NOTES[self.objective]][batch["g_slots"]]
+            temperature = self.temperature if self.objective == "ctn" else None
+            loss = loss + (batch["g_notes_weight"] * distilled(logits, notes, allowed, temperature)).sum()
+        if self.objective == "ewc":
+            pulls = [(batch[f"fisher.{name}"] * (tensor - batch[f"anchor.{name}"]) ** 2).sum() for name, tensor in lower.items()]
+            loss = loss + self.ewc_weight / 2 * torch.stack(pulls).sum()
+        return loss
+
+    def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
+        if "f_inputs" not in batch:  # the first task has no earlier ones to be replayed
+            return _nothing(lower)
+        logits = self._logits(encoded, lower, batch["f_inputs"], batch["f_tasks"])
+        return (batch["f_weight"] * _cross_entropies(logits, batch["f_labels"], batch["allowed"][batch["f_tasks"]])).sum()
+
+    def _logits(self, encoded: Encoded, lower: Params, inputs: Tensor, tasks: Tensor) -> Tensor:
+        return self._network.logits(lower, inputs, films_of(encoded, tasks) if self.method == "ctn" else [])
+
+    # What is remembered of earlier networks
+
+    def init_memory(self) -> Params:
+        if self.objective in NOTES:
+            return {NOTES[self.objective]: torch.zeros(self._samples.noted, self.data.classes, dtype=self.dtype)}
+        if self.objective == "ewc":
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in self._start().items()}
+            return {f"{what}.{name}": tensor for what in ("fisher", "anchor") for name, tensor in zeros.items()}
+        return {}
+
+    def remembers(self, step: int) -> bool:
+        return self._samples.writes_notes(step)
+
+    def remember(self, encoded: Encoded, lower: Params, batch: Batch) -> Params:
+        tasks, allowed = batch["kept_tasks"], batch["allowed"][batch["kept_tasks"]]
+        weight = batch["kept_weight"] / self.blocks  # of a sum: 1, ewc 1 / n; of filling 0
+        if self.objective == "ewc":
+
+            def loss(y: Params, inputs: Tensor, label: Tensor, task: Tensor, row: Tensor) -> Tensor:
+                logits = self._logits(encoded, y, inputs[None], task[None])
+                return _cross_entropies(logits, label[None], row[None])[0]
+
+            samples = (batch["kept_inputs"], batch["kept_labels"], tasks, allowed)
+            return fisher_share(loss, lower, samples, weight, batch)
+        logits = self._logits(encoded, lower, batch["kept_inputs"], tasks)
+        name = NOTES[self.objective]
+        if self.objective == "ctn":
+            logits = masked(logits / self.temperature, allowed).softmax(1)
+        return {name: rows_share(batch[name], logits, weight, batch, self.blocks)}
+
+    # What it came to
+
+    def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
+        """The accuracy on every task, also on those that have not come yet."""
+        figures = {}
+        like = next(iter(lower.values()))
+        for t in range(self.tasks):
+            hits = []
+            for inputs, labels in zip(
+                torch.split(batch["test_inputs"][t], TEST_ROWS), torch.split(batch["test_labels"][t], TEST_ROWS), strict=True
+            ):
+                floats = inputs.to(like.dtype) / GREY_LEVELS if inputs.dtype == torch.uint8 else inputs.to(like.dtype)
+                logits = self._logits(encoded, lower, floats, torch.full_like(labels, t))
+                hits.append(masked(logits, batch["allowed"][t]).argmax(1) == labels)
+            figures[report.figure_name(t)] = (batch["test_weight"][t] * torch.cat(hits)).sum()
+        return figures
+
+    def milestone(self, step: int) -> bool:
+        return self._samples.ends_task(step)
+
+    def retrospect(self, history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        if not history:
+            return {}
+        matrix = report.matrix_of(history)
+        if self.objective == "joint":
+            return {"acc": float(matrix[-1].mean())}
+        return report.scores(matrix, (1 / self._allowed.sum(1)).tolist())
+
+    def artefacts(self, history: Sequence[Mapping[str, float]]) -> dict[str, bytes]:
+        if not history:
+            return {}
+        matrix = report.matrix_of(history)
+        about = {
+            "protocol": self.protocol, "stream": self.stream, "tasks": self.tasks, "method": self.method, "objective": self.objective,
+            "seed": self.seed, **self.retrospect(history),
+        }  # fmt: skip
+        title = f"{self.stream}, {self.protocol.replace('_', '-')}: {self.method}, {self.objective}"
+        files = {"accuracy_matrix.json": report.matrix_file(matrix, about)}
+        if self.objective == "joint":
+            return files
+        return files | {"accuracy_matrix.png": report.heat_map(matrix, title), "accuracy_curve.png": report.curve(matrix, title)}
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor, allowed: Tensor) -> Tensor:
+    return functional.cross_entropy(masked(logits, allowed), labels, reduction="none")
+
+
+def _nothing(lower: Params) -> Tensor:
+    """0, as a function of y: of no samples."""
+    return next(iter(lower.values())).sum() * 0

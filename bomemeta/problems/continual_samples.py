@@ -1,0 +1,168 @@
+"""Which samples a step of a continual run looks at, cut over blocks: index arrays that follow from (seed, step) alone."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bomemeta.core.problem import Batch
+from bomemeta.data.streams import Stream
+from bomemeta.problems.continual_memory import NONE, Memory, Policy, Rows
+
+# Second numbers of the keys of what is drawn from the config's seed, beside those of bomemeta/data/streams.py.
+MEMORY, REPLAY, ORDER, NETWORK = range(16, 20)
+
+# Whose notes a step writes: a task's episodic memory at its end, a batch's samples that stay in memory, a task's first samples.
+Notes = Literal["none", "task", "batch", "fisher"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a stream is walked through."""
+
+    seed: int
+    batch: int
+    rounds: int
+    memory: Policy
+    capacity: int  # per task
+    semantic: int  # of these, for f alone; 0: f is measured on the replay
+    replay: int
+    replay_weight: float | None  # of its cross-entropy in g; None: it is not in g
+    notes_weight: float  # of what holds its logits to the notes
+    notes: Notes
+    fisher_samples: int
+    shuffled: bool  # all tasks at once
+    blocks: int
+
+
+class Samples:
+    """The batches of a stream."""
+
+    def __init__(self, stream: Stream, allowed: Tensor, plan: Plan, dtype: torch.dtype) -> None:
+        self._stream, self._allowed, self._plan, self._dtype = stream, allowed, plan, dtype
+        starts = stream.train.starts
+        key = np.random.SeedSequence((plan.seed, MEMORY))
+        self.memory = Memory(starts, plan.capacity, plan.semantic, plan.memory, key)
+        self._order = self._draw(ORDER).permutation(starts[-1]) if plan.shuffled else np.arange(starts[-1])
+        tasks = [(0, starts[-1])] if plan.shuffled else list(itertools.pairwise(starts))
+        # First and last place in `_order` of every incoming batch; a task's last batch may be smaller.
+        self._batches = [(i, min(i + plan.batch, last)) for first, last in tasks for i in range(first, last, plan.batch)]
+        self._ends = {last for _, last in tasks}
+
+    @property
+    def steps(self) -> int:
+        return len(self._batches) * self._plan.rounds
+
+    @property
+    def noted(self) -> int:
+        """Slots that notes are kept for, of all tasks."""
+        return (len(self._allowed)) * (self._plan.capacity - self._plan.semantic)
+
+    def ends_task(self, step: int) -> bool:
+        batch, round_ = divmod(step, self._plan.rounds)
+        return round_ == self._plan.rounds - 1 and self._batches[batch][1] in self._ends
+
+    def writes_notes(self, step: int) -> bool:
+        batch, round_ = divmod(step, self._plan.rounds)
+        if self._plan.notes != "batch":
+            return self._plan.notes != "none" and self.ends_task(step)
+        first, last = self._batches[batch]
+        return round_ == self._plan.rounds - 1 and bool((self.memory.slots[first:last] != NONE).any())
+
+    def of_step(self, ids: tuple[int, ...], step: int) -> Batch:
+        """`g_*`, `f_*` and, where notes are written, `kept_*`: inputs, labels, tasks and columns of these blocks."""
+        plan, train = self._plan, self._stream.train
+        first, last = self._batches[step // plan.rounds]
+        task = int(train.tasks[self._order[first]])
+        content = self.memory.content(0 if plan.shuffled else last)
+        incoming = self.memory.trained(first, last) if plan.semantic else self._order[first:last]
+        replayed, slots = self._replay(content, task, step)
+        n, m = len(incoming), len(replayed) if plan.replay_weight is not None else 0
+        rows, is_new = np.concatenate([incoming, replayed[:m]]), np.arange(n + m) < n
+        classes = self._allowed[train.tasks[torch.from_numpy(rows)]].sum(1).numpy()
+        found = self._cut(
+            "g",
+            ids,
+            rows,
+            weight=np.where(is_new, 1 / max(n, 1), (plan.replay_weight or 0) / max(m, 1)),
+            # a mean over samples and classes, as torch's losses have it
+            notes_weight=np.where(is_new, 0.0, plan.notes_weight / (max(m, 1) * classes)),
+            slots=np.concatenate([np.zeros(n, np.int64), slots[:m]]),
+        )
+        judged = content[: task + 1, : plan.semantic].ravel() if plan.semantic else replayed
+        judged = judged[judged != NONE]
+        found |= self._cut("f", ids, judged, weight=np.full(len(judged), 1 / max(len(judged), 1)))
+        if self.writes_notes(step):
+            found |= self._kept(ids, content, task, first, last)
+        return found | {"allowed": self._allowed.expand(len(ids), -1, -1)}
+
+    def tested(self, ids: tuple[int, ...]) -> Batch:
+        """These blocks' test samples of every task, as stored: `[B, tasks, m, ...]`."""
+        part = self._stream.test
+        starts = np.asarray(part.starts)
+        counts = np.diff(starts)[None, :, None]
+        number = np.asarray(ids)[:, None, None] + self._plan.blocks * np.arange(-(-counts.max() // self._plan.blocks))
+        real = number < counts
+        rows = torch.from_numpy(np.where(real, number, 0) + starts[None, :-1, None])
+        return {
+            "test_inputs": part.examples.inputs[rows],
+            "test_labels": part.examples.labels[rows],
+            "test_weight": torch.from_numpy(np.where(real, self._plan.blocks / counts, 0.0)).to(self._dtype),
+            "allowed": self._allowed.expand(len(ids), -1, -1),
+        }
+
+    def _draw(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence((self._plan.seed, *key))))
+
+    def _replay(self, content: Rows, task: int, step: int) -> tuple[Rows, Rows]:
+        """Samples drawn without repetition from the episodic memory of the tasks before this one, and the slots of their notes."""
+        earlier = content[:task, self._plan.semantic :].ravel()
+        slots = np.flatnonzero(earlier != NONE)
+        if len(slots) > self._plan.replay:
+            slots = np.sort(self._draw(REPLAY, step).choice(slots, self._plan.replay, replace=False))
+        return earlier[slots], slots
+
+    def _kept(self, ids: tuple[int, ...], content: Rows, task: int, first: int, last: int) -> Batch:
+        """The samples whose notes are written after this step, and in which slots; `stale` are the slots that get new ones."""
+        mine = content[task, self._plan.semantic :]
+        here = np.flatnonzero(mine >= first if self._plan.notes == "batch" else mine != NONE)
+        rows, slots = mine[here], task * len(mine) + here
+        weight = 1.0
+        stale = torch.zeros(self.noted, dtype=torch.bool)
+        stale[torch.from_numpy(slots)] = True
+        if self._plan.notes == "fisher":
+            begin = self._stream.train.starts[task]
+            rows = np.arange(begin, min(begin + self._plan.fisher_samples, last))
+            slots, weight = np.zeros_like(rows), 1 / len(rows)
+        found = self._cut("kept", ids, rows, weight=np.full(len(rows), weight), slots=slots)
+        return found | {"block": torch.tensor(ids), "stale": stale.expand(len(ids), -1)}
+
+    def _cut(self, name: str, ids: tuple[int, ...], rows: Rows, **columns: NDArray[Any]) -> Batch:
+        """These samples and their columns, sample i in block i % blocks; a shorter block is filled with the first one, at weights of 0.
+
+        Weights become those of sums whose mean over the blocks is the whole. Nothing where there are no samples.
+        """
+        if len(rows) == 0:
+            return {}
+        blocks = self._plan.blocks
+        number = np.asarray(ids)[:, None] + blocks * np.arange(-(-len(rows) // blocks))
+        real = number < len(rows)
+        number = np.where(real, number, 0)
+        chosen, train = torch.from_numpy(rows[number]), self._stream.train
+        found = {
+            f"{name}_inputs": train.examples.rows(chosen, self._dtype),
+            f"{name}_labels": train.examples.labels[chosen],
+            f"{name}_tasks": train.tasks[chosen],
+        }
+        for column, values in columns.items():
+            if values.dtype.kind == "f":
+                found[f"{name}_{column}"] = torch.from_numpy(values[number] * real * blocks).to(self._dtype)
+            else:
+                found[f"{name}_{column}"] = torch.from_numpy(values[number])
+        return found
