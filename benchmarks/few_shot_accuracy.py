@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import environment
 from benchmarks.methods import METHODS, Method
+from bomemeta.environment import environment
 from bomemeta.files import written_whole
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.registry import datasets

@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.environment import environment
 from bomemeta.core.solver import LowerStates, Solver
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
 from bomemeta.distributed.rounds import StepRun
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.worker import ShardWorker
+from bomemeta.environment import environment
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.solvers.bome import BOME
 from bomemeta.solvers.itd import ITD

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.environment import environment
+from bomemeta.environment import environment
 from bomemeta.metrics import read_metrics
 
 

@@ -26,13 +26,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.environment import environment
 from benchmarks.few_shot_accuracy import TASKS_PER_STEP
 from bomemeta.core.problem import Batch, Split
 from bomemeta.core.solver import LowerStates
 from bomemeta.distributed.rounds import StepRun
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.worker import ShardWorker
+from bomemeta.environment import environment
 from bomemeta.nets import build_backbone
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.registry import datasets

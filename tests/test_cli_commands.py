@@ -60,7 +60,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return module
 
 
-COMMANDS = [(), ("train",), ("resume",), ("eval",), ("check",), ("list",), ("data",), ("data", "prepare")]
+COMMANDS = [(), ("train",), ("resume",), ("eval",), ("check",), ("reproduce",), ("list",), ("data",), ("data", "prepare")]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -71,8 +71,8 @@ def test_readme_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_readme_names_commands_that_exist() -> None:
-    named = set(re.findall(r"bomemeta (train|resume|eval|check|list|data prepare)\b", README))
-    assert named == {"train", "resume", "eval", "check", "list", "data prepare"}
+    named = set(re.findall(r"bomemeta (train|resume|eval|check|reproduce|list|data prepare)\b", README))
+    assert named == {"train", "resume", "eval", "check", "reproduce", "list", "data prepare"}
     unknown = set(re.findall(r"(?:`|uv run )bomemeta ([a-z]+)", README)) - {command.partition(" ")[0] for command in named}
     assert unknown == set()
     for command in named:

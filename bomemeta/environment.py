@@ -20,6 +20,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def environment_line(found: dict[str, Any]) -> str:
+    """What `environment` gave, as it stands under a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{found['cores']} cores of {found['cpu']}; {versions}"
+
+
 def _cpu_model() -> str:
     information = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE) if information.exists() else None
