@@ -214,8 +214,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _next_second(folder: Path) -> None:
-    """Waits until a new event file comes after those in the folder: TensorBoard reads them in the order of their names, which begin with the
-    second of their birth.
+    """Waits until a new event file comes after those in the folder: TensorBoard reads them in the order of their names, which begin with
+    the second of their birth.
     """
     newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
     while 0 <= newest - int(time.time()) < 2:  # a clock that was set back is not waited for

@@ -180,14 +180,14 @@ def test_costs_are_those_of_one_task(name):
 
 
 SOLVED = {  # changes, steps, the relative error of x that these were measured to end well below
-    "lancbio": (dict(upper_lr=0.5), 120, 1e-3),
-    "subbio": (dict(upper_lr=0.5), 120, 1e-3),
-    "aid_cg": (dict(upper_lr=0.5, aux_steps=12), 100, 1e-2),
-    "amigo_cg": (dict(upper_lr=0.5), 120, 1e-3),
-    "amigo_gd": (dict(upper_lr=0.5), 120, 1e-3),
-    "soba": (dict(upper_lr=0.1), 600, 1e-3),
-    "sl_bamm": (dict(upper_lr=0.1, mu=0.0), 600, 1e-3),
-    "itd": (dict(upper_lr=1.5, inner_steps=60), 25, 3e-2),
+    "lancbio": ({"upper_lr": 0.5}, 120, 1e-3),
+    "subbio": ({"upper_lr": 0.5}, 120, 1e-3),
+    "aid_cg": ({"upper_lr": 0.5, "aux_steps": 12}, 100, 1e-2),
+    "amigo_cg": ({"upper_lr": 0.5}, 120, 1e-3),
+    "amigo_gd": ({"upper_lr": 0.5}, 120, 1e-3),
+    "soba": ({"upper_lr": 0.1}, 600, 1e-3),
+    "sl_bamm": ({"upper_lr": 0.1, "mu": 0.0}, 600, 1e-3),
+    "itd": ({"upper_lr": 1.5, "inner_steps": 60}, 25, 3e-2),
 }
 
 

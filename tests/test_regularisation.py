@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple

@@ -62,8 +62,8 @@ class FewShot(BilevelProblem):
     def setup(self) -> None:
         if not hasattr(self.data, "episode"):
             raise ConfigError(
-                f"data.dataset: problem few_shot draws episodes, which {type(self.data).__name__} does not have; use glyphs, omniglot or one "
-                "of learn2learn's"
+                f"data.dataset: problem few_shot draws episodes, which {type(self.data).__name__} does not have; use glyphs, omniglot "
+                "or one of learn2learn's"
             )
         source: EpisodeSource = self.data
         channels, height, width = source.image_shape
