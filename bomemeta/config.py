@@ -177,7 +177,8 @@ def differing_keys(a: Config | Mapping[str, Any], b: Config | Mapping[str, Any])
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """Reads, overrides and checks a config, running its `imports:` before names are looked up.
 
-    `source` is a file (or its bare name, see `find_config`), a mapping as of `Config.to_dict()`, or a config.
+    `source` is a file (or its bare name, see `find_config`), a mapping as of `Config.to_dict()`, or a config. Where an override names
+    another solver, problem or data set, the keys of the old one that the new one does not have go with it; those that it has too stay.
     Raises ConfigError with one line for everything that is wrong.
     """
     if isinstance(source, Config):
@@ -187,8 +188,10 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     else:
         document = read_document(find_config(source))
     document.data["imports"] = absolute_imports(document.data.get("imports") or [], document.folder)
+    before = document.data
     document = apply_overrides(document, overrides)
     load_imports([entry for entry in _listed(document.data["imports"]) if isinstance(entry, str)])
+    _forget_other_classes_keys(before, document.data, {override.partition("=")[0].strip() for override in overrides})
 
     found: list[Problem] = []
     sections: dict[str, Section | None] = {}
@@ -202,6 +205,21 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         raise ConfigError("\n".join(dict.fromkeys(sorted(lines, key=_line_number))))
     parts: dict[str, Any] = {**dict(settings), **sections}
     return Config(**parts)
+
+
+def _forget_other_classes_keys(before: Mapping[str, Any], data: dict[str, Any], overridden: set[str]) -> None:
+    """Takes out of a section whose class was overridden what only the old class has. What overrides give stays, to be checked."""
+    for section, kind in SECTIONS.items():
+        old, new = before.get(section), data.get(section)
+        if f"{section}.{kind.key}" not in overridden or not isinstance(old, Mapping) or not isinstance(new, dict):
+            continue
+        name = new.get(kind.key)
+        if name == old.get(kind.key) or name not in kind.registry.names():
+            continue
+        known = {kind.key, *(field.name for field in config_fields(kind.registry.get(name)))}
+        for field in set(old) - known:
+            if f"{section}.{field}" not in overridden:
+                del new[field]
 
 
 def field_schema(cls: type[Any], kind: SectionKind) -> TypeAdapter[Any]:

@@ -176,6 +176,20 @@ def test_a_malformed_override_is_quoted(write: Any, override: str) -> None:
     assert message_of(write(GOOD), override).startswith(f"override {override!r}: ")
 
 
+def test_another_class_takes_the_keys_that_it_has_too(write: Any) -> None:
+    @solvers.register("fake_other")
+    @dataclass(frozen=True, kw_only=True)
+    class FakeOther:
+        upper_lr: float = 0.5
+        momentum: float = 0.9
+
+    path = write(GOOD.replace("inner_steps: 3", "inner_steps: 3\n  upper_lr: 0.25"))
+    config = load_config(path, ["solver.name=fake_other"])
+    assert config.solver.fields == {"upper_lr": 0.25, "momentum": 0.9}
+    assert message_of(path, "solver.name=fake_other", "solver.inner_steps=4").startswith("override 'solver.inner_steps=4': ")
+    assert message_of(path, "solver.name=fake_othr").startswith("override 'solver.name=fake_othr': ")
+
+
 def test_the_last_override_wins_and_places_follow_it(write: Any) -> None:
     assert load_config(write(GOOD), ["steps=3", "steps=4"]).steps == 4
     assert message_of(write(GOOD), "solver={name: fake, x: 1}").startswith("override 'solver={name: fake, x: 1}': solver.x")

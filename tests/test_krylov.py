@@ -249,6 +249,13 @@ def test_cg_equals_the_textbook_and_then_the_dense_solution():
     torch.testing.assert_close(solution, torch.linalg.solve(matrix, right), atol=1e-10, rtol=1e-10)
 
 
+def test_cg_stops_where_a_singular_system_has_nothing_left_but_its_null_space():
+    """b has a part that A cannot reach: the steps in A's range are taken, and none after the next direction is all null space."""
+    matrix, right = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)).expand(3, 4, 4), normal(3, 4, seed=1)
+    one, many = (krylov.conjugate_gradients(linear(matrix, right), steps) for steps in (1, 20))
+    torch.testing.assert_close(many, one)
+
+
 def test_cg_of_a_zero_right_hand_side_is_zero():
     matrix, right = conditioned(6, 10.0), normal(3, 6, seed=1)
     right[1] = 0

@@ -164,17 +164,19 @@ def gradient_descent(system: LinearSystem, steps: int, lr: float) -> Tensor:
 def conjugate_gradients(system: LinearSystem, steps: int) -> Tensor:
     """v after `steps` steps of conjugate gradients.
 
-    A task stops where its residual is rounding, and where a direction has no positive curvature: A is not definite, and the step
-    would lead away from every solution.
+    A task stops where its residual is rounding, and where a direction has no positive curvature, or none but rounding: A is not definite
+    or singular, and the step would lead away from every solution.
     """
     v, image = system.begin()
     right, product, residual = system.right, system.product, system.right - image
     direction, square = residual, _dot(residual, residual)
     least = torch.finfo(right.dtype).eps ** 2 * _dot(right, right)
+    largest = torch.zeros_like(square)  # curvature met so far, of a direction of length 1
     for _ in range(steps):
         image = product(direction)
-        curvature = _dot(direction, image)
-        goes = (curvature > 0) & (square > least)
+        curvature, length = _dot(direction, image), _dot(direction, direction)
+        largest = torch.maximum(largest, torch.where(length > 0, curvature / torch.where(length > 0, length, 1), 0))
+        goes = (curvature > _rounding(right) * largest * length) & (square > least)
         step = torch.where(goes, square / torch.where(goes, curvature, 1), 0)
         v = v + step * direction
         residual = residual - step * image

@@ -161,7 +161,12 @@ class LocalOracle(Oracle):
         weighted = torch.stack([(value * term.weight).sum() for value, term in zip(values, terms, strict=True)]).sum()
         in_y = [list(at.values()) if term.in_y else [] for term, at in zip(terms, ats, strict=True)]
         inputs = [*encoded.values(), *(tensor for tensors in in_y for tensor in tensors)]
-        grads = torch.autograd.grad(weighted, inputs, materialize_grads=True)
+        # Where no gradient in y is wanted and the loss has no x in it, there is nothing to differentiate.
+        grads = (
+            torch.autograd.grad(weighted, inputs, materialize_grads=True)
+            if weighted.requires_grad
+            else tuple(torch.zeros_like(tensor) for tensor in inputs)
+        )
         rest = iter(grads[len(encoded) :])
         lowers = [dict(zip(at, [next(rest) for _ in tensors], strict=False)) for at, tensors in zip(ats, in_y, strict=True)]
         return Total([value.detach() for value in values], lowers, self._in_x(grads[: len(encoded)]))
