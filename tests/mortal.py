@@ -15,6 +15,7 @@ import toy  # registers the toy data set; tests/ is on the workers' path
 
 from bomemeta.core.problem import Batch, Split
 from bomemeta.problems.analytic import Analytic
+from bomemeta.problems.continual import Continual
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.problems.hyper_cleaning import HyperCleaning
 from bomemeta.registry import problems
@@ -56,3 +57,9 @@ class MortalAnalytic(Strike, Analytic):
 @dataclass(kw_only=True)
 class MortalHyperCleaning(Strike, HyperCleaning):
     """hyper_cleaning whose worker is struck once."""
+
+
+@problems.register("mortal_continual")
+@dataclass(kw_only=True)
+class MortalContinual(Strike, Continual):
+    """continual whose worker is struck once."""

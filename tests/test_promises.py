@@ -59,7 +59,18 @@ SHARED: dict[str, Any] = {
     "steps": STEPS, "shards": 3, "dtype": "float64",
     "checkpoint": {"every_steps": 3}, "log": {"tensorboard": False},
 }  # fmt: skip
-JOBS = {"few_shot": FEW_SHOT, "quadratic": QUADRATIC, "shared": SHARED}
+# A stream: what it remembers of the first task is written at step 3 and replayed from step 4 on.
+STREAM: dict[str, Any] = {
+    "imports": [MORTAL],
+    "problem": {
+        "name": "mortal_continual", "tasks": 2, "samples_per_task": 40, "test_samples_per_task": 20, "batch": 10, "rounds": 1, "hidden": 8,
+        "memory_per_task": 9, "semantic_per_task": 3, "blocks": 3,
+    },
+    "data": {"dataset": "digits"},
+    "solver": {"name": "bome", "inner_steps": 2, "inner_lr": 0.03, "lower_lr": 0.03, "lower_momentum": 0.5, "upper_lr": 0.1},
+    "shards": 3, "checkpoint": {"every_steps": 3}, "log": {"tensorboard": False},
+}  # fmt: skip
+JOBS = {"few_shot": FEW_SHOT, "quadratic": QUADRATIC, "shared": SHARED, "stream": STREAM}
 
 
 @pytest.fixture(scope="module")
