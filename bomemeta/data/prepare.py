@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -236,13 +237,13 @@ def newsgroups_arrays(train: CountedRows, test: CountedRows) -> Arrays:
 def _twenty_newsgroups(downloads: Path) -> Arrays:
     from sklearn.datasets import fetch_20newsgroups_vectorized
 
-    # One try: what fails is said at once, as with torchvision's sets.
-    return newsgroups_arrays(
-        *(
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it tries once more; what fails is said by `prepare`
+        parts = [
             fetch_20newsgroups_vectorized(subset=part, normalize=False, data_home=str(downloads), n_retries=1)
             for part in newsgroups.PARTS
-        )
-    )
+        ]
+    return newsgroups_arrays(*parts)
 
 
 ARCHIVES: dict[str, tuple[str, Callable[[Path], Arrays]]] = {
