@@ -166,7 +166,7 @@ def final_metrics(job: Job, state: State, say: Callable[[str], None]) -> dict[st
             if name.endswith("accuracy") and own[name] - solved[name] > ACCURACY_LOSS:
                 say(
                     f"{name} falls from {own[name]:.4f} to {solved[name]:.4f} in {steps} steps on g alone: y does not solve the lower "
-                    "problem but was trained on the upper loss too, or too little. The second figure is what x is worth"
+                    "problem but was trained on the upper loss too, or too little. The second figure is nearer to what x is worth"
                 )
         return metrics | own | {f"{name}_solved": value for name, value in solved.items()}
     episodes = job.config.evaluation.episodes

@@ -52,8 +52,8 @@ def make(length: Length, seed: int) -> Experiment:
             "0.02, 0.005 and 0.002 for each method, by the error in the end: 0.005 for LancBiO with m = 1, SubBiO and AmIGO-GD, "
             "0.002 for SOBA, 0.02 for the others. Products are Hessian products for v; the cross product, one per step for "
             "every method, is not counted. At equal products: at the last point that costs no more than LancBiO's whole run "
-            "with m = 10. stocBiO starts v at 0 in every step: its v is Q + 1 terms of a series that needs hundreds here, so x "
-            "goes elsewhere.",
+            "with m = 10 (a dash: it took fewer in all). stocBiO starts v at 0 in every step: its v is Q + 1 terms of a series "
+            "that needs hundreds here, so x goes elsewhere.",
         ],
     )
 

@@ -66,6 +66,7 @@ class _Course:
         self._start = {name: tensor.clone() for name, tensor in state.upper.params.items()}
         self._metrics: Mapping[str, float] = {}
         self._seconds = self._wall_s = 0.0
+        self._zero_steps = 0.0  # in which BOME's lambda was 0
 
     def follow(self) -> None:
         """Steps and points in turn, the first one before any step."""
@@ -94,6 +95,7 @@ class _Course:
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics = metrics
+        self._zero_steps += metrics.get("multiplier_zero_share", 0.0)
 
     def _spent(self, cost: Cost) -> float:
         counts = self._state.figures
@@ -107,6 +109,8 @@ class _Course:
         point: Point = {name: self._spent(name) for name in ("step", "gradients", "hessian_products", "seconds")}
         point |= {"wall_s": self._wall_s, "upper_change": moved}
         point |= _finite(told | _figures(self._job, self._state))
+        if "multiplier_zero_share" in told:
+            point["multiplier_zero_steps"] = self._zero_steps
         if self._run.variables:
             point["variables"] = engine.final_variables(self._job, self._state)
         self.curve.append(point)
