@@ -6,6 +6,7 @@ Rows are flat, channels first; `image_shape` says how to fold them.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -33,11 +34,11 @@ class _Images(NamedTuple):
     shape: tuple[int, int, int]  # channels, height, width
 
 
-class _ImageSet:
+class _ImageSet(ABC):
     """What the sets below share once they know how to read their images."""
 
-    def _images(self) -> _Images:
-        raise NotImplementedError
+    @abstractmethod
+    def _images(self) -> _Images: ...
 
     @property
     def features(self) -> int:

@@ -7,6 +7,7 @@ MNIST is by LeCun, Cortes and Burges; Fashion-MNIST by Xiao, Rasul and Vollgraf 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -74,11 +75,11 @@ class LabelledArrays(Protocol):
         ...
 
 
-class _Arrays:
+class _Arrays(ABC):
     """What the data sets below share once they know where their archive lies."""
 
-    def _archive(self) -> _Archive:
-        raise NotImplementedError
+    @abstractmethod
+    def _archive(self) -> _Archive: ...
 
     @property
     def features(self) -> int:

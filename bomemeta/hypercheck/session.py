@@ -85,7 +85,7 @@ def _report(job: Job, cut: Cut, settle_steps: int, directions: int, say: Say) ->
             reasons += [text for text in (disagreement(known, found), stationary(known)) if text][:1]
     except DivergenceError as error:
         reasons.append(f"the reference is not finite ({error}): g may have no minimiser, or a loss no second derivative")
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:  # torch says it with this or with NotImplementedError, which is one
         if "derivative" not in str(error):
             raise
         reasons.append(f"a loss cannot be differentiated twice, so there is no reference: {str(error).partition(chr(10))[0]}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 
 import torch
 
 from bomemeta import engine
-from bomemeta.assembly import build_problem, build_solver, open_transport
+from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.config import load_config
 from bomemeta.core.inner import evaluate
 from bomemeta.core.problem import Split
@@ -34,7 +34,7 @@ def execute(run: Run) -> Record:
     problem = build_problem(config)
     solver = run.plain if run.plain is not None else build_solver(config, problem)
     notes: list[str] = []
-    with _threads_restored(), closing(open_transport(config, notes.append)) as transport:
+    with torch_threads(config.threads), closing(open_transport(config, notes.append)) as transport:
         job = Job(config, problem, solver, transport)
         upper = problem.init_upper(torch.Generator().manual_seed(config.seed))
         state = State(0, solver.start(upper, job.steps), LowerStates.none())
@@ -143,12 +143,3 @@ def _ignore(state: State) -> None:
 
 def _impossible(state: State, error: Exception) -> None:
     raise error  # lower states live in this process and are not lost
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
