@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bomemeta.core.solver import LowerStates, Solver
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
@@ -31,46 +28,18 @@ from bomemeta.distributed.rounds import StepRun
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.worker import ShardWorker
 from bomemeta.environment import environment
+from bomemeta.live_bytes import LiveBytes
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.solvers.bome import BOME
 from bomemeta.solvers.itd import ITD
 
 INNER_STEPS = (1, 5, 10, 20, 40, 80)
 MIB = 2**20
-# Beside T everything is as in step_ratio.py; step sizes do not matter here.
+# Beside T everything is as in few_shot_step.py; step sizes do not matter here.
 SOLVERS: Mapping[str, Callable[[int], Solver]] = {
     "bome": lambda steps: BOME(inner_steps=steps, barrier="per_task", adapt_steps=5, barrier_steps=5, diagnose_every=0),
     "itd": lambda steps: ITD(inner_steps=steps),
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations return while it is entered; `peak` is the most at any time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        # One Python object per storage for as long as it lives, so that its identity and its end are the storage's.
-        if id(storage) in self._known:
-            return
-        self._known.add(id(storage))
-        weakref.finalize(storage, self._gone, id(storage), storage.nbytes()).atexit = False
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""The Markdown tables of docs/results.md from a folder of results.
+"""The Markdown tables of docs/results.md and docs/performance.md from a folder of results.
 
     python -m benchmarks.table FOLDER
 
-Takes every JSON file of `few_shot_accuracy` and of `step_ratio` in the folder and prints what it finds to standard output.
+Takes every JSON file of `few_shot_accuracy` and of `few_shot_step` in the folder and prints what it finds to standard output.
 """
 
 from __future__ import annotations
@@ -32,25 +32,22 @@ def accuracy_table(results: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
-def ratio_table(results: Iterable[Result]) -> str:
-    """One line per width: times in milliseconds, then BOME over supervised."""
-    lines = [
-        "| filters | threads | clock | images | BOME per task, ms | BOME global, ms | supervised by task, ms "
-        "| supervised NCHW batch, ms | loading, ms | per task / by task | global / by task | per task / batch | global / batch |",
-        "|" + "---|" * 13,
+def step_table(results: Sequence[Result]) -> str:
+    """One line per contender of `few_shot_step`, one column per result: milliseconds, and in brackets how many strict floors that is."""
+    results = sorted(results, key=lambda r: (r["threads"], r["filters"]))
+    names = list(dict.fromkeys(name for r in results for name in r["over_floor"]))
+    heads = [
+        f"{r['filters']} filters, {r['threads']} {'thread' if r['threads'] == 1 else 'threads'}, {r['clock']}" for r in results
     ]
-    for result in results:
-        for r in result["results"]:
-            names = ("bome_per_task", "bome_global", "supervised_tasks", "supervised_batch", "load")
-            times = [f"{r['milliseconds'][name]:.0f}" for name in names]
-            ratios = [
-                f"{r['ratios'][f'{bome}/{plain}']:.2f}"
-                for plain in ("supervised_tasks", "supervised_batch")
-                for bome in ("bome_per_task", "bome_global")
-            ]
-            setting = [str(r["width"]), str(result["threads"]), result["clock"], str(r["images"])]
-            lines.append("| " + " | ".join([*setting, *times, *ratios]) + " |")
-    return "\n".join(lines)
+    lines = ["| contender | " + " | ".join(heads) + " |", "|" + "---|" * (len(heads) + 1)]
+    for name in names:
+        cells = [
+            f"{r['milliseconds'][r['clock']][name]:.0f} ms ({r['over_floor'][name]:.2f})" if name in r["over_floor"] else "-"
+            for r in results
+        ]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    spreads = [f"±{100 * max(r['spread'][r['clock']].values()):.0f} %" for r in results]
+    return "\n".join([*lines, "| largest spread | " + " | ".join(spreads) + " |"])
 
 
 def hardware_lines(results: Iterable[Result]) -> str:
@@ -69,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> str:
     folder: Path = parser.parse_args(argv).folder
     results: list[Result] = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     accuracies = [result for result in results if "accuracy" in result]
-    ratios = [result for result in results if "results" in result]
+    steps = [result for result in results if "over_floor" in result]
     parts = [accuracy_table(accuracies)] if accuracies else []
-    parts += [ratio_table(ratios)] if ratios else []
-    text = "\n\n".join([*parts, hardware_lines(accuracies + ratios)])
+    parts += [step_table(steps)] if steps else []
+    text = "\n\n".join([*parts, hardware_lines(accuracies + steps)])
     print(text)
     return text
 

@@ -7,6 +7,7 @@ print(result.metrics["test_accuracy"])
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -23,4 +24,6 @@ def __getattr__(name: str) -> Any:
         from bomemeta import api
 
         return getattr(api, name)
+    if name == "tune":
+        return importlib.import_module("bomemeta.tune")
     raise AttributeError(f"module 'bomemeta' has no attribute {name!r}")

@@ -71,15 +71,31 @@ def open_transport(config: Config, say: Callable[[str], None], factory: WorkerFa
             f"workers: {config.workers} needs Ray, which cannot be imported ({error}). workers=0 runs here"
         ) from error
 
+    least, most = worker_range(config)
     options = RayOptions(
-        workers=config.workers,
+        workers=most,
+        min_workers=least if config.workers == "auto" else None,
         threads=config.threads,
         cpus_per_worker=config.cpus_per_worker,
         gpus_per_worker=config.gpus_per_worker,
         address=config.address,
         step_timeout_s=config.step_timeout_s,
+        start_timeout_s=config.start_timeout_s,
+        max_replacements=config.max_replacements,
+        reduce=config.reduce,
+        backup_after=config.backup_after,
     )
     return RayTransport(factory, options, say)
+
+
+def worker_range(config: Config) -> tuple[int, int]:
+    """The least and the largest number of workers that the config allows. Raises ConfigError where the first is greater."""
+    if config.workers != "auto":
+        return config.workers, config.workers
+    most = config.max_workers if config.max_workers is not None else max(config.shards, config.min_workers)
+    if config.min_workers > most:
+        raise ConfigError(f"min_workers: got {config.min_workers}, more than max_workers: {most}")
+    return config.min_workers, most
 
 
 @dataclass(frozen=True)

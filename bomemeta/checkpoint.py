@@ -33,12 +33,17 @@ class Loaded(NamedTuple):
     notes: list[str]
 
 
+def name_of(step: int) -> str:
+    """`step_00000200.pt`: a fixed number of digits, so names sort as steps do."""
+    return f"step_{step:08d}.pt"
+
+
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes `step_00000200.pt` and removes all checkpoints but the newest `keep`, this one included.
 
     Raises CheckpointError where the disk is full or cannot be written; the earlier checkpoints are then untouched.
     """
-    path = folder / f"step_{checkpoint.step:08d}.pt"
+    path = folder / name_of(checkpoint.step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
@@ -124,7 +129,7 @@ def upper_sha256(upper: Mapping[str, Tensor]) -> str:
 
 
 def _checkpoints(folder: Path, before: Path | None = None) -> list[Path]:
-    """Newest first: the step has a fixed number of digits, so names sort as steps do."""
+    """Newest first."""
     found = sorted(folder.glob("step_*.pt"), reverse=True)
     return found if before is None else [path for path in found if path.name < before.name]
 

@@ -91,12 +91,18 @@ class Settings(_Record):
     dtype: Literal["float32", "float64"] = "float32"
     device: Annotated[Literal["auto", "cpu", "cuda"], _ASIDE] = "auto"
     task_map: Literal["auto", "loop", "vmap"] = "auto"
-    workers: Annotated[_NotNegative, _ASIDE] = 0
+    workers: Annotated[_NotNegative | Literal["auto"], _ASIDE] = 0
+    min_workers: Annotated[_Positive, _ASIDE] = 1  # workers: auto
+    max_workers: Annotated[_Positive | None, _ASIDE] = None  # workers: auto; None: as many as shards
     threads: _Positive = 1  # changes the result: a sum over more threads is added in another order
     cpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 0.0
     address: Annotated[str | None, _ASIDE] = None
+    reduce: Annotated[Literal["driver", "tree", "collective"], _ASIDE] = "driver"
+    backup_after: Annotated[Annotated[float, Field(gt=1)] | None, _ASIDE] = None
     step_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
+    start_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 180.0
+    max_replacements: Annotated[_NotNegative, _ASIDE] = 100
     output_dir: Annotated[str | None, _ASIDE] = None
     evaluation: Annotated[Evaluation, _ASIDE] = Evaluation()
     checkpoint: Annotated[Checkpointing, _ASIDE] = Checkpointing()

@@ -5,13 +5,11 @@ Knows a problem, a solver, a transport and a folder, and nothing of how any of t
 
 from __future__ import annotations
 
+import copy
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +22,9 @@ from bomemeta.core.problem import BilevelProblem, Split
 from bomemeta.core.solver import LowerStates, Solver, Sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
+from bomemeta.distributed.joint import step_run
 from bomemeta.distributed.packing import PackedTasks, unpack_tasks
-from bomemeta.distributed.rounds import SharedRun, StepRun, step_run
+from bomemeta.distributed.rounds import SharedRun, StepRun
 from bomemeta.distributed.transport import Transport
 from bomemeta.errors import DivergenceError, LowerStateLost
 
@@ -102,14 +101,17 @@ def fit(
     save: Callable[[State], None],
     roll_back: Callable[[State, LowerStateLost], None],
     stop: Callable[[], bool],
+    keep: Callable[[State], None] = lambda state: None,
 ) -> None:
-    """Steps until `job.steps` or until `stop()`; moves `state` in place. Saves when due and at the end.
+    """Steps until `job.steps` or until `stop()`; moves `state` in place. Saves when due and at the end, and before each step shows `keep`
+    what is committed.
 
     A step happens whole or not at all: whatever fails before its commit leaves `state` as it was.
     Raises DivergenceError naming the step where a number is not finite.
     """
     config = job.config
     while state.step < job.steps and not stop():
+        keep(state)
         started = time.perf_counter()
         run = job.step_run(state.step, memory=state.memory)
         memory = state.memory
@@ -128,7 +130,7 @@ def fit(
         state.memory = memory
         state.step += 1
 
-        metrics |= {"reduces": float(run.traffic.reduces), "bytes_reduced": float(run.traffic.bytes_reduced)}
+        metrics |= {name: float(value) for name, value in asdict(run.traffic).items()}
         state.figures = {
             **{name: state.figures.get(name, 0.0) + metrics[name] for name in COUNTS if name in metrics},
             **{name: metrics[name] for name in LATEST if name in metrics},
@@ -146,6 +148,12 @@ def fit(
         if state.step % config.checkpoint.every_steps == 0 and state.step < job.steps:
             save(state)
     save(state)
+
+
+def copy_of(state: State) -> State:
+    """The state as it is now, whatever the run does next: x is moved in place, and before its step is committed."""
+    # The rest is replaced and never changed. Copying x costs about as much as moving it.
+    return replace(state, upper=copy.deepcopy(state.upper), history=list(state.history))
 
 
 def final_metrics(job: Job, state: State, say: Callable[[str], None]) -> dict[str, float]:
@@ -191,16 +199,19 @@ def _validate(job: Job, state: State) -> dict[str, float]:
 def meta_test(
     job: Job, upper: UpperVariable, split: Split, episodes: int, variant: Mapping[str, Any] | None = None
 ) -> dict[str, float]:
-    """Means over the split's first `episodes` tasks, y adapted on g alone; `<split>_ci95` is the 95 % half-width of the accuracy."""
+    """Means over the split's first `episodes` tasks, y adapted on g alone; `<split>_ci95` is the 95 % half-width of the accuracy, and every
+    figure with `accuracy` in its name has one, named with `ci95` in its place.
+    """
     shards = math.ceil(episodes / EVALUATION_SHARD)
     run = job.run_on(range(episodes), shards, step=0, persistent=False, split=split, variant=variant, differentiable=False)
     sums, _ = run(evaluate, job.solver, upper.params, LowerStates.none(), steps=job.config.evaluation.inner_steps)
     means = _means(job, sums, episodes)
     # A baseline's figure is not the method's, so it does not take the split's name.
     figures = {name if name.startswith("baseline_") else f"{split}_{name}": value for name, value in means.items()}
-    if "accuracy" in means and episodes > 1:
-        variance = (float(sums["square/accuracy"]) / episodes - means["accuracy"] ** 2) * episodes / (episodes - 1)
-        figures[f"{split}_ci95"] = 1.96 * math.sqrt(max(variance, 0.0) / episodes)
+    for name, mean in means.items():
+        if "accuracy" in name and not name.startswith("baseline_") and f"square/{name}" in sums and episodes > 1:
+            variance = (float(sums[f"square/{name}"]) / episodes - mean**2) * episodes / (episodes - 1)
+            figures[f"{split}_{name.replace('accuracy', 'ci95')}"] = 1.96 * math.sqrt(max(variance, 0.0) / episodes)
     return figures
 
 
@@ -273,28 +284,3 @@ def restore(state: State, checkpoint: Checkpoint) -> None:
     state.memory = dict(checkpoint.solver["memory"])
     state.figures = dict(checkpoint.solver["figures"])
     state.history = [dict(figures) for figures in checkpoint.solver["history"]]
-
-
-@contextmanager
-def stop_on_signal(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C (or SIGTERM) asks the loop to stop after the step in hand; a second one stops at once.
-
-    Yields the question to ask. Outside the main thread signals are not ours to handle, and the answer is always False.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        say("stopping after this step, with a checkpoint (once more to stop at once)")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -29,5 +29,9 @@ class CheckpointError(BomemetaError):
     """A checkpoint that cannot be written, read, or that belongs to another run."""
 
 
+class StorageError(BomemetaError):
+    """A run folder at a URI that cannot be read or written now."""
+
+
 class DivergenceError(BomemetaError):
     """A number that the mathematics needs is NaN or infinite."""

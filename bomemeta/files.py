@@ -8,6 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from bomemeta.errors import BomemetaError
+
+
+def unwritten(path: Path) -> Path:
+    """Where the file lies while it is being written; a killed writer leaves it there."""
+    return path.with_name(f".{path.name}.tmp")
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
@@ -15,7 +22,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
     One writer at a time: a killed writer's remains are overwritten by the next one, so none pile up.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = unwritten(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -31,3 +38,19 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """A text file that is there whole or as it was. Raises BomemetaError."""
+    with naming(path), written_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into a BomemetaError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BomemetaError(f"{path} could not be written: {reason}. See to the disk, then `bomemeta resume` the run") from error

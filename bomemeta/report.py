@@ -28,12 +28,18 @@ _SHOWN = {
 class Listener(Protocol):
     """Hears what happens while a run goes on. Steps are counted from 0."""
 
-    def start(self, run_dir: Path, first_step: int, steps: int, every_steps: int) -> None:
-        """Called once before `first_step`; `steps` is the run's whole number, `every_steps` is `log.every_steps`."""
+    def start(self, run_dir: Path | str, first_step: int, steps: int, every_steps: int) -> None:
+        """Called once before `first_step`; `run_dir` is a path or, as text, a URI; `steps` is the run's whole number, `every_steps` is
+        `log.every_steps`.
+        """
         ...
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called after every committed step."""
+        ...
+
+    def saved(self, checkpoint: Path) -> None:
+        """Called after a checkpoint was written, and after `step` for the step that it ends with."""
         ...
 
     def note(self, text: str) -> None:
@@ -48,9 +54,11 @@ class Listener(Protocol):
 class Quiet:
     """Hears nothing: the default of the Python interface."""
 
-    def start(self, run_dir: Path, first_step: int, steps: int, every_steps: int) -> None: ...
+    def start(self, run_dir: Path | str, first_step: int, steps: int, every_steps: int) -> None: ...
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def saved(self, checkpoint: Path) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -65,9 +73,10 @@ class TerminalListener:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._steps, self._every_steps, self._seconds = 0, 1, 0.0
+        self.run_dir: Path | str | None = None  # None: no run has begun
 
-    def start(self, run_dir: Path, first_step: int, steps: int, every_steps: int) -> None:
-        self._steps, self._every_steps = steps, every_steps
+    def start(self, run_dir: Path | str, first_step: int, steps: int, every_steps: int) -> None:
+        self._steps, self._every_steps, self.run_dir = steps, every_steps, run_dir
         self._print(f"run folder: {run_dir}")
         if first_step > 0:
             self._print(f"going on at step {first_step} of {steps}")
@@ -99,6 +108,8 @@ class TerminalListener:
             pace = f", {seconds:.3g} s/step" if seconds is not None else ""
             self._print(f"step {done}/{self._steps}: {_figures(metrics)}{pace}")
 
+    def saved(self, checkpoint: Path) -> None: ...
+
     def note(self, text: str) -> None:
         self._print(f"note: {text}")
 
@@ -118,6 +129,8 @@ class Outcome(Protocol):
     @property
     def run_dir(self) -> Path: ...
     @property
+    def uri(self) -> str | None: ...
+    @property
     def steps(self) -> int: ...
     @property
     def metrics(self) -> Mapping[str, float]: ...
@@ -136,7 +149,7 @@ def result_lines(result: Outcome) -> list[str]:
             continue
         interval = result.metrics.get(_interval_of(name)) if "accuracy" in name else None
         rows.append((name.replace("_", " "), _value(name, value, interval)))
-    rows += [("upper sha256", result.upper_sha256), ("run folder", str(result.run_dir))]
+    rows += [("upper sha256", result.upper_sha256), ("run folder", str(result.uri or result.run_dir))]
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows] + [f"note: {note}" for note in result.notes]
 

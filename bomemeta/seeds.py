@@ -10,23 +10,21 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bomemeta.assembly import open_transport
+from bomemeta.assembly import open_transport, worker_range
 from bomemeta.config import Config, load_config
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.imports import Import, execute_imports, is_file_entry, read_imports
-from bomemeta.metrics import RunFolder
 from bomemeta.report import Listener, Quiet
+from bomemeta.run_folder import RunFolder
 from bomemeta.session import Result, evaluate_one, resume_one, train_one
 
-# What says how the seeds are run, and not how one is.
-OF_THE_WHOLE = {"seeds", "workers", "address", "cpus_per_worker", "gpus_per_worker"}
 # A seed is a whole run: no answer for a long time says nothing.
 NEVER_S = 1e9
 
@@ -35,8 +33,7 @@ class Job(NamedTuple):
     """What a worker is asked for one seed: exactly one of training, going on and evaluating."""
 
     seed: int
-    folder: str
-    overrides: tuple[str, ...]
+    place: str  # of its folder: a path or a URI
     evaluates: bool
 
 
@@ -71,34 +68,37 @@ class SeedWorker:
         self._config = config
 
     def execute(self, request: Job, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Answer]:
-        path = Path(request.folder)
-        if request.evaluates or (path / "config.yaml").is_file():
-            # Where it is not to be evaluated, this seed was begun: by an earlier call, or by a worker that was lost.
-            folder = RunFolder.open(path)
-            settings = load_config(folder.config_file, request.overrides)
-            result = (evaluate_one if request.evaluates else resume_one)(settings, folder, Quiet())
+        own = {**self._config, "seed": request.seed, "seeds": 1, "workers": 0, "output_dir": request.place}
+        settings = load_config(own)
+        if request.evaluates:
+            result = evaluate_one(settings, RunFolder.open(request.place), Quiet())
+        elif (begun := RunFolder.find(request.place)) is not None:  # by an earlier call, or by a worker that was lost
+            result = resume_one(settings, begun, Quiet())
         else:
-            own = {**self._config, "seed": request.seed, "seeds": 1, "workers": 0, "output_dir": request.folder}
-            result = train_one(load_config(own), path.name, Quiet())
+            result = train_one(settings, "", Quiet())
         notes = [f"seed {request.seed}: {note}" for note in result.notes]
         return (Answer(request.seed, result.steps, result.metrics, result.upper_sha256, notes, result.interrupted),)
 
 
-def run_seeds(
-    config: Config, folder: RunFolder, listener: Listener, overrides: Sequence[str] = (), evaluates: bool = False
-) -> Result:
+def run_seeds(config: Config, folder: RunFolder, listener: Listener, evaluates: bool = False) -> Result:
     """All seeds of the config, begun, gone on with or evaluated, `workers` at a time; result.json unless `evaluates`.
 
     `metrics` has the mean of every figure over the seeds and, as NAME_ci95, the half-width of its 95 % interval by Student's t.
     `upper` is empty and `upper_sha256` that of the seeds' own hashes, in order.
     """
+    with nullcontext() if evaluates else folder.held(listener.note):
+        return _run(config, folder, listener, evaluates)
+
+
+def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool) -> Result:
     started = time.perf_counter()
-    listener.note(f"run folder: {folder.path}")
-    own = tuple(override for override in overrides if override.partition("=")[0].strip() not in OF_THE_WHOLE)
-    jobs = [Job(seed, str(folder.path / f"seed-{seed}"), own, evaluates) for seed in range(config.seed, config.seed + config.seeds)]
+    listener.note(f"run folder: {folder.place}")
+    if not evaluates:
+        folder.write_config(config)
+    jobs = [Job(seed, f"{folder.place}/seed-{seed}", evaluates) for seed in range(config.seed, config.seed + config.seeds)]
     answers: list[Answer] = []
     factory = BuildSeedWorker(config.to_dict(), tuple(read_imports(config.imports)))
-    at_once = max(config.workers, 1)
+    at_once = max(worker_range(config)[1], 1)
     patient = config.model_copy(update={"step_timeout_s": NEVER_S})
     with closing(open_transport(patient, listener.note, factory)) as transport:
         for first in range(0, len(jobs), at_once):
@@ -111,7 +111,8 @@ def run_seeds(
     metrics = {} if interrupted else over_seeds([answer.metrics for answer in answers])
     digest = hashlib.sha256("".join(answer.upper_sha256 for answer in answers).encode()).hexdigest()
     notes = [note for answer in answers for note in answer.notes]
-    result = Result(folder.path, min(answer.steps for answer in answers), metrics, {}, digest, interrupted, notes)
+    uri = folder.mirror.uri if folder.mirror is not None else None
+    result = Result(folder.path, min(answer.steps for answer in answers), metrics, {}, digest, interrupted, notes, uri)
     if not (interrupted or evaluates):
         runs = [{"seed": answer.seed, "upper_sha256": answer.upper_sha256, "metrics": answer.metrics} for answer in answers]
         record = {"steps": result.steps, "seed": config.seed, "upper_sha256": digest, "wall_s": time.perf_counter() - started}

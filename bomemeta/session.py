@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import platform
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -17,19 +20,25 @@ from torch import Tensor
 from bomemeta import checkpoint as checkpoints
 from bomemeta import engine
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
-from bomemeta.checkpoint import Checkpoint, check_same_run, load_latest, upper_sha256
-from bomemeta.config import Config
+from bomemeta.checkpoint import Checkpoint, Loaded, check_same_run, load_latest, upper_sha256
+from bomemeta.config import Config, differing_keys
 from bomemeta.core.solver import LowerStates
+from bomemeta.document import read_document
 from bomemeta.engine import Job, State
-from bomemeta.errors import BomemetaError, CheckpointError, DivergenceError, LowerStateLost
+from bomemeta.errors import BomemetaError, CheckpointError, ConfigError, DivergenceError, LowerStateLost
 from bomemeta.health import HealthMonitor
-from bomemeta.metrics import MetricsLog, RunFolder
+from bomemeta.metrics import MetricsLog
 from bomemeta.report import Listener
+from bomemeta.run_folder import RunFolder
+from bomemeta.signals import stop_on_signal
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. `metrics` are the final figures, `upper` is x on the CPU, `upper_sha256` identifies its bits."""
+    """What a run came to. `metrics` are the final figures, `upper` is x on the CPU, `upper_sha256` identifies its bits.
+
+    `uri`: where output_dir is one, the place of everything; `run_dir` was a temporary copy of it.
+    """
 
     run_dir: Path
     steps: int
@@ -38,6 +47,7 @@ class Result:
     upper_sha256: str
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
+    uri: str | None = None
 
 
 def train_one(settings: Config, name: str, listener: Listener) -> Result:
@@ -46,7 +56,8 @@ def train_one(settings: Config, name: str, listener: Listener) -> Result:
     solver = build_solver(settings, problem)
     folder = RunFolder.create(settings.output_dir, name, settings)
     try:
-        return _Session(settings, folder, listener).run(problem, solver, None)
+        with folder.held(listener.note):
+            return _Session(settings, folder, listener).run(problem, solver, None)
     except BomemetaError:
         if checkpoints.latest(folder.checkpoints) is None:  # it never began: the next try may have this folder
             folder.abandon()
@@ -55,17 +66,64 @@ def train_one(settings: Config, name: str, listener: Listener) -> Result:
 
 def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Result:
     """Goes on from the folder's newest readable checkpoint."""
-    saved = None
-    if checkpoints.latest(folder.checkpoints) is not None:  # else the run died before its first checkpoint: begin again
-        loaded = load_latest(folder.checkpoints)
-        for note in loaded.notes:
-            listener.note(note)
-        saved = loaded.checkpoint
-        check_same_run(saved._replace(config={**saved.config, "steps": settings.steps}), settings)
-    problem = build_problem(settings)
-    solver = build_solver(settings, problem)
-    folder.write_config(settings)
-    return _Session(settings, folder, listener).run(problem, solver, saved)
+    with folder.held(listener.note):
+        saved = None
+        if (loaded := _where_it_was(folder)) is not None:  # else the run died before its first step: begin again
+            for note in loaded.notes:
+                listener.note(note)
+            saved = loaded.checkpoint
+            check_same_run(saved._replace(config={**saved.config, "steps": settings.steps}), settings)
+        problem = build_problem(settings)
+        solver = build_solver(settings, problem)
+        folder.write_config(settings)
+        return _Session(settings, folder, listener).run(problem, solver, saved)
+
+
+def check_continues(settings: Config, folder: RunFolder) -> None:
+    """Raises ConfigError where the folder's run is not the config's, naming the keys."""
+    there = read_document(folder.config_file).data
+    lines = [f"  {key}: there {a!r}, config {b!r}" for key, a, b in differing_keys(there, settings)]
+    if there.get("seeds", 1) != settings.seeds:
+        lines.append(f"  seeds: there {there.get('seeds', 1)!r}, config {settings.seeds!r}")
+    if lines:
+        raise ConfigError(
+            f"output_dir: {folder.place} holds another run, which --auto-resume does not go on with:\n"
+            + "\n".join(lines)
+            + "\nSet these keys back, or choose another output_dir; `bomemeta resume` with steps=N trains longer"
+        )
+
+
+def finished(settings: Config, folder: RunFolder) -> Result | None:
+    """What the folder's run came to, where it is the config's and has ended; else None."""
+    if not folder.result_file.is_file():
+        return None
+    record = json.loads(folder.result_file.read_text(encoding="utf-8"))
+    if differing_keys(record["config"], settings):  # it ended before it was taken further
+        return None
+    upper: dict[str, Tensor] = {}
+    notes: list[str] = record["notes"]
+    if (last := _where_it_was(folder)) is not None and upper_sha256(last.checkpoint.upper) == record["upper_sha256"]:
+        upper = last.checkpoint.upper
+    elif settings.seeds == 1:
+        notes = [*notes, f"the final x is not in {folder.place} any more"]
+    if record["config"]["evaluation"] != settings.to_dict()["evaluation"]:
+        notes = [*notes, f"measured with another `evaluation:` than this config's; `bomemeta eval {folder.place}` measures again"]
+    metrics = {name: math.nan if value is None else value for name, value in record["metrics"].items()}
+    uri = folder.mirror.uri if folder.mirror is not None else None
+    return Result(folder.path, record["steps"], metrics, upper, record["upper_sha256"], False, notes, uri)
+
+
+def _where_it_was(folder: RunFolder) -> Loaded | None:
+    """The newest readable checkpoint; None where there is nothing to lose: no checkpoint, or only a damaged one of the start."""
+    newest = checkpoints.latest(folder.checkpoints)
+    if newest is None:
+        return None
+    try:
+        return load_latest(folder.checkpoints)
+    except CheckpointError:
+        if newest.name == checkpoints.name_of(0):
+            return None
+        raise
 
 
 def evaluate_one(settings: Config, folder: RunFolder, listener: Listener) -> Result:
@@ -86,12 +144,14 @@ class _Session:
         self._health = HealthMonitor()
         self._notes: list[str] = []
         self._log: MetricsLog | None = None
+        self._saving = threading.Lock()
+        self._saved_step = 0
 
     def run(self, problem: Any, solver: Any, saved: Checkpoint | None) -> Result:
         started = time.perf_counter()
-        first_step = saved.step if saved is not None else 0
+        first_step = self._saved_step = saved.step if saved is not None else 0
         steps = engine.run_length(self._config, problem)
-        self._listener.start(self._folder.path, first_step, steps, self._config.log.every_steps)
+        self._listener.start(self._folder.place, first_step, steps, self._config.log.every_steps)
         with torch_threads(self._config.threads), closing(self), closing(open_transport(self._config, self.note)) as transport:
             job = Job(self._config, problem, solver, transport)
             state = self._state(job, saved)
@@ -100,7 +160,11 @@ class _Session:
             if state.step < steps:
                 self._folder.result_file.unlink(missing_ok=True)  # of a shorter run, which this one takes further
             self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
-            with engine.stop_on_signal(self._listener.note) as stop:
+
+            def save_kept(kept: State) -> None:
+                self._save_kept(job, kept)
+
+            with stop_on_signal(self._listener.note, save_kept) as stop:
                 try:
                     engine.fit(
                         job,
@@ -109,6 +173,7 @@ class _Session:
                         save=lambda state: self._save(job, state),
                         roll_back=self._roll_back,
                         stop=stop,
+                        keep=lambda state: stop.keep(engine.copy_of(state)),
                     )
                 except DivergenceError as error:
                     raise DivergenceError(self._diverged(error)) from error
@@ -118,8 +183,10 @@ class _Session:
             result = self._result(state, metrics, interrupted)
             if not interrupted:
                 seconds = time.perf_counter() - started
-                for name, content in problem.artefacts(state.history).items():
+                for name, content in problem.artefacts(state.history, metrics).items():
                     self._folder.write_file(name, content)
+                    if name.endswith(".png"):
+                        self._log.image(name.removesuffix(".png"), content, state.step - 1)
                 self._folder.write_result(self._record(job, state, result, first_step, seconds))
         return result
 
@@ -143,7 +210,22 @@ class _Session:
         return state
 
     def _save(self, job: Job, state: State) -> None:
-        checkpoints.save(self._folder.checkpoints, engine.to_checkpoint(job, state), self._config.checkpoint.keep)
+        with self._saving:
+            self._write(job, state)
+
+    def _save_kept(self, job: Job, state: State) -> None:
+        """For a signal in the middle of a step; the loop may be saving a later state, or have saved it."""
+        with self._saving:
+            if state.step > self._saved_step:
+                self._write(job, state)
+
+    def _write(self, job: Job, state: State) -> None:
+        path = checkpoints.save(self._folder.checkpoints, engine.to_checkpoint(job, state), self._config.checkpoint.keep)
+        self._saved_step = state.step
+        if self._log is not None:
+            self._log.flush()
+        self._folder.publish(self.note)
+        self._listener.saved(path)
 
     def _roll_back(self, state: State, error: LowerStateLost) -> None:
         loaded = load_latest(self._folder.checkpoints)
@@ -151,6 +233,7 @@ class _Session:
         for note in loaded.notes:
             self.note(note)
         engine.restore(state, loaded.checkpoint)
+        self._saved_step = state.step
         if self._log is not None:
             self._log.go_back(state.step)
 
@@ -167,14 +250,16 @@ class _Session:
 
     def _diverged(self, error: DivergenceError) -> str:
         last = checkpoints.latest(self._folder.checkpoints)
+        good = f"{self._folder.place}/checkpoints/{last.name}" if last is not None else None
         return (
-            f"{error}. The last good checkpoint is {last}. Try smaller solver.upper_lr, lower_lr or "
-            f"inner_lr in a new run; metrics.jsonl in {self._folder.path} shows which loss grew first"
+            f"{error}. The last good checkpoint is {good}. Try smaller solver.upper_lr, lower_lr or "
+            f"inner_lr in a new run; metrics.jsonl in {self._folder.place} shows which loss grew first"
         )
 
     def _result(self, state: State, metrics: dict[str, float], interrupted: bool) -> Result:
         upper = {name: tensor.clone() for name, tensor in state.upper.params.items()}
-        return Result(self._folder.path, state.step, metrics, upper, upper_sha256(upper), interrupted, list(self._notes))
+        uri = self._folder.mirror.uri if self._folder.mirror is not None else None
+        return Result(self._folder.path, state.step, metrics, upper, upper_sha256(upper), interrupted, list(self._notes), uri)
 
     def _record(self, job: Job, state: State, result: Result, first_step: int, seconds: float) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""A user's file for the fault tests: problems of three kinds whose worker dies or hangs once, in the middle of a step.
+"""A user's file for the fault tests: problems of all kinds whose worker dies, hangs or is slow once, in the middle of a step.
 
 The mark is made by the first worker to get there, so that only it is struck and the shard's second run goes through.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import toy  # registers the toy data set; tests/ is on the workers' path
 
 from bomemeta.core.problem import Batch, Split
@@ -23,9 +25,16 @@ from bomemeta.registry import problems
 __all__ = ["toy"]
 
 
+# In one call into C, out of which no Python handler runs, the matrix takes longer than a minute on one core.
+SLOW: dict[str, Callable[[], object]] = {
+    "sleep": lambda: time.sleep(10),
+    "compute": lambda: torch.linalg.eigvals(torch.rand(4000, 4000, dtype=torch.float64)),
+}
+
+
 @dataclass(kw_only=True)
 class Strike:
-    """The process that first loads training tasks of `strike_step` gets the signal; no step: nobody does."""
+    """The process that first loads training tasks of `strike_step` gets the signal, or is SLOW there; no step: nobody does."""
 
     strike_step: int | None = None
     strike_signal: str = "SIGKILL"
@@ -35,7 +44,10 @@ class Strike:
         if split == "train" and step == self.strike_step:
             try:
                 Path(self.strike_mark).touch(exist_ok=False)
-                os.kill(os.getpid(), getattr(signal, self.strike_signal))
+                if self.strike_signal in SLOW:
+                    SLOW[self.strike_signal]()
+                else:
+                    os.kill(os.getpid(), getattr(signal, self.strike_signal))
             except FileExistsError:
                 pass
         return super().load(task_ids, step, split)  # type: ignore[misc]

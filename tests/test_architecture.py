@@ -40,7 +40,21 @@ NEVER = {
         "bomemeta.config",
     },
 }
-WITH_RAY = {"distributed/actor.py", "distributed/cluster.py", "distributed/ray_transport.py", "distributed/seats.py", "tune.py"}
+WITH_RAY = {
+    "distributed/actor.py",
+    "distributed/cluster.py",
+    "distributed/collective.py",
+    "distributed/fleet.py",
+    "distributed/ray_transport.py",
+    "distributed/seats.py",
+    "doctor/cluster.py",
+    "submit.py",
+    "tune/placement.py",
+    "tune/progress.py",
+    "tune/schedulers.py",
+    "tune/search.py",
+    "tune/trial.py",
+}
 ENGINE_NEVER = {
     "ray", "bomemeta.assembly", "bomemeta.session", "bomemeta.api", "bomemeta.problems", "bomemeta.solvers", "bomemeta.data",
     "bomemeta.distributed.serial", "bomemeta.distributed.ray_transport", "bomemeta.distributed.cluster", "bomemeta.distributed.actor",

@@ -79,14 +79,47 @@ def test_the_learning_curve_is_measured_when_its_share_of_the_budget_is_used(dat
     assert len(trained["curve"]) == len(few_shot_accuracy.CURVE)
 
 
-def test_the_ratio_and_the_table(data_root: str, tmp_path: Path) -> None:
-    ratio = ("--filters", "4", "--rounds", "2", "--tasks-per-step", "2", "--data-root", data_root)
-    result = run("step_ratio", *ratio, "--json", str(tmp_path / "ratio.json"))
-    assert all(value > 0 for value in result["results"][0]["ratios"].values())
+def test_the_step_and_the_table(data_root: str, tmp_path: Path) -> None:
+    few_shot_step = importlib.import_module("benchmarks.few_shot_step")
+    small = ("--filters", "4", "--rounds", "2", "--tasks", "2", "--inner-steps", "1", "3", "--peers", "learn2learn")
+    result = run("few_shot_step", *small, "--data-root", data_root, "--json", str(tmp_path / "step.json"))
+    assert json.loads((tmp_path / "step.json").read_text()) == result
+    at_top = (
+        "per_task_over_floor",
+        "global_over_floor",
+        "maml_second_order_over_ours",
+        "maml_first_order_over_ours",
+        "anil_over_ours",
+    )
+    assert all(result[key] > 0 for key in at_top)
+    assert result["images"] == 60
+    names = {
+        "floor",
+        "floor_nchw",
+        "per_task_1",
+        "global_3",
+        "learn2learn_maml",
+        "learn2learn_first_order_last",
+        "learn2learn_anil",
+    }
+    assert names < set(result["milliseconds"]["cpu"]) == set(result["milliseconds"]["wall"]) == set(result["peak_bytes"])
+    # MAML keeps the graphs of 5 inner steps of the whole network; heads keep nothing from one inner step to the next
+    assert result["peak_bytes"]["learn2learn_maml_last"] > 1.2 * result["peak_bytes"]["floor"]
+    assert result["peak_bytes"]["per_task_3"] - result["peak_bytes"]["per_task_1"] <= 64
+    times = {
+        "floor": [1.0, 4.0],
+        "per_task_1": [2.0, 4.0],
+        "per_task_3": [3.0, 8.0],
+        "global_1": [1.0, 1.0],
+        "global_3": [2.0, 2.0],
+    }
+    assert few_shot_step.headline(times, [1, 3]) == {"per_task_over_floor": 2.5, "global_over_floor": 1.25}
+
     accuracy("bome", data_root, tmp_path / "bome.json")
     text = run("table", str(tmp_path))
     assert "BOME, prototype head" in text
-    assert "| 4 | 1 | wall | 60 |" in text
+    assert "4 filters, 1 thread, cpu" in text
+    assert "| `learn2learn_maml` |" in text
 
 
 def test_live_bytes_are_those_of_tensors_until_they_are_freed() -> None:
@@ -117,3 +150,20 @@ def test_bomes_memory_does_not_grow_with_the_inner_steps_and_itds_does(tmp_path:
         assert max(peaks) - min(peaks) <= 64  # a few numbers of bookkeeping; y of the network form has 2,100 bytes
     # Of each inner step the graph keeps at least what the first layer's images became: 5 images, 4 filters of 28 x 28 floats.
     assert found["network", "itd"]["bytes_per_inner_step"] > 5 * 4 * 28 * 28 * 4
+
+
+def test_sampling_counts_the_same_episodes_for_all(data_root: str, tmp_path: Path) -> None:
+    result = run("sampling", "--rounds", "2", "--data-root", data_root, "--json", str(tmp_path / "sampling.json"))
+    assert json.loads((tmp_path / "sampling.json").read_text()) == result
+    for clock in ("cpu", "wall"):
+        assert set(result["episodes_per_second"][clock]) == {"bomemeta", "learn2learn", "dataloader"}
+        assert all(rate > 0 for rate in result["episodes_per_second"][clock].values())
+
+
+def test_plain_hyper_cleaning_walks_the_same_path(tmp_path: Path) -> None:
+    small = ("data.dataset=digits", "problem.train=301", "problem.validation=100", "problem.selection=0", "dtype=float32")
+    arguments = ("--inner-steps", "2", "--rounds", "3", "--json", str(tmp_path / "shared.json"), "--set", *small)
+    (result,) = run("shared_step", *arguments)["results"]
+    assert set(result["over_plain"]) == {"cpu", "wall"}
+    # x moves far within 6 steps of size 500; float32 and another order of additions leave some 1e-6 of it
+    assert 0 < result["difference"] < 1e-4

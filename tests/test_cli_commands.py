@@ -34,6 +34,7 @@ class Ended:
     upper_sha256: str = "ab" * 32
     interrupted: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
+    uri: str | None = None
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     fake.ends = Ended
 
     def command(name: str) -> Callable[..., Any]:
-        def run(source: Any, overrides: Sequence[str] = (), *, listener: Listener) -> Any:
+        def run(source: Any, overrides: Sequence[str] = (), *, listener: Listener, auto_resume: bool = False) -> Any:
             fake.calls.append((name, str(source), list(overrides)))
             listener.start(Path("/runs/a"), 0, 7, 1)
             listener.step(6, {"upper_loss": 0.5})
@@ -60,7 +61,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return module
 
 
-COMMANDS = [(), ("train",), ("resume",), ("eval",), ("check",), ("reproduce",), ("list",), ("data",), ("data", "prepare")]
+NAMES = "train resume eval submit tune check doctor profile reproduce list data"
+COMMANDS = [(), *((name,) for name in NAMES.split()), ("data", "prepare")]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -92,7 +94,11 @@ def test_runs_get_the_overrides_and_print_the_result_alone_on_stdout(api: Any, t
         f"upper sha256   {'ab' * 32}",
         "run folder     /runs/a",
     ]
-    assert result.stderr.splitlines() == ["run folder: /runs/a", "step 7/7: upper loss 0.5"]
+    assert result.stderr.splitlines() == [
+        "run folder: /runs/a",
+        "step 7/7: upper loss 0.5",
+        "done after 7 steps; run folder: /runs/a",
+    ]
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("a.yaml:3: [x]"), 2), (ClusterError("2 CPUs are free"), 1)])
@@ -103,7 +109,7 @@ def test_errors_are_a_message_and_a_code(api: Any, error: Exception, code: int) 
     api.ends = fail
     result = invoke("train", "x")
     assert result.exit_code == code
-    assert result.stderr.splitlines()[-1] == str(error)
+    assert result.stderr.splitlines()[-2:] == ["run folder: /runs/a", f"failed: {error}"]
     assert "Traceback" not in result.output
     assert result.stdout == ""
 
@@ -117,13 +123,16 @@ def test_an_interrupted_run_says_how_to_go_on(api: Any) -> None:
     api.ends = lambda: Ended(interrupted=True)
     result = invoke("train", "x")
     assert result.exit_code == 130
-    assert "interrupted after 7 steps; go on with `bomemeta resume /runs/a`" in result.stderr
+    assert result.stderr.splitlines()[-1] == "interrupted after 7 steps; go on with `bomemeta resume /runs/a`"
+    assert invoke("train", "x", "--auto-resume").stderr.splitlines()[-1].endswith("go on with the same command")
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     api.ends = interrupt
-    assert invoke("train", "x").exit_code == 130
+    result = invoke("train", "x")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted; go on with `bomemeta resume /runs/a`"
 
 
 def test_wrong_words_are_refused() -> None:

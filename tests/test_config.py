@@ -132,7 +132,7 @@ def test_an_integer_is_a_float_and_keeps_that_type(write: Any) -> None:
         ("steps=3.5", "3.5 (float)", "an integer >= 1 or null"),
         ("steps=0", "0 (int)", "an integer >= 1 or null"),
         ("seed=-1", "-1 (int)", "an integer >= 0"),
-        ("workers=-1", "-1 (int)", "an integer >= 0"),
+        ("workers=-1", "-1 (int)", "an integer >= 0 or auto"),
         ("dtype=float16", "'float16' (str)", "one of: float32, float64"),
         ("step_timeout_s=0", "0 (int)", "a number > 0"),
         ("step_timeout_s=.inf", "inf (float)", "a number > 0"),

@@ -19,8 +19,9 @@ from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Term
 from bomemeta.core.tree import Params
 from bomemeta.data.labelled import Examples
+from bomemeta.distributed.joint import step_run
 from bomemeta.distributed.packing import PackedTasks, unpack_tasks
-from bomemeta.distributed.rounds import SharedRun, step_run
+from bomemeta.distributed.rounds import SharedRun
 from bomemeta.errors import ConfigError
 from bomemeta.nets import controller
 from bomemeta.problems import continual_report as report

@@ -18,6 +18,7 @@ from bomemeta.cli import app
 from bomemeta.config import SECTIONS, Settings
 from bomemeta.errors import DataError
 from bomemeta.metrics import TENSORBOARD_TAGS, read_metrics
+from bomemeta.tune.spec import load_search
 from bomemeta.validation import phrase
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,9 @@ DOCS = ROOT / "docs"
 EXAMPLES = DOCS / "examples"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+TUNE_FILES = [path for path in FILES if re.search(r"^space:", path.read_text(encoding="utf-8"), re.MULTILINE)]
+CONFIGS = [path for path in FILES if path not in TUNE_FILES]
 SECTION_OF = {"solvers": "solver", "problems": "problem", "datasets": "data"}
 # What the package itself registers: other tests' own classes are registered in this process too.
 REGISTERED = {
@@ -71,8 +74,8 @@ def test_readme_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_readme_names_commands_that_exist() -> None:
-    named = set(re.findall(r"bomemeta (train|resume|eval|check|reproduce|list|data prepare)\b", README))
-    assert named == {"train", "resume", "eval", "check", "reproduce", "list", "data prepare"}
+    named = set(re.findall(r"bomemeta (train|resume|submit|eval|tune|check|doctor|profile|reproduce|list|data prepare)\b", README))
+    assert named == {"train", "resume", "submit", "eval", "tune", "check", "doctor", "profile", "reproduce", "list", "data prepare"}
     unknown = set(re.findall(r"(?:`|uv run )bomemeta ([a-z]+)", README)) - {command.partition(" ")[0] for command in named}
     assert unknown == set()
     for command in named:
@@ -181,7 +184,18 @@ def test_config_trains_for_two_steps(path: Path, tmp_path: Path) -> None:
     known = names_in_backquotes(page("metrics.md"))
     logged = {name for line in steps for name in line}
     assert [step["step"] for step in steps] == [0, 1]
-    assert {*logged, *written, *written["metrics"]} - known == set(), "names that docs/metrics.md does not have"
+    numbered = {re.sub(r"_\d+$", "_NN", name) for name in {*logged, *written, *written["metrics"]}}
+    assert numbered - known == set(), "names that docs/metrics.md does not have"
+
+
+@pytest.mark.parametrize("path", TUNE_FILES, ids=lambda path: path.stem)
+def test_tune_file_is_checked_and_its_base_config_trains(path: Path, tmp_path: Path) -> None:
+    search = load_search(path)
+    try:
+        result = bomemeta.train(search.config, ["steps=2", "workers=0", "evaluation.episodes=2", f"output_dir={tmp_path / 'run'}"])
+    except DataError as error:
+        pytest.skip(str(error))
+    assert result.steps == 2
 
 
 # extending.md and its examples

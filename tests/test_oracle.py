@@ -8,6 +8,7 @@ from toy import attached
 from bomemeta.core import tree
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Term
+from bomemeta.problems import few_shot
 from bomemeta.problems.analytic import Analytic
 from bomemeta.problems.few_shot import FewShot
 
@@ -125,11 +126,13 @@ def test_tasks_do_not_see_each_other(name):
         torch.testing.assert_close({k: v[0] for k, v in own.lower.items()}, {k: v[task] for k, v in stacked.lower.items()})
 
 
-def test_backbone_runs_once_whatever_the_number_of_inner_steps(monkeypatch):
-    problem, upper, _, _ = make("prototype")
+@pytest.mark.parametrize("name", ["prototype", "prototype_inductive"])
+def test_backbone_runs_once_whatever_the_number_of_inner_steps(name, monkeypatch):
+    problem, upper, _, _ = make(name)
     calls = []
-    encode = FewShot.encode
-    monkeypatch.setattr(FewShot, "encode", lambda self, *args: calls.append(1) or encode(self, *args))
+    backbone, passes = FewShot._backbone, few_shot.Conv4Passes
+    monkeypatch.setattr(FewShot, "_backbone", lambda self, *args: calls.append(1) or backbone(self, *args))
+    monkeypatch.setattr(few_shot, "Conv4Passes", lambda upper, images, *rest: calls.extend(images) or passes(upper, images, *rest))
     oracle = LocalOracle(problem, upper, problem.load(range(3), 0, "train"), "loop")
     lower = oracle.init_lower()
     for _ in range(10):

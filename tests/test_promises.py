@@ -111,6 +111,35 @@ def test_same_bits_when_a_worker_is_killed_in_the_middle_of_a_step(job, referenc
     assert result.upper_sha256 == reference[job].upper_sha256
 
 
+@pytest.mark.parametrize(
+    ("job", "reduce"),
+    [("few_shot", "tree"), ("quadratic", "tree"), ("shared", "tree"), ("shared", "collective"), ("stream", "collective")],
+)
+def test_same_bits_wherever_shards_are_added_with_a_worker_killed(job, reduce, reference, ray_cluster, tmp_path):
+    mark = tmp_path / "mark"
+    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", f"reduce={reduce}", *struck("SIGKILL", mark)]
+    result = bomemeta.train(JOBS[job], overrides)
+    assert mark.exists()
+    assert any("died" in note for note in result.notes), result.notes
+    assert result.upper_sha256 == reference[job].upper_sha256
+    assert result.metrics == reference[job].metrics
+
+
+def test_same_bits_when_a_member_of_all_workers_together_hangs(reference, ray_cluster, tmp_path):
+    mark = tmp_path / "mark"
+    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", "reduce=collective", "step_timeout_s=8"]
+    result = bomemeta.train(SHARED, [*overrides, *struck("SIGSTOP", mark)])
+    assert any("did not answer" in note for note in result.notes), result.notes
+    assert result.upper_sha256 == reference["shared"].upper_sha256
+
+
+@pytest.mark.parametrize("job", ["few_shot", "shared"])
+def test_same_bits_with_as_many_workers_as_there_is_room_for(job, reference, ray_cluster, tmp_path):
+    overrides = [f"output_dir={tmp_path / 'run'}", "workers=auto", "max_workers=3", "cpus_per_worker=0.5", "backup_after=1.5"]
+    result = bomemeta.train(JOBS[job], overrides)
+    assert result.upper_sha256 == reference[job].upper_sha256
+
+
 def test_same_bits_when_a_worker_hangs(reference, ray_cluster, tmp_path):
     mark = tmp_path / "mark"
     overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", "step_timeout_s=8"]

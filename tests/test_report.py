@@ -142,6 +142,7 @@ class Ended(NamedTuple):
     metrics: Any = {"test_accuracy": 0.9512, "test_ci95": 0.0034, "baseline_accuracy": 0.443, "f": 0.72, "g": math.nan}  # noqa: RUF012
     upper_sha256: str = "ab" * 32
     notes: Any = ("a note",)
+    uri: str | None = None
 
 
 def test_the_result_is_one_fact_a_line(capsys: pytest.CaptureFixture[str]) -> None:

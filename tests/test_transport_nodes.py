@@ -1,75 +1,210 @@
-"""The ray transport on several nodes (processes of this machine): what is lost with a node, and who kills a far worker."""
+"""The ray transport on several nodes (processes of this machine): what is lost with a node, who comes with one, who is slow."""
 
 import os
 import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import ray
+from ray._raylet import Config
 from ray.cluster_utils import Cluster
 
+import bomemeta
 from bomemeta.distributed import cluster
 from bomemeta.distributed.ray_transport import RayOptions, RayTransport
+from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.errors import ClusterError, LowerStateLost
+from bomemeta.metrics import read_metrics
+
+WIDE: dict[str, Any] = {
+    "imports": [str(Path(__file__).with_name("wide.py"))],
+    "problem": {"name": "wide"},
+    "solver": {"name": "bome", "inner_steps": 3, "lower_momentum": 0.5, "upper_lr": 0.05},
+    "steps": 12, "shards": 4,
+    "checkpoint": {"every_steps": 2}, "log": {"tensorboard": False},
+}  # fmt: skip
+
+
+class Order(NamedTuple):
+    trouble: str = ""  # the first to touch this file stops
+    slow: str = ""  # the process that is named in this file, the first to come, takes 20 times as long
+    leaf: int = 0
 
 
 class Adder:
     def __init__(self, device: str) -> None:
         pass
 
-    def execute(self, trouble: str, broadcast: np.ndarray, *states: np.ndarray):
-        if trouble and not Path(trouble).exists():
-            Path(trouble).touch()
+    def execute(self, order: Order, broadcast: np.ndarray, *states: np.ndarray):
+        if order.trouble and not Path(order.trouble).exists():
+            Path(order.trouble).touch()
             os.kill(os.getpid(), signal.SIGSTOP)
-        return os.getpid(), *(state + broadcast[0] for state in states)
+        if order.slow:
+            if not Path(order.slow).exists():
+                Path(order.slow).write_text(str(os.getpid()))
+            time.sleep(2.0 if Path(order.slow).read_text() == str(os.getpid()) else 0.1)
+        return os.getpid(), broadcast * (1 + 10.0**-order.leaf), *(state + broadcast[0] for state in states)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    """A head without CPUs, for the driver; tests bring their own nodes and take them away."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # With tokens, as a cluster that bomemeta starts: earlier tests may have done so in this process.
+        cluster._make_token()
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        Config.initialize("")  # reads it again
+        # The cluster finds a dead node within 3 s instead of 15.
+        quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+        with cluster._local_settings():  # loopback only here too
+            head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
+            cluster_of_nodes = Cluster(initialize_head=True, head_node_args=head)
+            ray.init(address=cluster_of_nodes.address, log_to_driver=False, logging_level="error")
+            yield cluster_of_nodes
+            ray.shutdown()
+            cluster_of_nodes.shutdown()
 
 
 @pytest.fixture
-def nodes(monkeypatch):
-    """A head without CPUs for the driver, and one node for a worker."""
-    # Ray reads the mode once per process, and earlier tests may have started clusters with tokens here: this one has them too.
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    cluster._make_token()
-    # The cluster finds a dead node within 3 s instead of 15.
-    quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
-    with cluster._local_settings():  # loopback only here too
-        cluster_of_nodes = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
-        )
-        first = cluster_of_nodes.add_node(num_cpus=1)
-        ray.init(address=cluster_of_nodes.address, log_to_driver=False, logging_level="error")
-        yield cluster_of_nodes, first
-        ray.shutdown()
-        cluster_of_nodes.shutdown()
+def three(nodes: Cluster) -> Iterator[list[Any]]:
+    """Three nodes of one CPU each; those that are left are taken away afterwards."""
+    added = [nodes.add_node(num_cpus=1) for _ in range(3)]
+    nodes.wait_for_nodes()
+    yield added
+    for node in list(nodes.worker_nodes):
+        nodes.remove_node(node, allow_graceful=True)
+    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
 
 
-def test_an_address_where_nobody_listens():
-    with pytest.raises(ClusterError, match=r"no Ray cluster could be joined at 127\.0\.0\.1:1"):
-        RayTransport(Adder, RayOptions(workers=1, address="127.0.0.1:1"))
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        time.sleep(0.05)
+
+
+def all_ready(transport: RayTransport, workers: int) -> None:
+    while len(transport.worker_pids()) < workers:  # a transport looks at its workers in rounds only
+        transport.run(np.ones(1, np.float32), [ShardCall(Order(), summed=True)] * workers)
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> bomemeta.Result:
+    return bomemeta.train(WIDE, [f"output_dir={tmp_path_factory.mktemp('reference') / 'run'}"])
 
 
 def test_a_lost_node(nodes, tmp_path):
-    cluster_of_nodes, first = nodes
+    first = nodes.add_node(num_cpus=1)
     transport = RayTransport(Adder, RayOptions(workers=1, step_timeout_s=20.0))
     one = np.ones(200_000, np.float32)  # large enough for the store of the node that computes it
-    reply = transport.run(one, [ShardCall("", (one,), 1)]).replies[0]
+    reply = transport.run(one, [ShardCall(Order(), (one,), 1, summed=True)]).replies[0]
 
     # The worker hangs on a node that is not the driver's: its process must go, or its CPU is never free again.
-    transport._options = RayOptions(workers=1, step_timeout_s=1.0)
-    second = transport.run(one, [ShardCall(str(tmp_path / "mark"), reply.states, 1)]).replies[0]
-    transport._options = RayOptions(workers=1, step_timeout_s=20.0)
+    transport._options = transport._fleet.options = RayOptions(workers=1, step_timeout_s=1.0)
+    second = transport.run(one, [ShardCall(Order(str(tmp_path / "mark")), reply.states, 1, summed=True)]).replies[0]
+    transport._options = transport._fleet.options = RayOptions(workers=1, step_timeout_s=20.0)
     assert second.reply != reply.reply
     assert not Path(f"/proc/{reply.reply}").exists()
 
-    cluster_of_nodes.add_node(num_cpus=1)
-    cluster_of_nodes.remove_node(first, allow_graceful=False)
+    second_node = nodes.add_node(num_cpus=1)
+    nodes.remove_node(first, allow_graceful=False)
     with pytest.raises(LowerStateLost, match="last checkpoint"):
-        transport.run(one, [ShardCall("", second.states, 1)])
+        transport.run(one, [ShardCall(Order(), second.states, 1, summed=True)])
     with pytest.raises(LowerStateLost):
         transport.fetch(second.states)
-    third = transport.run(one, [ShardCall("", (one,), 1)]).replies[0]
+    third = transport.run(one, [ShardCall(Order(), (one,), 1, summed=True)]).replies[0]
     assert np.array_equal(transport.fetch(third.states)[0], one + 1)
     assert transport.replacements == 2
     transport.close()
+    nodes.remove_node(second_node, allow_graceful=True)
+    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+
+
+def test_workers_are_spread_and_sums_meet_in_a_tree_on_them(three):
+    calls = [ShardCall(Order(leaf=leaf), summed=True) for leaf in range(7)]
+    x = np.linspace(0, 1, 100_000, dtype=np.float32)
+    expected = SerialTransport(Adder).run(x, calls).total
+    transport = RayTransport(Adder, RayOptions(workers=3, step_timeout_s=30.0, reduce="tree"))
+    all_ready(transport, 3)
+    assert len(set(transport.worker_nodes())) == 3
+    got = transport.run(x, calls)
+    assert np.array_equal(got.total, expected)
+    assert got.driver_bytes == expected.nbytes  # one sum, not seven shares
+    transport.close()
+    plain = RayTransport(Adder, RayOptions(workers=2, step_timeout_s=30.0))
+    got = plain.run(x, calls)
+    assert np.array_equal(got.total, expected)
+    assert got.driver_bytes == 7 * expected.nbytes
+    plain.close()
+
+
+def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked_for(three, tmp_path):
+    for backup_after in (None, 2.0):
+        mark = str(tmp_path / f"slow-{backup_after}")
+        transport = RayTransport(Adder, RayOptions(workers=3, step_timeout_s=30.0, backup_after=backup_after))
+        all_ready(transport, 3)
+        calls = [ShardCall(Order(slow=mark, leaf=leaf), summed=True, kind="k") for leaf in range(4)]
+        x = np.ones(10, np.float32)
+        expected = SerialTransport(Adder).run(x, [ShardCall(Order(leaf=leaf), summed=True) for leaf in range(4)]).total
+        answered: Counter[int] = Counter()
+        for _ in range(5):
+            got = transport.run(x, calls)
+            assert np.array_equal(got.total, expected)
+            answered.update(reply.reply for reply in got.replies)
+        # Of 20 calls a worker of equal speed has 6 or 7. This one has its first, and one more at most when it is believed to recover.
+        assert answered[int(Path(mark).read_text())] <= 2, answered
+        transport.close()
+
+
+def train_through(folder: Path, overrides: list[str], *deeds: tuple[int, Callable[[], Any]]) -> bomemeta.Result:
+    """A run in a thread, and each deed in the middle of the step after so many. (Ray starts nodes in the main thread only.)"""
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(
+            bomemeta.train, WIDE, [f"output_dir={folder}", "problem.load_s=0.5", "step_timeout_s=30", *overrides]
+        )
+        for steps, deed in deeds:
+            wait_for(lambda steps=steps: running.done() or len(read_metrics(folder / "metrics.jsonl")) >= steps)  # type: ignore[misc]
+            time.sleep(0.3)
+            deed()
+        return running.result()
+
+
+def test_a_run_that_loses_a_node_with_lower_state_goes_back_and_reaches_the_same_bits(nodes, three, reference, tmp_path):
+    # After an odd step: what a checkpoint has fetched has a copy on the driver's node.
+    lost = (5, lambda: nodes.remove_node(three[0], allow_graceful=False))
+    result = train_through(tmp_path / "run", ["workers=3", "reduce=tree"], lost)
+    assert any("Going back to the checkpoint" in note for note in result.notes), result.notes
+    assert result.upper_sha256 == reference.upper_sha256
+    assert result.metrics == reference.metrics
+
+
+def test_workers_follow_the_cluster(nodes, reference, tmp_path):
+    first = nodes.add_node(num_cpus=1)
+    result = train_through(
+        tmp_path / "run",
+        ["workers=auto", "max_workers=3", "reduce=tree"],
+        (2, lambda: nodes.add_node(num_cpus=1)),
+        (6, lambda: nodes.remove_node(first, allow_graceful=False)),
+    )
+    assert any("the cluster has room for worker" in note for note in result.notes), result.notes
+    assert any("died" in note for note in result.notes), result.notes
+    assert result.upper_sha256 == reference.upper_sha256
+    for node in list(nodes.worker_nodes):
+        nodes.remove_node(node, allow_graceful=True)
+    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+
+
+def test_too_few_nodes_are_waited_for_and_then_named(nodes):
+    events: list[str] = []
+    options = RayOptions(workers=3, min_workers=2, start_timeout_s=3.0)
+    with pytest.raises(ClusterError, match=r"2 workers of 1 CPU .* do not fit: the cluster \(1 nodes\) has 0 CPU"):
+        RayTransport(Adder, options, events.append)
+    assert any("waiting for room for 2 workers" in event for event in events)

@@ -16,8 +16,9 @@ from bomemeta.core.solver import LowerStates, Solver, StepResult
 from bomemeta.core.upper import UpperVariable
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
 from bomemeta.data.labelled import Examples
+from bomemeta.distributed.joint import step_run
 from bomemeta.distributed.packing import PackedTasks, unpack_tasks
-from bomemeta.distributed.rounds import SharedRun, StepRun, step_run
+from bomemeta.distributed.rounds import SharedRun, StepRun
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.worker import ShardWorker, variant_of
 from bomemeta.registry import datasets

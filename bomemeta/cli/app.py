@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +31,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set over the config, as in steps=100 solver.inner_steps=5."),
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder that the run printed when it started.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The folder or URI that the run printed when it started.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -41,29 +43,73 @@ def _version(
         raise typer.Exit
 
 
-def run_and_show(start: Callable[[Listener], Result]) -> None:
-    """Runs with progress on stderr, prints the result to stdout, and says how to go on after an interruption."""
+def run_and_show(start: Callable[[Listener], Result], again: str | None = None) -> None:
+    """Runs with progress on stderr, prints the result to stdout, and ends with a line that says how the run ended and where it is.
+
+    `again`: the words for how to go on after an interruption; None: `bomemeta resume`.
+    """
+    from bomemeta.errors import BomemetaError
     from bomemeta.report import TerminalListener, show_result
 
     listener = TerminalListener()
-    with contextlib.closing(listener):
-        result = start(listener)
+    try:
+        with contextlib.closing(listener):
+            result = start(listener)
+    except (BomemetaError, KeyboardInterrupt, SystemExit) as error:
+        if listener.run_dir is not None:
+            typer.echo(f"run folder: {listener.run_dir}", err=True)
+        if isinstance(error, BomemetaError):
+            _say_failed(error)
+            raise typer.Exit(_code(error)) from error
+        typer.echo(f"interrupted; {_how_to_go_on(listener.run_dir, again)}", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+    place = result.uri or result.run_dir
     if result.interrupted:
-        listener.note(f"interrupted after {result.steps} steps; go on with `bomemeta resume {result.run_dir}`")
+        typer.echo(f"interrupted after {result.steps} steps; {_how_to_go_on(place, again)}", err=True)
         raise typer.Exit(INTERRUPTED)
     show_result(result)
+    typer.echo(f"done after {result.steps} steps; run folder: {place}", err=True)
+
+
+def _how_to_go_on(place: Path | str | None, again: str | None) -> str:
+    return f"go on with {again or f'`bomemeta resume {place}`'}" if place is not None else "no run had begun"
+
+
+def _say_failed(error: Exception) -> None:
+    """The message; where it has several lines, its first one again, so that the last line of a log says what happened."""
+    first, *others = str(error).splitlines()
+    if others:
+        typer.echo(str(error), err=True)
+    typer.echo(f"failed{' (all of it above)' if others else ''}: {first}", err=True)
+
+
+def _code(error: Exception) -> int:
+    from bomemeta.errors import ConfigError
+
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turns bomemeta's own errors into a message and an exit code; any other error is a bug and keeps its traceback."""
-    from bomemeta.errors import BomemetaError, ConfigError
+    """Turns bomemeta's own errors into a message and an exit code; any other error is a bug and keeps its traceback.
 
+    SIGTERM ends a command as Ctrl-C does, with its last words; while steps are taken, the run handles both itself.
+    """
+    from bomemeta.errors import BomemetaError
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if _in_main_thread() else None
     try:
         yield
     except BomemetaError as error:
         typer.echo(str(error), err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
-    except KeyboardInterrupt as error:  # in between start and end the run itself handles it
+        raise typer.Exit(_code(error)) from error
+    except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: Ray makes that of a SIGTERM
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from bomemeta.cli.app import ConfigName, Overrides, RunDir, app, reported, run_and_show
 
 
@@ -9,16 +13,22 @@ from bomemeta.cli.app import ConfigName, Overrides, RunDir, app, reported, run_a
 def train(
     config: ConfigName,
     overrides: Overrides = None,
+    auto_resume: Annotated[
+        bool,
+        typer.Option("--auto-resume", help="Go on with the run in output_dir, which must be given; begin it where there is none."),
+    ] = False,
 ) -> None:
     """Meta-train as CONFIG says, then meta-test and print the result.
 
-    The run's folder is printed first: output_dir=DIR chooses it, runs/NAME is the default. Ctrl-C stops after the
-    current step; `bomemeta resume` goes on from there to the same result.
+    The run's folder is printed first: output_dir=DIR chooses it (a path, or a URI as in s3://BUCKET/RUN), runs/NAME is
+    the default. Ctrl-C stops after the current step; `bomemeta resume` goes on from there to the same result, and so
+    does the same command again with --auto-resume. The last line says how the run ended.
     """
+    again = "the same command" if auto_resume else None
     with reported():
         from bomemeta import api
 
-        run_and_show(lambda listener: api.train(config, overrides or (), listener=listener))
+        run_and_show(lambda listener: api.train(config, overrides or (), auto_resume=auto_resume, listener=listener), again)
 
 
 @app.command()
@@ -43,3 +53,39 @@ def evaluate(run_dir: RunDir, overrides: Overrides = None) -> None:
         from bomemeta import api
 
         run_and_show(lambda listener: api.evaluate(run_dir, overrides or (), listener=listener))
+
+
+@app.command()
+def submit(
+    config: ConfigName,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, as in http://HEAD:8265.")
+    ] = "http://127.0.0.1:8265",
+    wait: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
+    uv: Annotated[
+        bool, typer.Option("--uv", help="Run with `uv run`, which builds the environment of this folder's pyproject.toml there.")
+    ] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave files of this folder out, as a line of .gitignore does.")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Set an environment variable for the job.")] = None,
+) -> None:
+    """Run `bomemeta train CONFIG --auto-resume` as a job on a Ray cluster.
+
+    The job runs in a copy of the current folder (without .git, .venv, runs, data, and what .gitignore names), so the
+    config and what it imports must be in it; output_dir must be an absolute path that the cluster's machines share, or
+    a URI. The same submission again goes on with the run. The exit code says how the job ended: 0, 1, or 130 if stopped.
+    """
+    with reported():
+        from bomemeta import submit as jobs
+
+        submission = jobs.prepare(config, overrides or (), uv=uv, excludes=exclude or (), environment=env or ())
+        code = jobs.submit(
+            submission,
+            address,
+            wait=wait,
+            say=lambda text: typer.echo(text, err=True),
+            show=lambda text: typer.echo(text, nl=False),
+        )
+    raise typer.Exit(code)

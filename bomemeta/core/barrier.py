@@ -27,7 +27,7 @@ class Barrier(NamedTuple):
     def weights(self) -> Tensor:
         """What multiplies grad q itself, force / |grad q|, 0 where grad q = 0: the projection form of lambda."""
         norm = self.sq_norm.sqrt()
-        return torch.where(norm > 0, self.force / torch.where(norm > 0, norm, torch.ones_like(norm)), torch.zeros_like(norm))
+        return torch.where(norm > 0, self.force / norm, 0.0)
 
 
 def control(phi: Phi, eta: float, gap: Tensor, sq_norm: Tensor) -> Tensor:
@@ -43,11 +43,9 @@ def barrier(phi: Phi, eta: float, gap: Tensor, inner: Tensor, sq_norm: Tensor) -
     There is no epsilon in the denominator: it would be a hidden cap on lambda.
     """
     positive = sq_norm > 0
-    safe = torch.where(positive, sq_norm, torch.ones_like(sq_norm))
     excess = (control(phi, eta, gap, sq_norm) - inner).clamp_min(0.0)
     # grad q == 0: the constraint is met to first order and asks for no force
-    zero = torch.zeros_like(sq_norm)
-    return Barrier(torch.where(positive, excess / safe, zero), torch.where(positive, excess / safe.sqrt(), zero), sq_norm)
+    return Barrier(torch.where(positive, excess / sq_norm, 0.0), torch.where(positive, excess / sq_norm.sqrt(), 0.0), sq_norm)
 
 
 class Stationarity(NamedTuple):

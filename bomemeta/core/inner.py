@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bomemeta.core import tree
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.solver import KernelResult, LowerGroups, Solver
@@ -11,10 +10,7 @@ from bomemeta.core.tree import Params
 
 def gradient_steps(oracle: Oracle, start: Params, steps: int, lr: float) -> Params:
     """`steps` projected gradient steps of size `lr` on g, each task its own."""
-    at = start
-    for _ in range(steps):
-        at = oracle.project_lower(tree.axpy(-lr, oracle.lower(at).lower, at))
-    return at
+    return oracle.descended(start, steps, lr)
 
 
 def evaluate(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int | None) -> KernelResult:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.oracle import Adjoint, G, Gradient, Hessian, Loss, Oracle, Psi, System, Term, Total, Unrolled
-from bomemeta.core.problem import Batch, BilevelProblem, Encoded
+from bomemeta.core.oracle import Adjoint, G, Gradient, Hessian, Oracle, Psi, System, Term, Total, Unrolled
+from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Loss, LossGradient
+from bomemeta.core.spans import ENCODE, INNER_LOOP, LOSSES, PULL_BACK, SECOND_ORDER, span
 from bomemeta.core.tree import Params
 
 TaskMap = Literal["loop", "vmap"]
@@ -37,23 +38,36 @@ class LocalOracle(Oracle):
         self._encodes = problem.encodes
         self._leaves = tree.leaves(upper) if differentiable else tree.detached(upper)
         self.x = self._leaves  # for kernels that differentiate by themselves
-        with torch.set_grad_enabled(differentiable):
-            self._graph: Encoded = (
-                map_tasks(lambda data: problem.encode(self._leaves, data), (batch,), self.tasks, task_map)
-                if self._encodes
-                else self._leaves
-            )
-        self.encoded: Encoded = tree.detached(self._graph)
+        with span(ENCODE), torch.set_grad_enabled(differentiable):
+            # A closed form goes through the tasks one after the other, which is what `loop` asks for.
+            self._encoding = problem.encode_tasks(self._leaves, batch, differentiable) if task_map == "loop" else None
+            if self._encoding is not None:
+                self._graph: Encoded = {}
+            elif self._encodes:
+                self._graph = map_tasks(lambda data: problem.encode(self._leaves, data), (batch,), self.tasks, task_map)
+            else:
+                self._graph = self._leaves
+        self.encoded: Encoded = tree.detached(self._graph) if self._encoding is None else self._encoding.encoded
 
     def init_lower(self) -> Params:
         with torch.no_grad():
             return tree.detached(self._over_tasks(self.problem.init_lower, self.encoded))
 
     def gradients(self, *asked: tuple[Loss, Params]) -> list[Gradient]:
-        return [self._gradient(loss, at) for loss, at in asked]
+        with span(INNER_LOOP):
+            return [self._gradient(loss, at) for loss, at in asked]
+
+    def descended(self, start: Params, steps: int, lr: float) -> Params:
+        with span(INNER_LOOP):
+            closed = self.problem.lower_steps(self.encoded, start, self.batch, steps, lr)
+            if closed is None:
+                return super().descended(start, steps, lr)
+            self.gradient_evaluations += steps
+            return closed
 
     def totals(self, *sums: tuple[Term, ...]) -> list[Total]:
-        return [self._total(terms) for terms in sums]
+        with span(LOSSES):
+            return [self._total(terms) for terms in sums]
 
     def adjoint(
         self,
@@ -64,6 +78,19 @@ class LocalOracle(Oracle):
         right: float = 1.0,
         gradient: bool = True,
         residual: bool = True,
+    ) -> Adjoint:
+        with span(SECOND_ORDER):
+            return self._adjoint(at, v, terms, weight, right, gradient, residual)
+
+    def _adjoint(
+        self,
+        at: Params,
+        v: Params,
+        terms: Psi,
+        weight: float | Tensor,
+        right: float,
+        gradient: bool,
+        residual: bool,
     ) -> Adjoint:
         self.gradient_evaluations += (right != 0) + len(terms)
         self.hessian_products += 1
@@ -105,9 +132,10 @@ class LocalOracle(Oracle):
             if not curved:
                 return tree.zeros_like(direction)
             along = [direction[name] for name in curved]
-            products = torch.autograd.grad(
-                list(curved.values()), list(leaf.values()), along, retain_graph=True, materialize_grads=True
-            )
+            with span(SECOND_ORDER):
+                products = torch.autograd.grad(
+                    list(curved.values()), list(leaf.values()), along, retain_graph=True, materialize_grads=True
+                )
             return dict(zip(leaf, products, strict=True))
 
         return Hessian(product)
@@ -155,6 +183,10 @@ class LocalOracle(Oracle):
 
     def _total(self, terms: tuple[Term, ...]) -> Total:
         self.gradient_evaluations += len(terms)
+        closed = [self.problem.loss_gradient(term.loss, self.encoded, term.at, self.batch) for term in terms]
+        found = [gradient for gradient in closed if gradient is not None]
+        if len(found) == len(terms):
+            return self._closed_total(terms, found)
         encoded = self._encoded_leaves()
         ats = [tree.leaves(term.at) if term.in_y else term.at for term in terms]
         values = [self._values(term.loss, encoded, at) for term, at in zip(terms, ats, strict=True)]
@@ -170,6 +202,15 @@ class LocalOracle(Oracle):
         rest = iter(grads[len(encoded) :])
         lowers = [dict(zip(at, [next(rest) for _ in tensors], strict=False)) for at, tensors in zip(ats, in_y, strict=True)]
         return Total([value.detach() for value in values], lowers, self._in_x(grads[: len(encoded)]))
+
+    def _closed_total(self, terms: tuple[Term, ...], found: list[LossGradient]) -> Total:
+        """The total of closed forms: the weights enter here, so there is one pull-back."""
+        in_encoded = tree.zeros_like(self._encoded_leaves())
+        for term, gradient in zip(terms, found, strict=True):
+            for name, grad in tree.scaled(term.weight, gradient.encoded).items():
+                in_encoded[name] += grad
+        lowers = [tree.scaled(term.weight, g.lower) if term.in_y else {} for term, g in zip(terms, found, strict=True)]
+        return Total([gradient.value for gradient in found], lowers, self._in_x(tuple(in_encoded.values())))
 
     def _encoded_leaves(self) -> Encoded:
         """What gradients in x are taken in first: what `encode` returned, or x itself."""
@@ -189,8 +230,15 @@ class LocalOracle(Oracle):
 
     def _in_x(self, cotangent: tuple[Tensor, ...]) -> Params:
         """The gradient in x from that in `_encoded_leaves`."""
+        with span(PULL_BACK):
+            return self._pulled_back(cotangent)
+
+    def _pulled_back(self, cotangent: tuple[Tensor, ...]) -> Params:
         if not self._encodes:
             return dict(zip(self._leaves, cotangent, strict=True))
+        if self._encoding is not None:
+            found = self._encoding.pull_back(dict(zip(self.encoded, cotangent, strict=True)))
+            return {name: found[name] if name in found else torch.zeros_like(leaf) for name, leaf in self._leaves.items()}
         # Encoded entries that do not depend on x (and x-entries that reach no loss) are legitimate: their share is zero.
         pairs = [(out, grad) for out, grad in zip(self._graph.values(), cotangent, strict=True) if out.requires_grad]
         grads = torch.autograd.grad(

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import BilevelProblem, Loss
 from bomemeta.core.tree import Params
 
-Loss = Literal["upper", "lower"]
 Psi = tuple[tuple[Loss, float | Tensor], ...]  # a weighted sum of the two losses
 G: Psi = (("lower", 1.0),)
 
@@ -161,6 +160,13 @@ class Oracle(ABC):
     def total(self, *terms: Term) -> Total:
         """The gradient of the sum of the terms in every y and in x."""
         return self.totals(terms)[0]
+
+    def descended(self, start: Params, steps: int, lr: float) -> Params:
+        """y after `steps` projected gradient steps of size `lr` on g from `start`, each task its own."""
+        at = start
+        for _ in range(steps):
+            at = self.project_lower(tree.axpy(-lr, self.lower(at).lower, at))
+        return at
 
     def unrolled(self, start: Params, steps: int, lr: float) -> Unrolled:
         """`steps` gradient steps of size `lr` on g from `start`, and the gradient of f through them, by the recursion

@@ -8,8 +8,8 @@ PyTorch; the oracle maps them over a stack of tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,22 @@ from bomemeta.core.tree import Params
 Batch = dict[str, Tensor]
 Encoded = dict[str, Tensor]
 Split = Literal["train", "validation", "test"]
+Loss = Literal["upper", "lower"]
+
+
+class Encoding(NamedTuple):
+    """What `encode` makes of a whole stack, and its derivative."""
+
+    encoded: Encoded  # [B, ...], without a graph
+    pull_back: Callable[[Encoded], Params]  # the gradient in x, summed over the tasks, from those in every entry of `encoded`
+
+
+class LossGradient(NamedTuple):
+    """One loss and its gradients, per task."""
+
+    value: Tensor  # [B]
+    lower: Params  # [B, ...]
+    encoded: Encoded  # [B, ...]; an entry that the loss does not contain may be left out
 
 
 class BilevelProblem:
@@ -88,12 +104,26 @@ class BilevelProblem:
         """g_i, shape [], for one task."""
         raise must_define(self, "lower_loss")
 
+    # Closed forms on a whole STACK. Each is optional: where it gives None (the default), the oracle takes what is above, with autograd.
+
+    def encode_tasks(self, upper: Params, batch: Batch, differentiable: bool) -> Encoding | None:
+        """`encode` of every task, and its derivative. `differentiable=False`: the derivative will not be asked for."""
+        return None
+
+    def loss_gradient(self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch) -> LossGradient | None:
+        """f or g with its gradients in y and in what `encode` returned."""
+        return None
+
+    def lower_steps(self, encoded: Encoded, lower: Params, batch: Batch, steps: int, lr: float) -> Params | None:
+        """y after `steps` steps y <- project_lower(y - lr grad_y g)."""
+        return None
+
     def upper_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
-        """Optional closed form on a whole STACK: (f [B], grad_y f [B, ...]). None (the default): the oracle uses autograd."""
+        """(f [B], grad_y f [B, ...])."""
         return None
 
     def lower_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
-        """Optional closed form on a whole STACK: (g [B], grad_y g [B, ...]). None (the default): the oracle uses autograd."""
+        """(g [B], grad_y g [B, ...])."""
         return None
 
     # What a shared problem remembers from step to step beside y and its data: soft targets, stored logits ...
@@ -120,8 +150,11 @@ class BilevelProblem:
         """What the figures of all milestones, in order, come to; among the result's metrics. Default: nothing."""
         return {}
 
-    def artefacts(self, history: Sequence[Mapping[str, float]]) -> dict[str, bytes]:
-        """Files for the run's folder that follow from the same figures, by name. Default: none."""
+    def artefacts(self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> dict[str, bytes]:
+        """Files for the run's folder, by name, that follow from the milestones' figures and the result's metrics. Default: none.
+
+        Those that end in .png are shown in TensorBoard too.
+        """
         return {}
 
     def project_upper(self, upper: Params) -> Params:

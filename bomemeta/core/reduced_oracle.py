@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bomemeta.core.oracle import Adjoint, G, Gradient, Hessian, Loss, Oracle, Psi, System, Term, Total
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.oracle import Adjoint, G, Gradient, Hessian, Oracle, Psi, System, Term, Total
+from bomemeta.core.problem import BilevelProblem, Loss
 from bomemeta.core.solver import Kernel, KernelResult, LowerGroups, Sums
 from bomemeta.core.tree import Params
 

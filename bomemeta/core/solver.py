@@ -1,7 +1,8 @@
 """What a solver is: a frozen record of hyperparameters, a `step` on the driver, and kernels that run where the tasks are.
 
 A *kernel* is a module-level function `kernel(solver, oracle, lower, **arguments) -> KernelResult`. It sees one stack of tasks, must
-be a pure function of its arguments, and returns sums over its tasks; the sums of all shards are added in shard order.
+be a pure function of its arguments, and returns sums over its tasks; the sums of all shards are added in an order that depends on their
+number alone.
 """
 
 from __future__ import annotations

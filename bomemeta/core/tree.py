@@ -15,7 +15,8 @@ def dot(a: Params, b: Params) -> Tensor:
 
 def dot_tasks(a: Params, b: Params) -> Tensor:
     """Inner product per task of two stacks, shape [B]."""
-    return torch.stack([(a[name] * b[name]).flatten(1).sum(1) for name in a]).sum(0)
+    products = [torch.linalg.vecdot(a[name].flatten(1), b[name].flatten(1)) for name in a]
+    return products[0] if len(products) == 1 else torch.stack(products).sum(0)
 
 
 def axpy(scale: float | Tensor, direction: Params, start: Params) -> Params:

@@ -24,6 +24,7 @@ import functools
 import math
 import os
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,10 @@ def _perturb(stored: Tensor, rng: np.random.Generator) -> Tensor:
     """uint8 `[n, STORED_PX, STORED_PX]` to float32 `[n, 1, IMAGE_PX, IMAGE_PX]` in [0, 1], each under its own perturbation."""
     n = len(stored)
     angle, size, aspect, slant, right, down, stroke = rng.uniform(-1.0, 1.0, (7, n))
-    images = stored[:, None].float() / 255
-
-    thick = F.max_pool2d(images, 3, 1, 1)
-    thin = -F.max_pool2d(-images, 3, 1, 1)
+    images, thick, thin = (
+        levels[:, None].float() / 255
+        for levels in (stored, _over_neighbours(stored, torch.maximum), _over_neighbours(stored, torch.minimum))
+    )
     weight = torch.from_numpy(np.interp(stroke, (-1, 1), (THINNER, THICKER))).float().view(n, 1, 1, 1)
     images = images + weight.clamp(min=0) * (thick - images) - weight.clamp(max=0) * (thin - images)
 
@@ -158,6 +159,17 @@ def _perturb(stored: Tensor, rng: np.random.Generator) -> Tensor:
     theta = torch.from_numpy(np.concatenate([backward, -backward @ shift], axis=2)).float()
     grid = F.affine_grid(theta, [n, 1, IMAGE_PX, IMAGE_PX], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False).clamp_(0, 1)
+
+
+def _over_neighbours(images: Tensor, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The largest (or smallest) of each pixel and its neighbours, `[n, h, w]`: a 3x3 max-pool on bytes, ten times as fast as torch's."""
+    for axis in (1, 2):
+        last = images.shape[axis] - 1
+        before, after = images.narrow(axis, 0, last), images.narrow(axis, 1, last)
+        images = images.clone()
+        for target, source in ((images.narrow(axis, 1, last), before), (images.narrow(axis, 0, last), after)):
+            target.copy_(pick(target, source))
+    return images
 
 
 def cache_folder(root: str | None) -> Path:

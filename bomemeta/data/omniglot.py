@@ -35,6 +35,9 @@ class Characters:
     upright: dict[Split, ClassRows]
     turned: dict[Split, ClassRows]  # class `turn * characters + c` is character c turned by `turn` quarters
 
+    def classes(self, split: Split, rotations: bool) -> ClassRows:
+        return self.turned[split] if rotations else self.upright[split]
+
 
 @datasets.register("omniglot")
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +57,17 @@ class OmniglotEpisodes:
 
     def check(self, split: Split, spec: EpisodeSpec) -> None:
         """Raises DataError where the split has too few classes, or one of them too few drawings."""
-        rows = self._classes(split)
-        check_size("omniglot", split, spec, rows.names, rows.count)
+        _check(archives.find("omniglot", FILE, self.root), self.rotations, split, spec)
 
     def episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
         """Ink 1 on 0, `[n, 1, 28, 28]`."""
-        self.check(split, spec)
-        rows = self._classes(split)
-        draw = rows.draw(spec, generator(key))
-        characters = self._characters()
+        path = archives.find("omniglot", FILE, self.root)
+        _check(path, self.rotations, split, spec)
+        characters = _read(path)
+        draw = characters.classes(split, self.rotations).draw(spec, generator(key))
         turns = (draw.classes // len(characters.upright[split].count)).tolist()
-        support = _turned_images(characters.images, draw.support, turns)
-        return episode_of(support, _turned_images(characters.images, draw.query, turns), spec)
-
-    def _classes(self, split: Split) -> ClassRows:
-        characters = self._characters()
-        return characters.turned[split] if self.rotations else characters.upright[split]
+        turned = _turned(characters.images, np.concatenate([draw.support, draw.query], 1), turns)
+        return episode_of(_floats(turned[:, : spec.shots]), _floats(turned[:, spec.shots :]), spec)
 
     def _characters(self) -> Characters:
         return _read(archives.find("omniglot", FILE, self.root))
@@ -101,13 +99,24 @@ def _read(path: Path) -> Characters:
     return Characters(torch.from_numpy(images), splits, {split: _with_turns(rows) for split, rows in splits.items()})
 
 
+@functools.cache  # episodes ask again and again; what raises is not kept
+def _check(path: Path, rotations: bool, split: Split, spec: EpisodeSpec) -> None:
+    rows = _read(path).classes(split, rotations)
+    check_size("omniglot", split, spec, rows.names, rows.count)
+
+
 def _with_turns(rows: ClassRows) -> ClassRows:
     names = tuple(f"{name} turned {90 * turn}" for turn in range(4) for name in rows.names)
     return ClassRows(np.tile(rows.start, 4), np.tile(rows.count, 4), names)
 
 
-def _turned_images(images: Tensor, rows: NDArray[np.int64], turns: list[int]) -> Tensor:
-    """The images of rows [ways, k], way by way turned by `turns` quarters, as float32 [ways * k, 1, 28, 28] in [0, 1]."""
-    ways = images[torch.from_numpy(rows)].float() / 255
+def _turned(images: Tensor, rows: NDArray[np.int64], turns: list[int]) -> Tensor:
+    """The images of rows [ways, k], way by way turned by `turns` quarters: uint8 [ways, k, 28, 28]."""
+    ways = images[torch.from_numpy(rows)]
     turned = [torch.rot90(way, turn, (1, 2)) for way, turn in zip(ways, turns, strict=True)]
-    return torch.cat(turned)[:, None]
+    return torch.stack(turned)
+
+
+def _floats(images: Tensor) -> Tensor:
+    """uint8 [ways, k, 28, 28] as float32 [ways * k, 1, 28, 28] in [0, 1]."""
+    return images.reshape(-1, 1, *images.shape[2:]).contiguous().float().div_(255)

@@ -7,13 +7,17 @@ import pickle
 import signal
 import sys
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from bomemeta.distributed.summation import added
 from bomemeta.distributed.transport import checked_returns
+
+# How a call's answer is cut into objects: no share; reply and share as one, for the driver; the share for itself, to stay in the cluster.
+Form = Literal["plain", "whole", "apart"]
 
 
 class Process(NamedTuple):
@@ -69,6 +73,17 @@ class ShardActor:
     def ping(self) -> None:
         pass
 
-    def execute(self, request: Any, returns: int, broadcast: np.ndarray, *states: np.ndarray) -> Any:
-        results = checked_returns(self._worker.execute(request, broadcast, *states), returns)
-        return results if returns else results[0]
+    def execute(self, request: Any, returns: int, form: Form, broadcast: np.ndarray, *states: np.ndarray) -> Any:
+        results = checked_returns(self._worker.execute(request, broadcast, *states), returns, summed=form != "plain")
+        if form == "whole":
+            results = results[:2], *results[2:]
+        return results if len(results) > 1 else results[0]
+
+    def merge(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return added(left, right)
+
+    def together(self, request: Any, member: Any, broadcast: np.ndarray) -> Any:
+        from bomemeta.distributed.collective import ProcessGroup  # torch's distributed part, for those who use it
+
+        self._group: ProcessGroup = getattr(self, "_group", None) or ProcessGroup()
+        return request.execute(self._worker, broadcast, member.rank, member.world, self._group.join(member))

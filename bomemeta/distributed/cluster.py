@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import ray
 from ray._private import ray_constants, services
@@ -25,6 +26,9 @@ MAX_OVERSUBSCRIPTION = 4
 # Ray counts the resources of actors that were just killed as taken for a moment (measured: below 1 s).
 CAPACITY_PATIENCE_S = 10.0
 
+# Where shards are added up: on the driver, by the workers in a tree, or (one shared lower variable) by all workers among themselves.
+Reduce = Literal["driver", "tree", "collective"]
+
 PROBE_TIMEOUT_S = 10.0  # for one TCP connection: longer than any network takes that could carry a step
 
 
@@ -33,6 +37,7 @@ class RayOptions:
     """What to ask of Ray. `address=None` joins this process's cluster or RAY_ADDRESS, else starts a local one."""
 
     workers: int
+    min_workers: int | None = None  # not None: as many workers as there is room for, from this number up to `workers`
     threads: int = 1  # torch threads of each worker
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
@@ -40,8 +45,21 @@ class RayOptions:
     step_timeout_s: float = 300.0  # a call without an answer for this long means a hung worker
     start_timeout_s: float = 180.0  # placing an actor, importing torch, building the worker
     max_replacements: int = 100  # per transport: beyond it the machine is ill and the run should stop
+    reduce: Reduce = "driver"
+    backup_after: float | None = None  # a call that takes so many times what is expected is also given to a free worker
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return self.min_workers is not None
 
     def __post_init__(self) -> None:
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ConfigError(
+                f"ray: min_workers is {self.min_workers}; it must be from 1 to the largest number of workers, {self.workers}"
+            )
+        if self.backup_after is not None and self.backup_after <= 1:
+            raise ConfigError(f"ray: backup_after is {self.backup_after:g}; it must be greater than 1, a call's usual time")
         for name in ("workers", "threads", "step_timeout_s", "start_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"ray: {name} is {getattr(self, name)}; it must be greater than 0")
@@ -106,17 +124,18 @@ def local(options: RayOptions, on_event: Callable[[str], None]) -> Iterator[None
         ClusterError: more workers than this machine can hold, or Ray does not start.
     """
     cores = len(os.sched_getaffinity(0))
-    wanted = options.workers * options.cpus_per_worker
+    workers = options.workers if options.min_workers is None else options.min_workers
+    wanted = workers * options.cpus_per_worker
     if wanted > MAX_OVERSUBSCRIPTION * cores:
         raise ClusterError(
-            f"{options.workers} workers of {options.cpus_per_worker:g} CPU want {wanted:g} CPU; this machine has {cores}, "
+            f"{workers} workers of {options.cpus_per_worker:g} CPU want {wanted:g} CPU; this machine has {cores}, "
             f"and more than {MAX_OVERSUBSCRIPTION} times that would only wait. "
             f"Use workers={int(MAX_OVERSUBSCRIPTION * cores / options.cpus_per_worker)} or fewer, a smaller "
             "cpus_per_worker, or address= of a larger cluster"
         )
-    if options.workers * options.threads > cores:
+    if workers * options.threads > cores:
         on_event(
-            f"{options.workers} workers of {options.threads} threads share {cores} cores: the machine is oversubscribed, "
+            f"{workers} workers of {options.threads} threads share {cores} cores: the machine is oversubscribed, "
             "results stay the same, speed suffers"
         )
     with _local_settings():
@@ -189,30 +208,62 @@ def _make_token() -> None:
         ) from error
 
 
-def check_capacity(options: RayOptions) -> None:
-    """Raises ClusterError where the cluster has no room for the workers; Ray itself would wait for ever."""
-    deadline = time.monotonic() + CAPACITY_PATIENCE_S
-    while True:
-        bundles = _placement_bundles()
-        if bundles is None:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            where, free = f"the cluster ({len(nodes)} nodes)", ray.available_resources()
-        else:
-            nodes = bundles
-            where, free = "the placement group of this trial", {name: _sum(bundles, name) for name in ("CPU", "GPU")}
-        room_at_all = sum(_room(node, options) for node in nodes)
-        room_now = min(room_at_all, _room(free, options))
-        if room_now >= options.workers:
-            return
-        if room_at_all < options.workers or time.monotonic() > deadline:
-            break
+class _Capacity(NamedTuple):
+    at_all: int  # workers that fit on the nodes that there are
+    now: int  # that fit beside what runs there
+    where: str
+
+
+def room(options: RayOptions) -> int:
+    """How many workers of this kind could be started now, beside those that run."""
+    return _capacity(options).now
+
+
+def check_capacity(options: RayOptions, say: Callable[[str], None] = lambda line: None) -> None:
+    """Raises ClusterError where the cluster has no room for the workers; Ray itself would wait for ever.
+
+    Where their number follows the cluster, room for the least number is waited for, as nodes may still come.
+    """
+    workers = options.workers if options.min_workers is None else options.min_workers
+    patience = options.start_timeout_s if options.elastic else CAPACITY_PATIENCE_S
+    deadline = time.monotonic() + patience
+    told = False
+    while (capacity := _capacity(options)).now < workers:
+        if (capacity.at_all < workers and not options.elastic) or time.monotonic() > deadline:
+            raise ClusterError(
+                f"{workers} workers of {options.cpus_per_worker:g} CPU and {options.gpus_per_worker:g} GPU each do not fit: "
+                f"{capacity.where}, room for {capacity.now} workers. Use fewer workers=, a smaller cpus_per_worker= or "
+                "gpus_per_worker=, or end what else runs there"
+            )
+        if not told and options.elastic:
+            say(f"waiting for room for {workers} workers: {capacity.where}")
+            told = True
         time.sleep(0.2)
-    raise ClusterError(
-        f"{options.workers} workers of {options.cpus_per_worker:g} CPU and {options.gpus_per_worker:g} GPU each do not fit: "
+
+
+def _capacity(options: RayOptions) -> _Capacity:
+    bundles = _placement_bundles()
+    if bundles is None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        where, free = f"the cluster ({len(nodes)} nodes)", ray.available_resources()
+    else:
+        nodes = bundles
+        where, free = "the placement group of this trial", {name: _sum(bundles, name) for name in ("CPU", "GPU")}
+    at_all = sum(_room(node, options) for node in nodes)
+    where = (
         f"{where} has {_sum(nodes, 'CPU'):g} CPU and {_sum(nodes, 'GPU'):g} GPU, free are {free.get('CPU', 0.0):g} CPU and "
-        f"{free.get('GPU', 0.0):g} GPU, room for {room_now} workers. Use fewer workers=, a smaller cpus_per_worker= or "
-        "gpus_per_worker=, or end what else runs there"
+        f"{free.get('GPU', 0.0):g} GPU"
     )
+    return _Capacity(at_all, min(at_all, _room(free, options)), where)
+
+
+def ask_autoscaler(options: RayOptions, workers: int) -> None:
+    """Tells the cluster's autoscaler, where there is one, that so many workers are wanted; 0 takes the request back."""
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
+    bundle = {name: math.ceil(amount) for name, amount in wanted.items() if amount > 0}
+    request_resources(bundles=[bundle] * workers if bundle else [])
 
 
 def _room(resources: Mapping[str, float], options: RayOptions) -> int:
@@ -227,9 +278,12 @@ def _sum(resources: Sequence[Mapping[str, float]], name: str) -> float:
     return sum(one.get(name, 0.0) for one in resources)
 
 
-def scheduling_strategy() -> str:
-    """SPREAD puts workers on different nodes; in a placement group (Ray Tune) the group has decided already."""
-    return "SPREAD" if _placement_bundles() is None else "DEFAULT"
+def scheduling_strategy() -> str | None:
+    """SPREAD puts workers on different nodes; in a placement group (Ray Tune) the group has decided already.
+
+    Only None stays in the group: with "DEFAULT" Ray places an actor outside of it, where a trial's workers wait for ever.
+    """
+    return "SPREAD" if _placement_bundles() is None else None
 
 
 def _placement_bundles() -> list[dict[str, float]] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,15 +66,3 @@ def unpack_tasks(packed: PackedTasks) -> LowerGroups:
         start += size
         groups.setdefault(group, {})[str(name)] = part
     return groups
-
-
-def add_in_order(parts: Sequence[Packed]) -> Packed:
-    """The sum of the shards' buffers, always in shard order: float addition is not associative, and this order is the result's.
-
-    What Ray hands out is read-only memory, so the first buffer is copied once and added into.
-    """
-    total = parts[0].buffer.copy()
-    with np.errstate(over="ignore", invalid="ignore"):  # whoever asked for the sum checks that it is finite
-        for part in parts[1:]:
-            total += part.buffer
-    return Packed(parts[0].layout, total)

@@ -1,7 +1,7 @@
 """The transport over Ray actors: stateless workers that may die or hang at any time without changing an answer.
 
-The driver keeps one `Seat` per worker; `seats.py` says what phases a seat goes through and how a worker is lost. Everything below is
-about moving seats from one phase to the next.
+A round is a `Plan` of jobs: calls and, where shards are added on the workers, merges. The `Fleet` has the workers, one `Seat` each.
+Everything below gives jobs to seats and hears their answers.
 
 Actors have `max_restarts=0, max_task_retries=0`: Ray repeats nothing by itself. What a call needs comes with the call,
 so a lost call is run again on any other worker. An answer is known by its reference: once a seat has let go of a
@@ -12,55 +12,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import ray
-from ray import cloudpickle
-from ray.exceptions import (
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from bomemeta.distributed import cluster
-from bomemeta.distributed.actor import ShardActor, birth_of, kill_on_its_node, kill_process
 from bomemeta.distributed.cluster import RayOptions
-from bomemeta.distributed.seats import (
-    LOGS,
-    MAX_STRIKES,
-    WAITING,
-    Phase,
-    Seat,
-    WorkerHung,
-    WorkerLost,
-    WorkerUnplaced,
-    last_line,
-    poison,
-    state_lost,
-)
+from bomemeta.distributed.fleet import EventSink, Fleet
+from bomemeta.distributed.pace import Key, Pace
+from bomemeta.distributed.plan import Plan
+from bomemeta.distributed.seats import MAX_STRIKES, Phase, Seat, WorkerLost, poison, state_lost
+from bomemeta.distributed.summation import TreeSum
 from bomemeta.distributed.transport import Handle, Round, ShardCall, ShardReply, WorkerFactory
 from bomemeta.errors import ClusterError, LowerStateLost
 
-# Until Ray notices that a node is gone (measured: 13 s) it may place actors there; it is asked again after this pause.
-UNPLACED_PAUSE_S = 1.0
-
-EventSink = Callable[[str], None]
-
 
 class RayTransport:
-    """Runs shards on `options.workers` actors. The constructor returns at once; the first `run` waits for a worker.
-
-    Attributes:
-        replacements: workers that were lost and replaced so far.
+    """Runs shards on actors: `options.workers` of them, or as many as the cluster has room for. The constructor returns at once; the first
+    `run` waits for a worker.
 
     Raises, in `run`, `fetch` or `wait_ready`:
         ClusterError: no room for the workers, no worker starts, or more were lost than can be replaced.
@@ -68,12 +42,11 @@ class RayTransport:
     """
 
     def __init__(self, factory: WorkerFactory, options: RayOptions, on_event: EventSink = lambda line: None) -> None:
-        self.replacements = 0
-        self._factory = cloudpickle.dumps(factory)
         self._options = options
         self._on_event = on_event
-        self._seats = [Seat(index) for index in range(options.workers)]
-        self._forgotten: list[Any] = []  # references whose answer nobody wants
+        self._fleet = Fleet(factory, options, on_event)
+        self._pace = Pace()
+        self._collective: Any = None
         self._opened, self._closing = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
         self._joined = ExitStack()
@@ -85,11 +58,21 @@ class RayTransport:
         else:
             self._joined.enter_context(cluster.joined(options))
             try:
-                self._start_workers()
+                self._fleet.start()
             except BaseException:
                 self._joined.close()
                 raise
             self._opened.set()
+
+    @property
+    def replacements(self) -> int:
+        """How many workers were lost and replaced so far."""
+        return self._fleet.replacements
+
+    @property
+    def collective(self) -> bool:
+        """Whether kernels of a shared lower problem run on the workers together (`run_together`)."""
+        return self._options.reduce == "collective"
 
     def wait_ready(self) -> None:
         """Waits until the cluster is up and its workers are being built. Raises ClusterError where it cannot be had."""
@@ -101,46 +84,43 @@ class RayTransport:
 
     def worker_pids(self) -> list[int]:
         """The processes of the workers that have started, on whatever node; for tests that kill one."""
-        return [seat.process.pid for seat in self._seats if seat.process is not None]
+        return [seat.process.pid for seat in self._fleet.seats if seat.process is not None]
+
+    def worker_nodes(self) -> list[str]:
+        """The nodes of the workers that have started, in the order of `worker_pids`."""
+        return [seat.process.node_id for seat in self._fleet.seats if seat.process is not None]
 
     def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall]) -> Round:
-        """See Transport.run. A busy seat is watched for `step_timeout_s` from the dispatch of its call."""
+        """See Transport.run. A busy worker is watched for `step_timeout_s` from when it was given its call."""
         self.wait_ready()
-        self._collect_forgotten()
+        self._fleet.collect_forgotten()
+        self._fleet.grow()
         started = time.monotonic()
         shared = ray.put(broadcast)
         sent = time.monotonic()
-        waiting = deque(range(len(calls)))
-        answers: dict[int, ShardReply] = {}
-        strikes = [0] * len(calls)
+        running = _Round(self._options, self._fleet, self._pace, calls, shared)
         try:
-            while len(answers) < len(calls):
-                for seat in self._seats:
-                    if waiting and seat.phase is Phase.IDLE:
-                        self._dispatch(seat, waiting.popleft(), calls, shared)
-                seat, overdue = self._next_seat()
-                if seat.phase is not Phase.BUSY:
-                    self._settle(seat, overdue)
-                    continue
-                shard = seat.shard
-                try:
-                    answers[shard] = self._answer(seat, calls[shard], overdue)
-                except WorkerLost as loss:
-                    strikes[shard] += 1
-                    if strikes[shard] == MAX_STRIKES:
-                        self._replace(seat, loss, f"in shard {shard}")
-                        raise ClusterError(poison(shard, loss, self._options)) from None
-                    waiting.appendleft(shard)
-                    self._replace(seat, loss, f"in shard {shard}, which runs again on the next free worker")
-                else:
-                    seat.phase, seat.refs = Phase.IDLE, []
+            while (total := running.finish()) is None:
+                running.advance()
         except BaseException:  # KeyboardInterrupt too: the next run must not take an old answer for a new one
-            for seat in self._seats:
-                if seat.phase is Phase.BUSY:
-                    seat.phase = Phase.DRAINING
+            for seat in self._fleet.in_phase(Phase.BUSY):
+                self._fleet.drain(seat)
             raise
-        replies = [answers[shard] for shard in range(len(calls))]
-        return Round(replies, broadcast_s=sent - started, compute_s=time.monotonic() - sent)
+        replies = [running.plan.answers[number] for number in range(len(calls))]
+        compute_s = time.monotonic() - sent - running.reduce_s
+        summed = total if any(call.summed for call in calls) else None
+        return Round(replies, sent - started, compute_s, running.reduce_s, summed, running.driver_bytes)
+
+    def run_together(self, broadcast: np.ndarray, request: Any, shards: int) -> Any:
+        """See `collective.Collective.run`."""
+        self.wait_ready()
+        self._fleet.collect_forgotten()
+        self._fleet.grow()
+        if self._collective is None:
+            from bomemeta.distributed.collective import Collective  # torch's distributed part, for those who use it
+
+            self._collective = Collective(self._fleet)
+        return self._collective.run(broadcast, request, shards)
 
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:
         """See Transport.fetch; waits `step_timeout_s` at most."""
@@ -162,189 +142,182 @@ class RayTransport:
         if self._keeper is not None:
             self._keeper.join()
         else:
-            self._end_workers()
+            self._fleet.end()
             self._joined.close()
-
-    # Seats, from one phase to the next.
-
-    def _begin_start(self, seat: Seat) -> None:
-        options = self._options
-        actor_class = ray.remote(
-            num_cpus=options.cpus_per_worker,
-            num_gpus=options.gpus_per_worker,
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy=cluster.scheduling_strategy(),
-        )(ShardActor)
-        seat.actor, seat.process = actor_class.remote(), None
-        seat.refs = [seat.actor.build.remote(self._factory, options.threads, cluster.importable_paths())]
-        seat.phase, seat.deadline = Phase.STARTING, time.monotonic() + options.start_timeout_s
-
-    def _dispatch(self, seat: Seat, shard: int, calls: Sequence[ShardCall], shared: Any) -> None:
-        call = calls[shard]
-        method = seat.actor.execute.options(num_returns=1 + call.returns)
-        refs = method.remote(call.request, call.returns, shared, *call.states)
-        seat.refs = refs if call.returns else [refs]
-        seat.phase, seat.shard = Phase.BUSY, shard
-        seat.deadline = time.monotonic() + self._options.step_timeout_s
-
-    def _next_seat(self) -> tuple[Seat, bool]:
-        """The first seat with an answer (False), or the first whose time is over (True)."""
-        watched = {seat.refs[0]: seat for seat in self._seats if seat.phase in WAITING}
-        if not watched:
-            raise ClusterError("no worker is left; see the events above for how they were lost")
-        earliest = min(watched.values(), key=lambda seat: seat.deadline)
-        ready, _ = ray.wait(list(watched), num_returns=1, timeout=max(0.0, earliest.deadline - time.monotonic()))
-        return (watched[ready[0]], False) if ready else (earliest, True)
-
-    def _answer(self, seat: Seat, call: ShardCall, overdue: bool) -> ShardReply:
-        try:
-            reply = self._get(seat, overdue)
-        except ObjectLostError as error:
-            lost = error.object_ref_hex
-            if any(isinstance(state, ray.ObjectRef) and state.hex() == lost for state in call.states):
-                raise LowerStateLost(state_lost(error)) from error
-            raise WorkerLost("answered, but its node was lost with the answer") from error
-        return ShardReply(reply, tuple(seat.refs[1:]))
-
-    def _settle(self, seat: Seat, overdue: bool) -> None:
-        """An answer that is no shard's: the worker is built, or has done with a call that nobody waits for."""
-        if seat.phase is Phase.STARTING:
-            try:
-                seat.process = self._get(seat, overdue)
-            except WorkerUnplaced as loss:
-                self._place_again(seat, loss)
-                return
-            except WorkerLost as loss:
-                seat.failed_starts += 1
-                if overdue or seat.failed_starts == MAX_STRIKES:
-                    self._give_up(seat, loss)
-                else:
-                    self._replace(seat, loss, "while it started")
-                return
-            seat.failed_starts = 0
-        else:
-            try:
-                self._get(seat, overdue)
-            except WorkerLost as loss:
-                self._replace(seat, loss, "between two shards")
-                return
-            except Exception:  # of a call whose round was given up for the first such exception
-                pass
-        seat.phase, seat.refs = Phase.IDLE, []
-
-    def _place_again(self, seat: Seat, loss: WorkerUnplaced) -> None:
-        deadline = seat.deadline  # of the first try: all tries together have start_timeout_s
-        if time.monotonic() > deadline:
-            self._give_up(seat, loss)
-            return
-        self._kill(seat, hung=False)
-        time.sleep(UNPLACED_PAUSE_S)
-        self._begin_start(seat)
-        seat.deadline = deadline
-
-    def _get(self, seat: Seat, overdue: bool) -> Any:
-        """What the seat's actor answered.
-
-        Raises WorkerLost, ObjectLostError, or the worker's own exception with its own type; its traceback over there is
-        the `__cause__`.
-        """
-        if overdue:
-            limit = self._options.start_timeout_s if seat.phase is Phase.STARTING else self._options.step_timeout_s
-            raise WorkerHung(f"did not answer within {limit:g} s")
-        try:
-            return ray.get(seat.refs[0], timeout=self._options.step_timeout_s)
-        except RayTaskError as error:
-            raise error.cause from error
-        except ObjectLostError:
-            raise
-        except GetTimeoutError as error:
-            raise WorkerHung("has an answer that does not arrive") from error
-        except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-            # Ray has no class of its own for this; should the words change, it counts as a failed start.
-            lost = WorkerUnplaced if seat.phase is Phase.STARTING and "never ran" in str(error) else WorkerLost
-            raise lost(f"died ({last_line(error)})") from error
-        except RayError as error:
-            raise ClusterError(f"Ray itself failed: {error}") from error
-
-    def _replace(self, seat: Seat, loss: WorkerLost, when: str) -> None:
-        what = f"{seat} {loss} {when}"
-        self._on_event(f"{what}; a replacement is starting")
-        self._kill(seat, isinstance(loss, WorkerHung))
-        self.replacements += 1
-        if self.replacements > self._options.max_replacements:
-            raise ClusterError(
-                f"{self.replacements} workers were lost, max_replacements is {self._options.max_replacements}; the last: "
-                f"{what}. Look for what kills them (memory, a failing node) and resume from the last checkpoint"
-            )
-        self._begin_start(seat)
-        # What took this worker may have taken idle ones too. To find that out by giving them shards would count against
-        # the shards.
-        for idle in self._seats:
-            if idle.phase is Phase.IDLE:
-                idle.refs, idle.phase = [idle.actor.ping.remote()], Phase.DRAINING
-                idle.deadline = time.monotonic() + self._options.step_timeout_s
-
-    def _give_up(self, seat: Seat, loss: WorkerLost) -> None:
-        self._kill(seat, isinstance(loss, WorkerHung))
-        seat.phase = Phase.ABSENT
-        if all(other.phase is Phase.ABSENT for other in self._seats):
-            raise ClusterError(
-                f"no worker could be started; the last one {loss}. Free are {ray.available_resources().get('CPU', 0):g} "
-                f"CPU, a worker takes {self._options.cpus_per_worker:g}; start_timeout_s is "
-                f"{self._options.start_timeout_s:g}. {LOGS}"
-            )
-        self._on_event(f"{seat} could not be started: it {loss}; the other workers go on without it")
-
-    def _kill(self, seat: Seat, hung: bool) -> None:
-        self._forgotten += seat.refs
-        seat.refs = []
-        with suppress(RayError):  # an actor that never got as far as to be known cannot be killed, and need not be
-            ray.kill(seat.actor, no_restart=True)
-        # A stopped process does not act on ray.kill: it would keep its CPUs, and the replacement could never be placed.
-        if hung and seat.process is not None:
-            self._forgotten += kill_on_its_node(seat.process)
-        seat.process = None
-
-    # Opening and closing.
 
     def _keep_local(self) -> None:
         try:
             with cluster.local(self._options, self._on_event):
-                self._start_workers()
+                self._fleet.start()
                 self._opened.set()
                 self._closing.wait()
-                self._end_workers()
+                self._fleet.end()
         except BaseException as error:
             self._failure = error
         finally:
             self._opened.set()
 
-    def _start_workers(self) -> None:
-        cluster.check_capacity(self._options)
-        for seat in self._seats:
-            self._begin_start(seat)
 
-    def _end_workers(self) -> None:
-        processes = [seat.process for seat in self._seats if seat.process is not None]
-        for seat in self._seats:
-            if seat.phase is not Phase.ABSENT:
-                self._forgotten += seat.refs
-                seat.phase, seat.refs, seat.process = Phase.ABSENT, [], None
-                ray.kill(seat.actor, no_restart=True)
-        own_node = ray.get_runtime_context().get_node_id()
-        here = [process for process in processes if process.node_id == own_node]
-        deadline = time.monotonic() + 2.0  # a sound worker is gone within 0.1 s of ray.kill
-        while time.monotonic() < deadline and any(birth_of(process.pid) == process.birth for process in here):
-            time.sleep(0.02)
-        for process in here:
-            kill_process(process)
-        self._collect_forgotten()
+class _Round:
+    """One round on its way: jobs are given out, answers heard, shares added."""
 
-    def _collect_forgotten(self) -> None:
-        """Looks at each forgotten answer once, or Ray prints an "Unhandled error" for it."""
-        if self._forgotten:
-            ready, self._forgotten = ray.wait(self._forgotten, num_returns=len(self._forgotten), timeout=0)
-            for ref in ready:
-                with suppress(Exception):
-                    ray.get(ref, timeout=0)
+    def __init__(self, options: RayOptions, fleet: Fleet, pace: Pace, calls: Sequence[ShardCall], shared: Any) -> None:
+        self._options, self._fleet, self._pace, self._calls, self._shared = options, fleet, pace, calls, shared
+        summed = any(call.summed for call in calls)
+        self._form = "plain" if not summed else "apart" if options.reduce != "driver" and len(calls) > 1 else "whole"
+        self.plan = Plan(len(calls), merged=self._form == "apart")
+        self.reduce_s, self.driver_bytes = 0.0, 0
+        self._sum = TreeSum(len(calls))
+        self._strikes: Counter[int] = Counter()
+        self._made_by: dict[int, int] = {}  # whose node a share is on, by job
+        self._used: set[int] = set()
+
+    def finish(self) -> np.ndarray | None:
+        """The round's sum, or an empty array where there is nothing to add; None: it goes on."""
+        if not self.plan.finished:
+            return None
+        self._pace.fade([seat.index for seat in self._fleet.seats if seat.index not in self._used])
+        if self._form == "plain":
+            return np.empty(0)
+        start = time.monotonic()
+        if self._form == "apart":
+            try:
+                total: np.ndarray = ray.get(self.plan.held[self.plan.root], timeout=self._options.step_timeout_s)
+            except (ObjectLostError, GetTimeoutError):
+                self.plan.lost(self.plan.root)
+                return None
+            self.driver_bytes = total.nbytes
+        else:
+            total = self._sum.total
+        self.reduce_s += time.monotonic() - start
+        return total
+
+    def advance(self) -> None:
+        """Gives out what can be given out, and hears one seat."""
+        self._give_out()
+        found = self._fleet.next_seat(self._backup_time())
+        if found is None:
+            self._back_up()
+            return
+        seat, overdue = found
+        if seat.phase is not Phase.BUSY:
+            self._fleet.settle(seat, overdue)
+            if seat.phase is Phase.STARTING:
+                self._pace.forget(seat.index)
+            return
+        try:
+            self._hear(seat, overdue)
+        except WorkerLost as loss:
+            self._lose(seat, loss)
+
+    def _give_out(self) -> None:
+        idle = {seat.index: seat for seat in self._fleet.in_phase(Phase.IDLE)}
+        for job in [job for job in self.plan.ready if self.plan.merge(job)]:
+            if not idle:
+                return
+            near = [index for index in map(self._made_by.get, self.plan.merge(job) or ()) if index in idle]
+            self._begin(idle.pop(near[0] if near else next(iter(idle))), job)
+        keys = {self._key(job): job for job in self.plan.ready if not self.plan.merge(job)}
+        if idle and keys:
+            now = time.monotonic()
+            busy = {seat.index: self._remaining_s(seat, now) for seat in self._fleet.in_phase(Phase.BUSY)}
+            for worker, key in self._pace.assign(list(idle), list(keys), busy):
+                self._begin(idle[worker], keys[key])
+
+    def _begin(self, seat: Seat, job: int) -> None:
+        if job in self.plan.ready:
+            self.plan.ready.remove(job)
+        merge = self.plan.merge(job)
+        if merge is not None:
+            seat.refs = [seat.actor.merge.remote(self.plan.held[merge.left], self.plan.held[merge.right])]
+        else:
+            call = self._calls[job]
+            returns = 1 + (self._form == "apart") + call.returns
+            method = seat.actor.execute.options(num_returns=returns)
+            refs = method.remote(call.request, call.returns, self._form, self._shared, *call.states)
+            seat.refs = refs if returns > 1 else [refs]
+        seat.phase, seat.job, seat.begun = Phase.BUSY, job, time.monotonic()
+        seat.deadline = seat.begun + self._options.step_timeout_s
+        self._used.add(seat.index)
+
+    def _hear(self, seat: Seat, overdue: bool) -> None:
+        job = seat.job
+        merge = self.plan.merge(job)
+        try:
+            answer = self._fleet.get(seat, overdue)
+        except ObjectLostError as error:
+            lost = error.object_ref_hex
+            if merge is not None:
+                sides = [side for side in (merge.left, merge.right) if self.plan.held[side].hex() == lost]
+                if sides:
+                    seat.phase, seat.refs = Phase.IDLE, []
+                    self.plan.lost(sides[0])
+                    return
+            elif any(isinstance(state, ray.ObjectRef) and state.hex() == lost for state in self._calls[job].states):
+                raise LowerStateLost(state_lost(error)) from error
+            raise WorkerLost("answered, but its node was lost with the answer") from error
+        share, states = None, seat.refs[1:]
+        if merge is not None:
+            share = seat.refs[0]
+        else:
+            self._pace.learn(seat.index, self._key(job), time.monotonic() - seat.begun)
+            if self._form == "apart":
+                share, *states = states
+            elif self._form == "whole":
+                answer, own = answer
+                start = time.monotonic()
+                self._sum.add(job, own)
+                self.driver_bytes += own.nbytes
+                self.reduce_s += time.monotonic() - start
+            self.plan.answers[job] = ShardReply(answer, tuple(states))
+        self._made_by[job] = seat.index
+        self.plan.done(job, share)
+        seat.phase, seat.refs = Phase.IDLE, []
+        for other in self._at(job):  # a backup that came second
+            self._fleet.drain(other)
+
+    def _lose(self, seat: Seat, loss: WorkerLost) -> None:
+        job = seat.job
+        what = "a sum of shards" if self.plan.merge(job) else f"shard {job}"
+        self._strikes[job] += 1
+        self._pace.forget(seat.index)
+        seat.job = -1
+        if self._strikes[job] == MAX_STRIKES:
+            self._fleet.replace(seat, loss, f"in {what}")
+            raise ClusterError(poison(what, loss, self._options)) from None
+        if not self._at(job):
+            self.plan.again(job)
+        self._fleet.replace(seat, loss, f"in {what}, which runs again on the next free worker")
+
+    # Backups: the slowest call given out twice.
+
+    def _backup_time(self) -> float | None:
+        """When the first of the calls that run alone has taken too long, if a worker is free to run it a second time."""
+        if self._options.backup_after is None or self.plan.ready or not self._fleet.in_phase(Phase.IDLE):
+            return None
+        return min((when for _, when in self._late()), default=None)
+
+    def _back_up(self) -> None:
+        idle, now = self._fleet.in_phase(Phase.IDLE), time.monotonic()
+        late = sorted((when, seat.job) for seat, when in self._late() if when <= now)
+        for seat, (_, job) in zip(sorted(idle, key=lambda seat: self._pace.slowness(seat.index)), late, strict=False):
+            self._begin(seat, job)
+
+    def _late(self) -> list[tuple[Seat, float]]:
+        found = []
+        for seat in self._fleet.in_phase(Phase.BUSY):
+            expected = self._pace.expected(self._key(seat.job))
+            if expected is not None and self.plan.merge(seat.job) is None and len(self._at(seat.job)) == 1:
+                found.append((seat, seat.begun + (self._options.backup_after or 1.0) * expected))
+        return found
+
+    def _at(self, job: int) -> list[Seat]:
+        return [seat for seat in self._fleet.in_phase(Phase.BUSY) if seat.job == job]
+
+    def _remaining_s(self, seat: Seat, now: float) -> float:
+        expected = self._pace.expected(self._key(seat.job)) or 0.0
+        return max(expected * self._pace.slowness(seat.index) - (now - seat.begun), 0.0)
+
+    def _key(self, job: int) -> Key:
+        kind = self._calls[job].kind if job < len(self._calls) else "sum of shards"
+        return Key(kind, len(self._calls), job)

@@ -1,4 +1,4 @@
-"""The driver's side of a round: cuts a step's tasks into shards, sends x once, adds the replies in shard order.
+"""The driver's side of a round: cuts a step's tasks into shards, sends x once, and has the shards' sums added.
 
 `StepRun` runs kernels where the tasks are; `SharedRun` runs them here, on an oracle that asks the blocks of a shared lower problem.
 """
@@ -21,7 +21,7 @@ from bomemeta.core.problem import BilevelProblem, Split
 from bomemeta.core.reduced_oracle import ReducedOracle
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, LowerStates, Reduced, Solver, Sums
 from bomemeta.core.tree import Params
-from bomemeta.distributed.packing import Packed, PackedTasks, add_in_order, pack, pack_tasks, unpack, unpack_tasks
+from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
 from bomemeta.distributed.transport import ShardCall, Transport
 from bomemeta.distributed.worker import Request
 from bomemeta.errors import DivergenceError
@@ -29,10 +29,16 @@ from bomemeta.errors import DivergenceError
 
 @dataclass
 class Traffic:
-    """What a step's rounds brought to the driver."""
+    """What a step's rounds added up."""
 
     reduces: int = 0  # rounds whose answers were added
-    bytes_reduced: int = 0  # over all shards
+    bytes_reduced: int = 0  # over all shards, wherever they were added
+    driver_bytes: int = 0  # that came to the driver
+
+    def add(self, other: Traffic) -> None:
+        self.reduces += other.reduces
+        self.bytes_reduced += other.bytes_reduced
+        self.driver_bytes += other.driver_bytes
 
 
 class StepRun:
@@ -56,14 +62,14 @@ class StepRun:
         differentiable: bool = True,
         memory: Params | None = None,
     ) -> None:
-        self.tasks, self.step, self.steps = len(task_ids), step, steps
+        self.task_ids, self.tasks, self.step, self.steps = tuple(task_ids), len(task_ids), step, steps
         self.persistent, self.project_upper = persistent, project_upper
         self.seconds = {"broadcast_s": 0.0, "compute_s": 0.0, "reduce_s": 0.0}  # summed over the step's rounds
         self.traffic = Traffic()
-        self._memory: LowerGroups = {"memory": memory} if memory else {}
-        self._transport, self._split, self._variant, self._differentiable = transport, split, dict(variant or {}), differentiable
+        self.memory: LowerGroups = {"memory": memory} if memory else {}
+        self.transport, self.split, self.variant, self.differentiable = transport, split, dict(variant or {}), differentiable
         cuts = np.array_split(np.asarray(task_ids), min(shards, len(task_ids)))
-        self._shards = [tuple(int(task) for task in cut) for cut in cuts]
+        self.shards = [tuple(int(task) for task in cut) for cut in cuts]
 
     def __call__(
         self,
@@ -87,25 +93,26 @@ class StepRun:
         arguments: Mapping[str, Any],
     ) -> Reduced:
         """As `Run.__call__`; `sent`: lower groups that all tasks share, sent along with x in place of states of the tasks' own."""
-        broadcast = pack({"x": upper, **self._memory, **sent}, next(iter(upper.values())).dtype)
-        calls = [self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout) for shard in self._shards]
-        answer = self._transport.run(broadcast.buffer, calls)
+        broadcast = pack({"x": upper, **self.memory, **sent}, next(iter(upper.values())).dtype)
+        calls = [self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout) for shard in self.shards]
+        answer = self.transport.run(broadcast.buffer, calls)
         start = time.perf_counter()
-        parts = [reply.reply.packed for reply in answer.replies]
-        total = add_in_order(parts)
+        assert answer.total is not None, "every call is summed"
+        total = Packed(answer.replies[0].reply.sums, answer.total)
         self.traffic.reduces += 1
-        self.traffic.bytes_reduced += sum(part.buffer.nbytes for part in parts)
+        self.traffic.bytes_reduced += len(calls) * total.buffer.nbytes
+        self.traffic.driver_bytes += answer.driver_bytes
         _check_finite(total)
         sums = unpack(total)
         handles = {
             task: handle
-            for shard, reply in zip(self._shards, answer.replies, strict=True)
+            for shard, reply in zip(self.shards, answer.replies, strict=True)
             for task, handle in zip(shard, reply.states, strict=False)  # no states where nothing is kept
         }
         self.seconds["broadcast_s"] += answer.broadcast_s
         self.seconds["compute_s"] += answer.compute_s
-        self.seconds["reduce_s"] += time.perf_counter() - start
-        return Reduced(sums, LowerStates(answer.replies[0].reply.layout, handles))
+        self.seconds["reduce_s"] += answer.reduce_s + time.perf_counter() - start
+        return Reduced(sums, LowerStates(answer.replies[0].reply.states, handles))
 
     def _call(
         self,
@@ -124,20 +131,23 @@ class StepRun:
             arguments=arguments,
             task_ids=shard,
             step=self.step,
-            split=self._split,
-            variant=self._variant,
-            differentiable=self._differentiable,
+            split=self.split,
+            variant=self.variant,
+            differentiable=self.differentiable,
             layout=lower.layout,
             with_state=present,
             keeps=keeps,
             sent=sent,
         )
         states = tuple(lower.handles[task] for task, has in zip(shard, present, strict=True) if has)
-        return ShardCall(request, states, len(shard) if keeps else 0)
+        return ShardCall(request, states, len(shard) if keeps else 0, summed=True, kind=kernel.__name__)
 
 
 class SharedRun:
-    """Runs kernels of a problem with one y: here, as a stack of one task, whose oracle asks the step's blocks through `blocks`."""
+    """Runs kernels of a problem with one y: here, as a stack of one task, whose oracle asks the step's blocks through `blocks`.
+
+    `first` has the first block alone.
+    """
 
     def __init__(self, problem: BilevelProblem, blocks: StepRun, first: StepRun) -> None:
         self.tasks, self.persistent = 1, True
@@ -191,13 +201,6 @@ def _groups(lower: LowerStates) -> LowerGroups | None:
     if SHARED_TASK not in lower.handles:
         return None
     return unpack_tasks(PackedTasks(lower.layout, torch.tensor(lower.handles[SHARED_TASK])[None]))
-
-
-def step_run(problem: BilevelProblem, transport: Transport, ids: Sequence[int], shards: int, **rest: Any) -> StepRun | SharedRun:
-    """The run of a step on these tasks or blocks, as the problem's `lower` wants it; `rest` as for StepRun."""
-    given: dict[str, Any] = {"project_upper": problem.project_upper, "persistent": problem.pool is not None, **rest}
-    run = StepRun(transport, ids, shards, **given)
-    return run if problem.lower == "per_task" else SharedRun(problem, run, StepRun(transport, ids[:1], 1, **given))
 
 
 def _mean(value: Tensor | Params, count: int) -> Tensor | Params:

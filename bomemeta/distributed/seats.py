@@ -7,7 +7,7 @@ The driver keeps one `Seat` per worker, in one of five phases:
         |                +--ping--> DRAINING |     DRAINING: still at a call whose answer nobody wants
         |                                    |
         +--died or overdue, in any phase: the actor is killed and the seat is STARTING with a new one
-        +--did not start MAX_STRIKES times, or not in time: ABSENT, the others do the work
+        +--no room, did not start MAX_STRIKES times, or not in time: ABSENT, the others do the work until it is tried again
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class Seat:
     process: Process | None = None  # None until the worker is built
     refs: list[Any] = field(default_factory=list)  # what the seat's actor will answer; all are ready when the first is
     deadline: float = 0.0  # monotonic, seconds
-    shard: int = -1  # while BUSY
+    job: int = -1  # of the round's plan, while BUSY
+    begun: float = 0.0  # when it was given the job, monotonic seconds
     failed_starts: int = 0
+    absent_until: float = 0.0  # while ABSENT: not started again before, monotonic seconds
 
     def __str__(self) -> str:
         return f"worker {self.index}" + (f" (pid {self.process.pid})" if self.process else "")
@@ -66,9 +68,9 @@ class WorkerHung(WorkerLost):
 LOGS = "Ray's logs of it are in logs/worker-* of its session directory (/tmp/ray/session_latest unless set otherwise)"
 
 
-def poison(shard: int, loss: WorkerLost, options: RayOptions) -> str:
+def poison(what: str, loss: WorkerLost, options: RayOptions) -> str:
     return (
-        f"shard {shard} took {MAX_STRIKES} workers down in a row; the last one {loss}. If memory ran out: use more shards, "
+        f"{what} took {MAX_STRIKES} workers down in a row; the last one {loss}. If memory ran out: use more shards, "
         "so that each is smaller, or fewer workers. If it was a time-out: raise step_timeout_s "
         f"(now {options.step_timeout_s:g}). If it crashed (segmentation fault): workers=0 runs it here, where a debugger "
         f"can see it. {LOGS}"

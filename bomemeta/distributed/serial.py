@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from bomemeta.distributed.transport import Handle, Round, ShardCall, ShardReply, WorkerFactory, checked_returns
+from bomemeta.distributed.summation import TreeSum
+from bomemeta.distributed.transport import Handle, JointRequest, Round, ShardCall, ShardReply, WorkerFactory, checked_returns
 
 
 class SerialTransport:
@@ -16,6 +18,8 @@ class SerialTransport:
 
     `threads` is set for the whole process (`torch.set_num_threads`): sums differ between thread counts.
     """
+
+    collective = False
 
     def __init__(self, factory: WorkerFactory, *, threads: int = 1, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
@@ -25,12 +29,21 @@ class SerialTransport:
         """See Transport.run; the worker's own exceptions are the only ones."""
         started = time.monotonic()
         shared = _read_only(broadcast)
-        replies = []
-        for call in calls:
+        replies, total, reduce_s = [], TreeSum(len(calls)), 0.0
+        summed = any(call.summed for call in calls)
+        for i, call in enumerate(calls):
             results = self._worker.execute(call.request, shared, *map(_read_only, call.states))
-            reply, *states = checked_returns(results, call.returns)
-            replies.append(ShardReply(reply, tuple(states)))
-        return Round(replies, broadcast_s=0.0, compute_s=time.monotonic() - started)
+            reply, *arrays = checked_returns(results, call.returns, summed)
+            if summed:
+                adding = time.monotonic()
+                total.add(i, arrays.pop(0))
+                reduce_s += time.monotonic() - adding
+            replies.append(ShardReply(reply, tuple(arrays)))
+        compute_s = time.monotonic() - started - reduce_s
+        return Round(replies, 0.0, compute_s, reduce_s, total.total if summed else None)
+
+    def run_together(self, broadcast: np.ndarray, request: JointRequest, shards: int) -> Any:
+        raise NotImplementedError("one worker has nobody to run with")
 
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:
         return [_read_only(handle) for handle in handles]

@@ -15,7 +15,8 @@ class Worker(Protocol):
     """Computes one shard. Stateless between calls: whatever it needs comes with the call, so any worker can run any shard."""
 
     def execute(self, request: Any, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
-        """Returns `(reply, *new_states)`: one picklable reply and exactly `ShardCall.returns` arrays.
+        """Returns `(reply, *new_states)`, or `(reply, share, *new_states)` where `ShardCall.summed`: one picklable reply, this shard's
+        share of the round's sum (one flat array, as long for every shard), and exactly `ShardCall.returns` arrays.
 
         `broadcast` and `states` are read-only memory, valid during the call. What is returned must be fresh memory: a
         buffer that the worker writes again in its next call would change an answer that was already given.
@@ -34,6 +35,8 @@ class ShardCall(NamedTuple):
     request: Any  # small and picklable: the kernel (by name), its arguments, task ids, step
     states: tuple[Handle, ...] = ()  # one handle per task that carries state
     returns: int = 0  # how many new states come back
+    summed: bool = False  # whether the worker gives a share of the round's sum; all calls of a round, or none
+    kind: str = ""  # calls of one kind and number in their round are expected to take the same time
 
 
 class ShardReply(NamedTuple):
@@ -44,18 +47,39 @@ class ShardReply(NamedTuple):
 class Round(NamedTuple):
     """The answers of one round, in the order of the calls, and where its time went (seconds).
 
-    Arrays in a reply may be read-only memory of the object store: they hold its pages for as long as they live, so add
-    them up or copy them, and let them go.
+    Arrays in a reply may be read-only memory of the object store: they hold its pages for as long as they live, so copy them, and let
+    them go.
     """
 
     replies: list[ShardReply]
     broadcast_s: float
-    compute_s: float
+    compute_s: float  # until the last answer was there
+    reduce_s: float = 0.0  # adding here, some of it while workers still computed
+    total: np.ndarray | None = None  # the sum of the shares, in the order of `summation.merges`; may be read-only
+    driver_bytes: int = 0  # of shares and sums that came to this process
+
+
+# All members' arrays in the order of their ranks; every member gives one of the same shape.
+Gather = Callable[[np.ndarray], list[np.ndarray]]
+
+
+class JointRequest(Protocol):
+    """What all workers execute together, as the members of a group."""
+
+    def execute(self, worker: Any, broadcast: np.ndarray, rank: int, world: int, gather: Gather) -> Any:
+        """Runs on every member at once; what the first returns is the answer. Members that are alike get the same bits."""
+        ...
 
 
 class Transport(Protocol):
+    """`collective`: whether `run_together` is there, and kernels of a shared lower problem are to run through it."""
+
+    @property
+    def collective(self) -> bool: ...
+
     def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall]) -> Round:
-        """Sends `broadcast` (one flat array) once, runs every call somewhere, and returns the replies in the order of `calls`.
+        """Sends `broadcast` (one flat array) once, runs every call somewhere, and returns the replies in the order of `calls`, and the sum
+        of the shares where the calls are `summed`.
 
         An exception raised by the worker's own code arrives here with its own type. A worker that died or hangs is replaced and its
         unfinished call is run again elsewhere: the caller notices nothing but time.
@@ -63,6 +87,10 @@ class Transport(Protocol):
         Raises LowerStateLost where a handle among the states is gone with its node, and ClusterError where the workers
         cannot be had or a shard kills every worker that tries it. After an exception the transport can be used again.
         """
+        ...
+
+    def run_together(self, broadcast: np.ndarray, request: JointRequest, shards: int) -> Any:
+        """The first member's answer to `request.execute`, run by at most `shards` workers together. Raises as `run`."""
         ...
 
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:
@@ -77,12 +105,13 @@ class Transport(Protocol):
         ...
 
 
-def checked_returns(results: tuple[Any, ...], returns: int) -> tuple[Any, ...]:
-    """`results` of `Worker.execute`, or a TypeError where they are not one reply and `returns` arrays."""
-    if not isinstance(results, tuple) or len(results) != 1 + returns:
+def checked_returns(results: tuple[Any, ...], returns: int, summed: bool) -> tuple[Any, ...]:
+    """`results` of `Worker.execute`, or a TypeError where they are not one reply, a share if `summed`, and `returns` arrays."""
+    if not isinstance(results, tuple) or len(results) != 1 + summed + returns:
         got = f"{len(results)} values" if isinstance(results, tuple) else type(results).__name__
+        share, wanted = (", 1 share", ", share") if summed else ("", "")
         raise TypeError(
-            f"Worker.execute returned {got}; this call wants a tuple of 1 reply and {returns} states. "
-            "Return (reply, *new_states), with as many states as ShardCall.returns."
+            f"Worker.execute returned {got}; this call wants a tuple of 1 reply{share} and {returns} states. "
+            f"Return (reply{wanted}, *new_states), with as many states as ShardCall.returns."
         )
     return results

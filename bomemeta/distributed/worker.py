@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bomemeta.allocator import keep_freed_memory
 from bomemeta.core import tree
 from bomemeta.core.local_oracle import LocalOracle, TaskMap
 from bomemeta.core.problem import BilevelProblem, Split
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, Solver
+from bomemeta.core.spans import LOAD, span
 from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
 
 
@@ -34,27 +36,29 @@ class Request(NamedTuple):
 
 
 class ShardSums(NamedTuple):
-    """A shard's reply."""
+    """A shard's reply: what is in its share of the sum, and in each returned state array."""
 
-    packed: Packed
-    layout: Layout  # what is in each returned state array
+    sums: Layout
+    states: Layout
 
 
 class ShardWorker:
     """Runs requests for one problem. Stateless between calls but for caches."""
 
     def __init__(self, build_problem: Callable[[Mapping[str, Any]], BilevelProblem], task_map: str, device: str) -> None:
+        keep_freed_memory()
         self._build = build_problem
         self._device = torch.device(device)
         self._task_map: TaskMap = "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
         self._problems: dict[str, BilevelProblem] = {}
         self._last: tuple[tree.Params, tree.Params] | None = None
-        self._problem({})  # what is wrong with it shows before the first step
+        self.problem({})  # what is wrong with it shows before the first step
 
     def execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
-        problem = self._problem(request.variant)
+        problem = self.problem(request.variant)
         sent = {name: self._on_device(params) for name, params in unpack(Packed(request.sent, broadcast)).items()}
-        batch = self._loaded(problem.load(request.task_ids, request.step, request.split))
+        with span(LOAD):
+            batch = self._loaded(problem.load(request.task_ids, request.step, request.split))
         if "memory" in sent:
             batch |= _repeated({"memory": sent.pop("memory")}, len(request.task_ids))["memory"]
         oracle = LocalOracle(problem, sent.pop("x"), batch, self._task_map, request.differentiable)
@@ -62,9 +66,9 @@ class ShardWorker:
         result = request.kernel(request.solver, oracle, lower, **request.arguments)
         sums = pack(result.sums, problem.dtype)
         if not request.keeps:
-            return (ShardSums(sums, ()),)
+            return ShardSums(sums.layout, ()), sums.buffer
         layout, rows = pack_tasks(result.lower)
-        return ShardSums(sums, layout), *(row.numpy().copy() for row in rows)
+        return ShardSums(sums.layout, layout), sums.buffer, *(row.numpy().copy() for row in rows)
 
     def _loaded(self, batch: tree.Params) -> tree.Params:
         """The batch on the worker's device. A problem that gives the very same batch again has not changed it: it is moved once."""
@@ -72,7 +76,8 @@ class ShardWorker:
             self._last = batch, self._on_device(batch)
         return dict(self._last[1])
 
-    def _problem(self, variant: Mapping[str, Any]) -> BilevelProblem:
+    def problem(self, variant: Mapping[str, Any]) -> BilevelProblem:
+        """The problem, with these fields changed."""
         key = repr(sorted(variant.items()))
         if key not in self._problems:
             self._problems[key] = self._build(variant)

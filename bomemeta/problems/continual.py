@@ -290,7 +290,7 @@ class Continual(BilevelProblem):
             return {"acc": float(matrix[-1].mean())}
         return report.scores(matrix, (1 / self._allowed.sum(1)).tolist())
 
-    def artefacts(self, history: Sequence[Mapping[str, float]]) -> dict[str, bytes]:
+    def artefacts(self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> dict[str, bytes]:
         if not history:
             return {}
         matrix = report.matrix_of(history)

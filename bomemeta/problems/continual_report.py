@@ -51,7 +51,7 @@ def matrix_file(matrix: Matrix, about: Mapping[str, Any]) -> bytes:
 
 def heat_map(matrix: Matrix, title: str) -> bytes:
     """PNG: one row per task learned, one column per task tested."""
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     shown = axes.imshow(100 * matrix, vmin=0, vmax=100, cmap="viridis", origin="upper")
     if matrix.size <= 100:  # numbers in larger tables could not be read
         for (i, j), value in np.ndenumerate(matrix):
@@ -59,12 +59,12 @@ def heat_map(matrix: Matrix, title: str) -> bytes:
     axes.set_xlabel("tested on task")
     axes.set_ylabel("after task")
     figure.colorbar(shown, label="accuracy, %")
-    return _png(figure)
+    return png_of(figure)
 
 
 def curve(matrix: Matrix, title: str) -> bytes:
     """PNG: the mean accuracy on the tasks learned so far, and that on the task just learned."""
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     learned = np.arange(1, len(matrix) + 1)
     axes.plot(learned, [100 * row[:k].mean() for k, row in zip(learned, matrix, strict=True)], marker="o", label="all tasks so far")
     axes.plot(learned, 100 * matrix.diagonal(), marker="s", linestyle="--", label="the task just learned")
@@ -74,10 +74,11 @@ def curve(matrix: Matrix, title: str) -> bytes:
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
     axes.legend()
-    return _png(figure)
+    return png_of(figure)
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def new_figure(title: str) -> tuple[Any, Any]:
+    """A figure and its axes."""
     # Without pyplot, which keeps figures and a backend for the whole process.
     from matplotlib.figure import Figure
 
@@ -87,7 +88,8 @@ def _figure(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

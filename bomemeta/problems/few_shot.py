@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Split
+from bomemeta.core import tree
+from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Encoding, Loss, LossGradient, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.episodes import EpisodeSource, EpisodeSpec
 from bomemeta.errors import ConfigError
 from bomemeta.nets import BACKBONES, build_backbone
+from bomemeta.nets.conv4_passes import Conv4Passes
 from bomemeta.registry import problems
 
 # The third number of an episode's key: what one split draws says nothing about another's.
@@ -75,6 +77,12 @@ class FewShot(BilevelProblem):
             source.check(split, self._spec(split))
         self._skeleton = self._network(channels, torch.Generator())
         self._backbone_names = [name for name, _ in self._skeleton.named_parameters()]
+        # What is written out is the plain case; a subclass that changes it is asked for its own `encode`.
+        self._has_passes = (
+            (self.form, self.backbone, self.batch_norm) == ("head", "conv4", "transductive")
+            and type(self).encode is FewShot.encode
+            and type(self)._backbone is FewShot._backbone
+        )
         with torch.no_grad():
             self._features = BACKBONES[self.backbone](channels, self.width)(torch.zeros(1, channels, height, width)).shape[1]
 
@@ -114,15 +122,33 @@ class FewShot(BilevelProblem):
             return upper
         images = torch.cat([batch["support"], batch["query"]])
         seen = None if self.batch_norm == "transductive" else len(batch["support"])
-        features = self._backbone(upper, images, seen)
-        features = self.feature_scale * functional.normalize(features, dim=1)
-        support, query = features[: len(batch["support"])], features[len(batch["support"]) :]
+        return self._seen_by_head(self._backbone(upper, images, seen))
+
+    def encode_tasks(self, upper: Params, batch: Batch, differentiable: bool) -> Encoding | None:
+        if not self._has_passes:
+            return None
+        passes = Conv4Passes(upper, torch.cat([batch["support"], batch["query"]], 1), differentiable)
+        features = passes.features.requires_grad_(differentiable)
+        seen = self._seen_by_head(features)
+
+        def pull_back(cotangent: Encoded) -> Params:
+            (grad,) = torch.autograd.grad(list(seen.values()), features, list(cotangent.values()), retain_graph=True)
+            return passes.pull_back(grad)
+
+        return Encoding(tree.detached(seen), pull_back)
+
+    def _seen_by_head(self, features: Tensor) -> Encoded:
+        """From features [..., n, d] of support and queries what the head works on, of one task or of a stack."""
+        features = self.feature_scale * functional.normalize(features, dim=-1)
+        supports = self.ways * self.shots
+        support, query = features[..., :supports, :], features[..., supports:, :]
         if self.head == "span":
-            return {"support": support @ support.T, "query": query @ support.T}  # W = Z_s' A: the head acts through inner products
+            # W = Z_s' A: the head acts through inner products
+            return {"support": support @ support.mT, "query": query @ support.mT}
         if self.head == "ridge":
             return {"support": support, "query": query}
-        prototypes = support.reshape(self.ways, self.shots, -1).mean(1)  # rows are sorted by label
-        return {"support": support, "query": query, "prior": prototypes.T}
+        prototypes = support.reshape(*support.shape[:-2], self.ways, self.shots, -1).mean(-2)  # rows are sorted by label
+        return {"support": support, "query": query, "prior": prototypes.mT}
 
     @property
     def encodes(self) -> bool:
@@ -155,22 +181,57 @@ class FewShot(BilevelProblem):
         return loss + self.regularisation / 2 * penalty
 
     def upper_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
-        if self.form == "network":
-            return None
-        value, grad, _ = _softmax_regression(encoded["query"], lower["head"], batch["query_labels"])
-        return value, {"head": grad}
+        return self._gradient("upper", encoded, lower, batch)
 
     def lower_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+        return self._gradient("lower", encoded, lower, batch)
+
+    def _gradient(self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+        found = self.loss_gradient(loss, encoded, lower, batch, in_encoded=False)
+        return None if found is None else (found.value, found.lower)
+
+    def loss_gradient(
+        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch, in_encoded: bool = True
+    ) -> LossGradient | None:
         if self.form == "network":
             return None
-        head, rho = lower["head"], self.regularisation
-        value, grad, logits = _softmax_regression(encoded["support"], head, batch["support_labels"])
-        # (rho/2) <force, offset> is the penalty and rho * force its gradient
-        if self.head == "span":
-            offset, force = head, logits
-        else:
-            offset = force = head - encoded["prior"] if self.head == "prototype" else head
-        return value + rho / 2 * (offset * force).sum((1, 2)), {"head": grad + rho * force}
+        data = "query" if loss == "upper" else "support"
+        inputs, head, rho = encoded[data], lower["head"], self.regularisation
+        value, residual, logits = _softmax_regression(inputs, head, batch[f"{data}_labels"])
+        in_head = inputs.mT @ residual
+        seen: Encoded = {data: residual @ head.mT} if in_encoded else {}
+        if loss == "lower":
+            # (rho/2) <force, offset> is the penalty and rho * force its gradient in the head
+            if self.head == "span":
+                offset, force = head, logits
+                if in_encoded:
+                    seen["support"] = torch.baddbmm(seen["support"], head, head.mT, alpha=rho / 2)
+            else:
+                offset = force = head - encoded["prior"] if self.head == "prototype" else head
+                if in_encoded and self.head == "prototype":
+                    seen["prior"] = -rho * force
+            value = value + rho / 2 * (offset * force).sum((1, 2))
+            in_head = torch.add(in_head, force, alpha=rho)
+        return LossGradient(value, {"head": in_head}, seen)
+
+    def lower_steps(self, encoded: Encoded, lower: Params, batch: Batch, steps: int, lr: float) -> Params | None:
+        """Four operations a step: what a step adds whatever W is, is made before, and the loss itself nobody asks for."""
+        if self.form == "network":
+            return None
+        support, head, rho = encoded["support"], lower["head"], self.regularisation
+        rate = lr / support.shape[1]
+        targets = functional.one_hot(batch["support_labels"], self.ways).to(support.dtype)
+        constant = rate * (support.mT @ targets)
+        if self.head == "prototype":
+            constant = torch.add(constant, encoded["prior"], alpha=lr * rho)
+        for _ in range(steps):
+            logits = torch.bmm(support, head)
+            if self.head == "span":  # its penalty's gradient is rho times the logits
+                moved = torch.add(constant, head).sub_(logits, alpha=lr * rho)
+            else:
+                moved = torch.add(constant, head, alpha=1 - lr * rho)
+            head = moved.baddbmm_(support.mT, torch.softmax(logits, 2), alpha=-rate)
+        return {"head": head}
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """`accuracy` and `loss` on the queries, and `baseline_accuracy` of the nearest support image in raw pixels (L2)."""
@@ -215,14 +276,16 @@ class FewShot(BilevelProblem):
         return features
 
 
-def _softmax_regression(inputs: Tensor, weights: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of a stack of linear heads in closed form: value [B], gradient [B, d, ways], logits [B, n, ways].
+class _Regression(NamedTuple):
+    value: Tensor  # [B]
+    residual: Tensor  # the gradient in the logits [B, n, ways]
+    logits: Tensor  # [B, n, ways]
 
-    inputs [B, n, d], weights [B, d, ways], labels [B, n].
-    """
+
+def _softmax_regression(inputs: Tensor, weights: Tensor, labels: Tensor) -> _Regression:
+    """Cross-entropy of a stack of linear heads in closed form: inputs [B, n, d], weights [B, d, ways], labels [B, n]."""
     logits = inputs @ weights
     log_probabilities = functional.log_softmax(logits, dim=2)
-    value = -log_probabilities.gather(2, labels[:, :, None]).mean((1, 2))
-    residual = log_probabilities.exp()
-    residual.scatter_add_(2, labels[:, :, None], residual.new_full((*labels.shape, 1), -1.0))
-    return value, inputs.transpose(1, 2) @ residual / labels.shape[1], logits
+    places = labels[:, :, None]
+    residual = log_probabilities.exp().scatter_add_(2, places, log_probabilities.new_full((), -1.0).expand_as(places))
+    return _Regression(-log_probabilities.gather(2, places).mean((1, 2)), residual.div_(labels.shape[1]), logits)

@@ -8,7 +8,8 @@ import torch
 
 from bomemeta.core import tree
 from bomemeta.core.inner import gradient_steps
-from bomemeta.core.oracle import Loss, Oracle
+from bomemeta.core.oracle import Oracle
+from bomemeta.core.problem import Loss
 from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult, mean_sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable

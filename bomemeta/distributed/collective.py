@@ -1,0 +1,180 @@
+"""A shared lower problem's whole kernel on all workers together: they exchange their shards' sums among themselves, over gloo.
+
+Every worker runs the same kernel on the same numbers and computes its own shards whenever the kernel asks something of the blocks. What
+they computed is gathered by all, and each adds it up in the order of `summation.merges`. So an inner loop of T steps is one round of
+Ray instead of T, and has the same bits: they depend neither on how many workers there are nor on which shard is whose.
+
+A process group cannot outlive a member. Groups have numbers (epochs): one that lost a member is left behind, and the survivors, with
+whoever has come meanwhile, form the next (measured: 0.02 s) and run the kernel again.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+import torch.distributed
+
+from bomemeta.distributed.fleet import Fleet
+from bomemeta.distributed.seats import MAX_STRIKES, WAITING, Phase, Seat, WorkerLost, poison
+from bomemeta.distributed.transport import Gather, JointRequest
+from bomemeta.errors import ClusterError
+
+dist: Any = torch.distributed  # whose stubs leave out what is used here
+# Members that are silent for this long after others have lost the group are taken to hang.
+GRACE_S = 5.0
+FORM_TIMEOUT_S = 30.0  # for the members to find each other
+
+
+class GroupBroken(Exception):
+    """A member of the process group died or hangs. Message only, so that it arrives with its type."""
+
+
+class Member(NamedTuple):
+    """A worker's place in a process group."""
+
+    epoch: int
+    rank: int
+    world: int
+    host: str  # of the store where the members find each other
+    port: int
+    timeout_s: float
+
+
+class ProcessGroup:
+    """A worker's side."""
+
+    def __init__(self) -> None:
+        self._member: Member | None = None
+        self._group: Any = None
+
+    def join(self, member: Member) -> Gather:
+        """What gathers in the member's group, which is formed where it is a new one. Raises GroupBroken."""
+        if member != self._member:
+            self._group, self._member = None, None
+            if member.world > 1:
+                self._group = _formed(member)
+            self._member = member
+        return self._gather
+
+    def _gather(self, own: np.ndarray) -> list[np.ndarray]:
+        assert self._member is not None
+        if self._group is None:
+            return [own]
+        mine = torch.from_numpy(np.ascontiguousarray(own))
+        found = [torch.empty_like(mine) for _ in range(self._member.world)]
+        try:
+            self._group.allgather([found], [mine]).wait()
+        except RuntimeError as error:
+            raise GroupBroken(f"epoch {self._member.epoch}: {error}") from error
+        return [tensor.numpy() for tensor in found]
+
+
+def _formed(member: Member) -> Any:
+    try:
+        store = dist.TCPStore(member.host, member.port, is_master=False, timeout=timedelta(seconds=FORM_TIMEOUT_S))
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())]
+        options._timeout = timedelta(seconds=member.timeout_s)
+        named = dist.PrefixStore(str(member.epoch), store)
+        return dist.ProcessGroupGloo(named, member.rank, member.world, options)
+    except RuntimeError as error:
+        raise GroupBroken(f"epoch {member.epoch} could not be formed: {error}") from error
+
+
+class Collective:
+    """The driver's side."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._epoch = 0
+        self._present: list[tuple[int, Any]] = []  # the members of the present epoch: seat and process
+        # The store lives in this process: it has no state that a lost worker could take along. On the driver's own
+        # address only, and not on all of them, as torch would have it.
+        self._host = ray.util.get_node_ip_address()
+        self._socket = socket.create_server((self._host, 0))
+        self._port = self._socket.getsockname()[1]
+        self._store = dist.TCPStore(
+            self._host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=self._socket.detach()
+        )
+
+    def run(self, broadcast: np.ndarray, request: JointRequest, shards: int) -> Any:
+        """The answer of the member with rank 0 to `request.execute`, run by at most `shards` workers together.
+
+        Raises the workers' own exceptions with their own types, and ClusterError as `Transport.run`.
+        """
+        shared = ray.put(broadcast)
+        loss: WorkerLost | None = None
+        for _ in range(MAX_STRIKES):
+            seats = self._members(shards)
+            try:
+                answer, loss = self._try(seats, request, shared)
+            except BaseException:
+                self._present = []
+                for seat in self._fleet.in_phase(Phase.BUSY):
+                    self._fleet.drain(seat)
+                raise
+            if loss is None:
+                return answer
+        assert loss is not None
+        raise ClusterError(poison("a kernel of all workers together", loss, self._fleet.options))
+
+    def _members(self, shards: int) -> list[Seat]:
+        """The workers that are there; waits for one."""
+        while True:
+            idle = self._fleet.in_phase(Phase.IDLE)
+            if idle and not any(seat.phase in WAITING for seat in self._fleet.seats):
+                break
+            found = self._fleet.next_seat(time.monotonic() if idle else None)
+            if found is not None:
+                self._fleet.settle(*found)
+            elif idle:
+                break
+        seats = idle[:shards]
+        present = [(seat.index, seat.process) for seat in seats]
+        if present != self._present:
+            self._epoch, self._present = self._epoch + 1, present
+        return seats
+
+    def _try(self, seats: list[Seat], request: JointRequest, shared: Any) -> tuple[Any, WorkerLost | None]:
+        options = self._fleet.options
+        for rank, seat in enumerate(seats):
+            member = Member(self._epoch, rank, len(seats), self._host, self._port, options.step_timeout_s)
+            seat.refs = [seat.actor.together.remote(request, member, shared)]
+            seat.phase, seat.job, seat.begun = Phase.BUSY, -1, time.monotonic()
+            seat.deadline = seat.begun + options.step_timeout_s
+        answer, loss, broken = None, None, False
+        lost: list[tuple[Seat, WorkerLost]] = []
+        while waiting := [seat for seat in seats if seat.phase is Phase.BUSY]:
+            found = self._fleet.next_seat()
+            if found is None:
+                continue
+            seat, overdue = found
+            if seat not in waiting:
+                self._fleet.settle(seat, overdue)
+                continue
+            try:
+                given = self._fleet.get(seat, overdue)
+                answer = given if seat is seats[0] else answer
+            except GroupBroken as error:
+                broken = True
+                loss = loss or WorkerLost(f"lost its group ({error})")
+            except WorkerLost as error:
+                loss, broken = error, True
+                lost.append((seat, error))
+                seat.phase = Phase.ABSENT  # until all have been heard: a replacement would be none of this group
+                continue
+            seat.phase, seat.refs = Phase.IDLE, []
+            if broken:
+                for silent in waiting:
+                    silent.deadline = min(silent.deadline, time.monotonic() + GRACE_S)
+        for seat, how in lost:
+            self._fleet.replace(seat, how, "in a kernel of all workers together, which runs again")
+        if broken:
+            self._present = []
+        return answer, loss

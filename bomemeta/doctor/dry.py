@@ -1,0 +1,268 @@
+"""Dry steps: the run's own step in this process on a few tasks, with what it holds, sends and takes counted where it arises.
+
+Nothing is written. A step on one and a step on two tasks give what a task adds, and the rest; both are the same at every run of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bomemeta.config import Config
+from bomemeta.core.inner import evaluate
+from bomemeta.core.problem import BilevelProblem, Split
+from bomemeta.core.solver import LowerStates, Solver
+from bomemeta.distributed.rounds import SharedRun
+from bomemeta.distributed.serial import SerialTransport
+from bomemeta.distributed.worker import ShardWorker, variant_of
+from bomemeta.engine import EVALUATION_SHARD, FRESH_TASKS_PER_STEP, Job, State, to_checkpoint
+from bomemeta.live_bytes import LiveBytes
+
+# A dry step that takes this long is not repeated for anything that can be done without.
+SLOW_S = 20.0
+
+
+class Line(NamedTuple):
+    """`rest + tasks * each`."""
+
+    rest: float
+    each: float
+
+    def at(self, tasks: int) -> float:
+        return self.rest + tasks * self.each
+
+
+def line_through(points: Sequence[tuple[int, float]]) -> Line:
+    """Through the values at so many tasks; flat where there is one."""
+    (n, low), (m, high) = points[0], points[-1]
+    if n == m:
+        return Line(low, 0.0)
+    each = max((high - low) / (m - n), 0.0)
+    return Line(low - n * each, each)
+
+
+class Dry(NamedTuple):
+    """What steps on so many tasks, all in one shard, came to."""
+
+    tasks: int
+    worker_bytes: int  # most at any time, in the worker; on a GPU: allocated there
+    driver_bytes: int  # likewise at the driver, without what workers send
+    reduces: int  # rounds of the first step
+    bytes_reduced: int  # of the first step, from one shard
+    bytes_reduced_later: int  # of a later one
+    sent_bytes: int  # of the first step, to one node
+    state_bytes: int  # lower state of a task, where it persists
+    checkpoint_bytes: int
+    log_bytes: int  # of a line of metrics.jsonl
+    log_numbers: int
+    worker_s: float  # of a later step, in the worker
+    step_s: float  # of a later step, whole
+
+
+class Plan(NamedTuple):
+    """How a step's tasks are cut."""
+
+    tasks: int  # in a step
+    shards: int  # those that have tasks
+    largest: int  # tasks in the largest shard
+    evaluated: int  # tasks that an evaluation holds in a worker at once; 0: there is none
+
+
+def plan_of(config: Config, problem: BilevelProblem) -> Plan:
+    pool = problem.pool
+    tasks = config.tasks_per_step or (FRESH_TASKS_PER_STEP if pool is None else pool)
+    tasks = tasks if pool is None else min(tasks, pool)
+    shards = min(config.shards, tasks)
+    if problem.meta_tests:
+        evaluated = min(EVALUATION_SHARD, config.evaluation.episodes)
+    else:
+        evaluated = 0 if pool is None else -(-pool // min(config.shards, pool))
+    return Plan(tasks, shards, -(-tasks // shards), evaluated)
+
+
+def device_of(config: Config) -> str:
+    """Where the dry step runs: where the run's tasks would, or on the CPU where this machine has no such device."""
+    wants_gpu = config.device != "cpu" if config.workers == 0 else config.gpus_per_worker > 0
+    return "cuda:0" if wants_gpu and torch.cuda.is_available() else "cpu"
+
+
+class _Counts:
+    """What the worker below was seen to do since `reset`."""
+
+    def __init__(self) -> None:
+        self.driver: LiveBytes | None = None  # while this is set, bytes are counted
+        self.resident: list[Tensor] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.peak = self.sent = 0
+        self.seconds = 0.0
+
+
+class _ObservedWorker:
+    """A worker whose calls are counted and timed, by what it holds beside what was there before."""
+
+    def __init__(self, worker: ShardWorker, counts: _Counts, device: str) -> None:
+        self._worker, self._counts, self._device = worker, counts, device
+
+    def execute(self, request: Any, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
+        counts = self._counts
+        counts.sent += broadcast.nbytes
+        started = time.perf_counter()
+        if counts.driver is None:
+            results = self._worker.execute(request, broadcast, *states)
+        elif self._device == "cpu":
+            with counts.driver.paused(), LiveBytes(counts.resident) as live:
+                results = self._worker.execute(request, broadcast, *states)
+            counts.peak = max(counts.peak, live.peak)
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            with counts.driver.paused():
+                results = self._worker.execute(request, broadcast, *states)
+            counts.peak = max(counts.peak, torch.cuda.max_memory_allocated())
+        counts.seconds += time.perf_counter() - started
+        return results
+
+
+class DryRun:
+    """The run's problem and solver in this process; `device` is where its tasks are computed here."""
+
+    def __init__(self, config: Config, problem: BilevelProblem, solver: Solver) -> None:
+        self.device = device_of(config)
+        self._counts = _Counts()
+        self._counts.resident = _resident(problem)
+        counts = self._counts
+
+        def worker(device: str) -> _ObservedWorker:
+            shard_worker = ShardWorker(lambda changes: variant_of(problem, changes), config.task_map, device)
+            return _ObservedWorker(shard_worker, counts, device)
+
+        self.job = Job(config, problem, solver, SerialTransport(worker, threads=config.threads, device=self.device))
+        # A stream's memory fills up: its last steps are those that need most.
+        self._first = max(self.job.steps - 3, 0) if problem.length is not None else 0
+
+    def steps(self, tasks: int) -> Dry:
+        """A counted step, one more where y persists (it then comes with the call), and one that is timed. Raises what a step raises."""
+        state = self._start()
+        seen = [self._counted(state, tasks)]
+        if self.job.problem.pool is not None:
+            seen.append(self._counted(state, tasks))
+        self._counts.reset()
+        started = time.perf_counter()
+        run, metrics = self._step(state, tasks)
+        step_s = time.perf_counter() - started
+        handles = [np.asarray(handle).nbytes for handle in state.lower.handles.values()]
+        buffer = io.BytesIO()
+        torch.save(to_checkpoint(self.job, state)._asdict(), buffer)
+        x = sum(tensor.nbytes for tensor in (*state.upper.params.values(), *state.memory.values()))
+        return Dry(
+            tasks=tasks,
+            worker_bytes=max(one.worker for one in seen),
+            driver_bytes=x + max(one.driver for one in seen),
+            reduces=seen[0].reduces,
+            bytes_reduced=seen[0].reduced,
+            bytes_reduced_later=run.traffic.bytes_reduced,
+            sent_bytes=seen[0].sent,
+            state_bytes=max(handles, default=0),
+            checkpoint_bytes=len(buffer.getvalue()),
+            log_bytes=len(json.dumps(metrics)),
+            log_numbers=len(metrics),
+            worker_s=self._counts.seconds,
+            step_s=step_s,
+        )
+
+    def with_inner_steps(self, inner_steps: int) -> int:
+        """Bytes of a worker in one step on one task with another T."""
+        solver: Solver = dataclasses.replace(self.job.solver, inner_steps=inner_steps)  # type: ignore[type-var]
+        other = object.__new__(DryRun)
+        other.__dict__ |= self.__dict__ | {"job": dataclasses.replace(self.job, solver=solver)}
+        return other._counted(other._start(), 1).worker
+
+    def evaluation(self, tasks: int) -> tuple[int, float]:
+        """Bytes and seconds of a worker that evaluates so many tasks at once."""
+        problem, settings = self.job.problem, self.job.config.evaluation
+        state = self._start()
+        split: Split = "test" if problem.meta_tests or problem.lower == "shared" else "train"
+        own = not problem.meta_tests
+        if own:
+            self._step(state, tasks)
+        rest: dict[str, Any] = {"persistent": own, "memory": state.memory}
+        steps = 0 if own else settings.inner_steps
+        run = self.job.run_on(range(tasks), 1, step=0, split=split, differentiable=False, **rest)
+        ask = functools.partial(run, evaluate, self.job.solver, state.upper.params, state.lower, steps=steps)
+        with self._counting():
+            ask()
+        peak = self._counts.peak
+        self._counts.reset()
+        ask()
+        return peak, self._counts.seconds
+
+    def remembering(self) -> int:
+        """Bytes of a worker where the problem's memory is made anew; 0 where it never is."""
+        problem = self.job.problem
+        step = next((step for step in range(self.job.steps) if problem.remembers(step)), None)
+        if problem.lower != "shared" or step is None:
+            return 0
+        state = self._start()
+        state.step = step
+        self._step(state, 1)
+        run = self.job.run_on(range(1), 1, step=step, memory=state.memory)
+        assert isinstance(run, SharedRun), "the problem is shared"
+        with self._counting():
+            run.remember(self.job.solver, state.upper.params, state.lower)
+        return self._counts.peak
+
+    def _start(self) -> State:
+        problem, config = self.job.problem, self.job.config
+        upper = problem.init_upper(torch.Generator().manual_seed(config.seed))
+        return State(self._first, self.job.solver.start(upper, self.job.steps), LowerStates.none(), problem.init_memory())
+
+    def _step(self, state: State, tasks: int) -> tuple[Any, dict[str, float]]:
+        step = min(state.step, self.job.steps - 1)
+        run = self.job.run_on(range(tasks), 1, step=step, memory=state.memory)
+        lower, metrics = self.job.solver.step(state.upper, state.lower, run)
+        state.lower = LowerStates(lower.layout, {**state.lower.handles, **lower.handles})
+        state.step += 1
+        return run, metrics | run.seconds
+
+    def _counted(self, state: State, tasks: int) -> _Seen:
+        with self._counting() as driver:
+            run, _ = self._step(state, tasks)
+        return _Seen(self._counts.peak, driver.peak, run.traffic.reduces, run.traffic.bytes_reduced, self._counts.sent)
+
+    @contextmanager
+    def _counting(self) -> Iterator[LiveBytes]:
+        """Inside, the worker's calls are counted, and what is beside them in what is yielded."""
+        self._counts.reset()
+        with LiveBytes() as driver:
+            self._counts.driver = driver
+            try:
+                yield driver
+            finally:
+                self._counts.driver = None
+
+
+class _Seen(NamedTuple):
+    """Of one counted step."""
+
+    worker: int
+    driver: int
+    reduces: int
+    reduced: int
+    sent: int
+
+
+def _resident(problem: BilevelProblem) -> list[Tensor]:
+    """What `load` keeps and gives again and again: it is part of the process, and not of a step."""
+    once, again = (problem.load((0,), 0, "train") for _ in range(2))
+    return [tensor for name, tensor in once.items() if tensor.nbytes and tensor.data_ptr() == again[name].data_ptr()]

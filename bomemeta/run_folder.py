@@ -1,0 +1,221 @@
+"""The folder that a run leaves behind: on a disk, or at a URI with a local copy to work on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bomemeta.config import Config
+from bomemeta.errors import ConfigError, StorageError
+from bomemeta.files import naming, replace_text, unwritten, written_whole
+from bomemeta.storage import Mirror, is_uri
+
+# How long to wait for another process in the same run folder: longer than `ray job stop` takes to end one.
+LOCK_PATIENCE_S = 20.0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; `path` is absolute. Where output_dir is a URI, `mirror` is what copies `path`, a temporary folder, there."""
+
+    path: Path
+    mirror: Mirror | None = None
+
+    @property
+    def place(self) -> Path | str:
+        """Where the run is to be found afterwards: the path or the URI."""
+        return self.path if self.mirror is None else self.mirror.uri
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @classmethod
+    def create(cls, output_dir: str | None, config_name: str, config: Config) -> RunFolder:
+        """A new folder with the config in it: `output_dir`, or the first free of runs/NAME, runs/NAME-2, ...
+
+        Raises ConfigError where `output_dir` holds something already or cannot be made.
+        """
+        try:
+            if output_dir is None:
+                folder = cls(_first_free(Path("runs") / config_name).resolve())
+            elif is_uri(output_dir):
+                folder = cls._at(output_dir)
+                if folder.mirror is not None and folder.mirror.names():
+                    raise ConfigError(_taken(output_dir, output_dir))
+            else:
+                path = Path(output_dir).expanduser()
+                if not _claim(path):
+                    raise ConfigError(_taken(path.resolve(), path))
+                folder = cls(path.resolve())
+            folder.write_config(config)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {error.filename} cannot be written: {error.strerror}") from error
+        if folder.mirror is not None:
+            try:
+                folder.mirror.send()  # what it would refuse it refuses now
+            except StorageError:
+                folder.config_file.unlink()
+                folder.path.rmdir()
+                raise
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The folder of an earlier run. Raises ConfigError where it is not one."""
+        if (folder := cls.find(path)) is not None:
+            return folder
+        place = path if is_uri(path) else Path(path).expanduser().resolve()
+        runs = sorted(str(file.parent) for file in Path("runs").glob("*/config.yaml"))
+        hint = f"Runs here: {', '.join(runs)}" if runs else "`bomemeta train` prints the folder of each run"
+        raise ConfigError(f"{place} is not a run's folder: it has no config.yaml. {hint}")
+
+    @classmethod
+    def find(cls, path: str | Path) -> RunFolder | None:
+        """The folder of an earlier run, or None where none has written its config."""
+        if is_uri(path):
+            folder = cls._at(str(path))
+            assert folder.mirror is not None
+            folder.mirror.fetch()
+        else:
+            folder = cls(Path(path).expanduser().resolve())
+        if folder.config_file.is_file():
+            return folder
+        if folder.mirror is None and folder.path.is_dir():
+            unwritten(folder.config_file).unlink(missing_ok=True)  # of a process that was killed as it began
+        return None
+
+    @classmethod
+    def _at(cls, uri: str) -> RunFolder:
+        mirror = Mirror(uri)
+        return cls(mirror.folder, mirror)
+
+    @contextlib.contextmanager
+    def held(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Keeps other processes on this machine out, and has everything at the URI, if there is one, at the end.
+
+        Raises ConfigError where another process is at work in the folder, StorageError where the URI cannot be written at the end.
+        """
+        with _locked(self.path):
+            try:
+                yield
+            except BaseException:
+                self.publish(say)
+                raise
+            if self.mirror is not None:
+                try:
+                    self.mirror.send()
+                except StorageError as error:
+                    raise StorageError(f"{error}. Nothing is lost: the run as it is now is in {self.path}") from error
+
+    def publish(self, say: Callable[[str], None]) -> None:
+        """Copies what is new to the URI, where there is one. What fails is said, and done the next time."""
+        if self.mirror is not None:
+            try:
+                self.mirror.send()
+            except StorageError as error:
+                say(f"{error}. Nothing is lost: the run is in {self.path}, and what is missing is sent with the next checkpoint")
+
+    def abandon(self) -> None:
+        """Takes back a folder in which nothing happened; one that holds more than the config stays."""
+        if [path.name for path in self.path.iterdir()] == [self.config_file.name]:
+            self.config_file.unlink()
+            if self.mirror is not None:
+                self.mirror.send()
+            self.path.rmdir()
+
+    def write_config(self, config: Config) -> None:
+        """Every key with its value, so that the run does not depend on a later version's defaults."""
+        replace_text(self.config_file, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Replaces result.json; NaN and infinite numbers, which JSON does not have, become null."""
+        replace_text(self.result_file, json.dumps(finite(result), indent=2) + "\n")
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Puts a file of the problem's own into the folder, or replaces it."""
+        with naming(self.path / name), written_whole(self.path / name) as file:
+            file.write(content)
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON can have it: None in the place of NaN and infinite numbers, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _first_free(path: Path) -> Path:
+    number = 1
+    candidate = path
+    while not _claim(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _claim(path: Path) -> bool:
+    """Makes the folder ours: True where it was not there (only one process can make it) or was there and empty."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return path.is_dir() and not any(path.iterdir())
+    return True
+
+
+def _taken(place: Path | str, typed: Path | str) -> str:
+    return (
+        f"output_dir: {place} exists and is not empty; a run never overwrites another. "
+        f"Go on with `bomemeta resume {typed}`, or choose another output_dir"
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # On the folder itself, so that no file is left. The system gives it back whenever and however this process ends.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"output_dir: another process is at work in {path}. Wait for its end, or end it") from error
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,255 @@
+"""`bomemeta train` as a job on a Ray cluster: what is sent there, what is checked before, and how it is followed.
+
+A job runs in a copy of the current folder, which is thrown away with everything that it wrote there. So whatever a run needs must be
+in that copy or on the cluster, and what it leaves must go elsewhere; both are checked here, before anything is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bomemeta.config import Config, load_config
+from bomemeta.document import Document, apply_overrides, find_config, read_document
+from bomemeta.errors import ClusterError, ConfigError
+from bomemeta.imports import is_file_entry
+from bomemeta.storage import is_uri
+
+# What no run needs, at the top of the folder where it begins with a slash; .gitignore and .rayignore are heeded by Ray itself.
+EXCLUDES = (
+    ".git", ".venv", "venv", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "/runs", "/data",
+    "/reproduced", "/dist",
+)  # fmt: skip
+# Copied to the job where they are set here: where data are, and how Ray proves who it is.
+PASSED_ON = ("BOMEMETA_DATA", "BOMEMETA_CACHE", "RAY_AUTH_MODE")
+# The cluster's HTTP server takes no larger upload (ray_constants.DASHBOARD_CLIENT_MAX_SIZE).
+LARGEST_UPLOAD = 100 * 1024**2
+BIGGEST_SHOWN = 5
+# Between two looks at a job whose log has ended: the cluster needs a moment to note its end.
+PAUSE_S = 0.5
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A job, ready to be sent."""
+
+    entrypoint: str
+    runtime_env: dict[str, Any]
+    output_dir: str
+    files: int
+    size: int  # bytes, before they are zipped
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The files of a folder that Ray would send, with their sizes."""
+
+    folder: Path
+    sizes: Mapping[Path, int] = field(default_factory=dict)
+
+    def has(self, path: Path) -> bool:
+        """Whether a file, or something in a folder, goes along. False for what is elsewhere."""
+        path = Path(os.path.abspath(path))  # not resolved: a link goes along where it lies
+        return path in self.sizes or any(path in file.parents for file in self.sizes)
+
+    def biggest(self) -> list[str]:
+        largest = sorted(self.sizes.items(), key=lambda item: -item[1])[:BIGGEST_SHOWN]
+        return [f"  {size / 1024**2:8.1f} MiB  {path.relative_to(self.folder)}" for path, size in largest]
+
+
+def prepare(
+    config: str,
+    overrides: Sequence[str] = (),
+    *,
+    uv: bool = False,
+    excludes: Sequence[str] = (),
+    environment: Sequence[str] = (),
+) -> Submission:
+    """Checks the config and what it needs, and says what would be sent from the current folder.
+
+    `environment`: NAME=VALUE, or NAME for its value here. Raises ConfigError where the job could not run or its results would be lost.
+    """
+    folder = Path.cwd()
+    excluded = [*EXCLUDES, *excludes]
+    upload = Upload(folder, _files(folder, excluded))
+    path = find_config(config)
+    settings = load_config(path, overrides)
+    output_dir = _lasting(settings.output_dir)
+    _check_carried(path, overrides, settings, upload)
+    _check_size(upload)
+    if uv and not upload.has(folder / "pyproject.toml"):
+        raise ConfigError(
+            f"--uv: there is no pyproject.toml in {folder}, which `uv run` on the cluster would build its environment from"
+        )
+    # With it Ray finds a `uv run` among the driver's parents and gives the workers the same environment. Without: a cluster that was itself
+    # started by `uv run` would do that to every job, which then has no Ray.
+    hook = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": str(int(uv))}
+    relative = Path(os.path.relpath(path, folder)).as_posix()
+    words = [*(["uv", "run"] if uv else []), "bomemeta", "train", relative, *overrides, "--auto-resume"]
+    return Submission(
+        entrypoint=shlex.join(words),
+        runtime_env={"working_dir": str(folder), "excludes": excluded, "env_vars": hook | _environment(environment)},
+        output_dir=output_dir,
+        files=len(upload.sizes),
+        size=sum(upload.sizes.values()),
+    )
+
+
+def submit(submission: Submission, address: str, *, wait: bool, say: Say, show: Say) -> int:
+    """Sends the job; with `wait` shows its log until it ends, and returns 0 where it was done, 1 where it failed, 130 where it was stopped.
+
+    Ctrl-C while waiting leaves the job alone. Raises ClusterError where there is no cluster at the address, or it refuses us.
+    """
+    from ray.job_submission import JobStatus
+
+    client, job = _send(submission, address)
+    say(f"submitted: {job}")
+    say(f"run folder: {submission.output_dir}")
+    say(f"see it:     ray job logs --follow --address {address} {job}")
+    say(f"stop it:    ray job stop --address {address} {job}     (the same submission again goes on from its last step)")
+    if not wait:
+        return 0
+    try:
+        status = _follow(client, job, show)
+        info = client.get_job_info(job)
+    except KeyboardInterrupt:
+        say(f"{job} goes on without being followed")
+        return 130
+    except (OSError, RuntimeError) as error:
+        raise ClusterError(
+            f"the connection to {address} was lost ({error}); {job} may go on, see above for how to see it"
+        ) from error
+    if status == JobStatus.SUCCEEDED:
+        say(f"done: {job}; run folder: {submission.output_dir}")
+        return 0
+    if status == JobStatus.STOPPED:
+        say(f"stopped: {job}; submit it again to go on. run folder: {submission.output_dir}")
+        return 130
+    say(f"failed: {job}: {str(info.message).strip().splitlines()[-1] if info.message else 'no reason was given'}")
+    return 1
+
+
+def _send(submission: Submission, address: str) -> tuple[Any, str]:
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # what it says of the upload we have said, or have checked
+    try:
+        client = JobSubmissionClient(address)
+        return client, client.submit_job(entrypoint=submission.entrypoint, runtime_env=submission.runtime_env)
+    except (RayError, RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ClusterError(
+            f"no job could be submitted to {address}: {reason} Wanted is the address of a cluster's dashboard, as in http://HEAD:8265; "
+            "RAY_AUTH_MODE and the token (RAY_AUTH_TOKEN or ~/.ray/auth_token) must be the same on both sides"
+        ) from error
+
+
+def _follow(client: Any, job: str, show: Say) -> Any:
+    """Shows the log to its end, also over a lost connection; returns the job's last status."""
+    shown = 0
+
+    async def tail() -> None:
+        nonlocal shown
+        skip = shown  # a new connection begins with the whole log
+        async for text in client.tail_job_logs(job):
+            fresh = text[skip:]
+            skip = max(skip - len(text), 0)
+            shown += len(fresh)
+            show(fresh)
+
+    while True:
+        try:
+            asyncio.run(tail())
+        except Exception:  # of the connection, by many names; whether there is one and the job goes on is asked next
+            time.sleep(PAUSE_S)
+        for _ in range(20):
+            status = client.get_job_status(job)
+            if status.is_terminal():
+                return status
+            time.sleep(PAUSE_S)
+
+
+def _lasting(output_dir: str | None) -> str:
+    if output_dir is not None and (is_uri(output_dir) or Path(output_dir).is_absolute()):
+        return output_dir
+    raise ConfigError(
+        f"output_dir: got {output_dir!r}; a job runs in a copy of this folder that is thrown away. Give a path that all of the cluster's "
+        "machines share, as in output_dir=/shared/runs/NAME, or a URI, as in output_dir=s3://BUCKET/NAME"
+    )
+
+
+def _check_carried(path: Path, overrides: Sequence[str], settings: Config, upload: Upload) -> None:
+    """Raises ConfigError naming every file that the config reads and the job would not have."""
+    wrong = []
+    if not upload.has(path):
+        wrong.append(f"{path} is not sent: it is outside of {upload.folder}, or excluded. Submit from a folder that holds it")
+    document = apply_overrides(read_document(path), overrides)
+    for entry in _entries(document):
+        if Path(entry).expanduser().is_absolute() or entry.startswith("~"):
+            wrong.append(
+                f"{document.place(('imports',))}: imports: {entry} is not there on the cluster; write it relative to the config"
+            )
+    for entry in settings.imports:
+        if is_file_entry(entry) and not upload.has(Path(entry)):
+            wrong.append(f"imports: {entry} is not sent: it is outside of {upload.folder}, or excluded")
+    for key in ("root", "path"):
+        place = settings.data.fields.get(key) if settings.data is not None else None
+        if isinstance(place, str) and not Path(place).expanduser().is_absolute() and not upload.has(Path(place)):
+            wrong.append(
+                f"data.{key}: {place} is not sent: it is excluded, or not there. Give the absolute path that it has on the cluster"
+            )
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _entries(document: Document) -> list[str]:
+    """The files of `imports:` as they were typed in the config; overrides' are absolute already and are judged as loaded."""
+    if document.place(("imports",)).startswith("override"):
+        return []
+    entries = document.data.get("imports") or []
+    return [entry for entry in entries if isinstance(entry, str) and is_file_entry(entry)]
+
+
+def _check_size(upload: Upload) -> None:
+    size = sum(upload.sizes.values())
+    if size > LARGEST_UPLOAD:
+        raise ConfigError(
+            f"{upload.folder} has {size / 1024**2:.0f} MiB to send, a cluster takes {LARGEST_UPLOAD / 1024**2:.0f}. The biggest files:\n"
+            + "\n".join(upload.biggest())
+            + "\nLeave some out with --exclude PATTERN (as in .gitignore), or submit from a smaller folder"
+        )
+
+
+def _environment(entries: Sequence[str]) -> dict[str, str]:
+    found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals and name not in os.environ:
+            raise ConfigError(f"--env {name}: it is not set here; give its value, as in --env {name}=VALUE")
+        found[name] = value if equals else os.environ[name]
+    return found
+
+
+def _files(folder: Path, excludes: Sequence[str]) -> dict[Path, int]:
+    """What Ray itself would put into the package: by its own walk, so that .gitignore and .rayignore mean the same."""
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    sizes: dict[Path, int] = {}
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            sizes[path] = path.stat().st_size
+
+    heeds_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    _dir_travel(folder, [_get_excludes(folder, list(excludes))], note, heeds_gitignore, logging.getLogger(__name__))
+    return sizes

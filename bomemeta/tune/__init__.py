@@ -1,0 +1,29 @@
+"""Searches for hyperparameters with Ray Tune: `bomemeta tune`, and `trainable` for a Tuner of one's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bomemeta.tune.outcome import Row, SearchResult
+    from bomemeta.tune.search import tune
+    from bomemeta.tune.trial import trainable
+
+__all__ = ["Row", "SearchResult", "trainable", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    # Ray Tune takes seconds to import: a tune file is read and checked without it.
+    if name == "tune":
+        from bomemeta.tune.search import tune
+
+        return tune
+    if name == "trainable":
+        from bomemeta.tune.trial import trainable
+
+        return trainable
+    if name in {"Row", "SearchResult"}:
+        from bomemeta.tune import outcome
+
+        return getattr(outcome, name)
+    raise AttributeError(f"module 'bomemeta.tune' has no attribute {name!r}")

@@ -1,0 +1,176 @@
+"""What a search came to: its rows, the best of them, and the files that say so."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bomemeta.errors import BomemetaError, ConfigError
+from bomemeta.files import written_whole
+from bomemeta.tune.spec import Search
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial. `ended`: done, stopped (by the scheduler), diverged, failed, lost (more often than max_failures), or unfinished."""
+
+    trial: int
+    ended: str
+    steps: int
+    figure: float | None  # the metric at its last report
+    values: dict[str, Any]
+    metrics: dict[str, float]
+    upper_sha256: str | None
+    seconds: float
+    run_dir: str  # within the search's folder
+    reason: str | None = None
+    notes: list[str] = field(default_factory=list)
+    lineage: list[dict[str, Any]] = field(default_factory=list)  # which values held from which step on: several under PBT
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A finished or interrupted search. `best` and `best_config` are there where it is finished and a trial came to its end."""
+
+    output_dir: Path
+    rows: list[Row]
+    best: Row | None
+    best_config: Path | None
+    interrupted: bool
+
+    @property
+    def table(self) -> str:
+        """The rows as Markdown, the best first."""
+        return _table(self.rows)
+
+
+def rows_of(results: Iterable[Any], search: Search, output_dir: Path, interrupted: bool) -> list[Row]:
+    """From Tune's results, the best first: trials that came to their end by the metric, then the others by how far they came."""
+    rows = [_row(result, search, output_dir, interrupted) for result in results]
+    sign = -1 if search.settings.mode == "max" else 1
+    return sorted(
+        rows, key=lambda row: (row.ended != "done", 0 if row.ended == "done" else -row.steps, _order(row.figure, sign), row.trial)
+    )
+
+
+def write_outcome(output_dir: Path, search: Search, rows: list[Row]) -> SearchResult:
+    """Writes best.yaml, results.md and, last, results.json, which says that the search is finished.
+
+    Raises ConfigError where a trial found the search to be wrong; then nothing is written, so that it can go on when it is put right.
+    """
+    for row in rows:
+        if row.ended == "wrong":
+            raise ConfigError(f"trial {row.trial}: {row.reason}")
+    best = rows[0] if rows and rows[0].ended == "done" and rows[0].figure is not None else None
+    best_config = None
+    if best is not None:
+        best_config = output_dir / "best.yaml"
+        _write(best_config, _best_text(search, best))
+    _write(output_dir / "results.md", _heading(search) + _table(rows))
+    record = {
+        "metric": search.settings.metric,
+        "mode": search.settings.mode,
+        "best": best.trial if best else None,
+        "rows": [asdict(row) for row in rows],
+    }
+    _write(output_dir / "results.json", json.dumps(record, indent=2, default=str) + "\n")
+    return SearchResult(output_dir, rows, best, best_config, interrupted=False)
+
+
+def check_any(result: SearchResult) -> None:
+    """Raises BomemetaError where no trial came to its end."""
+    if result.best is None:
+        first = next((f"; trial {row.trial} {row.ended}: {row.reason}" for row in result.rows if row.reason), "")
+        raise BomemetaError(f"no trial came to its end with a figure{first}. The table is in {result.output_dir / 'results.md'}")
+
+
+def _row(result: Any, search: Search, output_dir: Path, interrupted: bool) -> Row:
+    metrics = dict(result.metrics or {})
+    path = Path(result.path)
+    ended = metrics.get("ended")
+    if ended is None:
+        ended = "lost" if result.error is not None else "unfinished" if interrupted else "stopped"
+    figure = metrics.get(search.settings.metric)
+    lineage = json.loads(metrics.get("lineage", "[]"))
+    return Row(
+        trial=int(path.name.rpartition("-")[2]),
+        ended=ended,
+        steps=int(metrics.get("steps", 0)),
+        figure=figure if isinstance(figure, float) and math.isfinite(figure) else None,
+        values=dict(result.config or {}),
+        metrics=_figures(path / "run" / "checkpoints" / "report.json"),
+        upper_sha256=metrics.get("upper_sha256"),
+        seconds=round(float(metrics.get("time_total_s", 0.0)), 3),
+        run_dir=str((path / "run").relative_to(output_dir)),
+        reason=metrics.get("reason") or (str(result.error).strip().splitlines()[-1] if result.error is not None else None),
+        notes=metrics.get("notes", "").splitlines(),
+        lineage=lineage,
+    )
+
+
+def _figures(report: Path) -> dict[str, float]:
+    if not report.is_file():
+        return {}
+    figures = json.loads(report.read_text(encoding="utf-8"))["figures"]
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _order(figure: float | None, sign: int) -> float:
+    return sign * figure if figure is not None else math.inf
+
+
+def _best_text(search: Search, best: Row) -> str:
+    config = search.trial_config(best.values).to_dict() | {"output_dir": None}
+    lines = [
+        f"# The best of {search.name}: trial {best.trial}, {search.settings.metric} {best.figure:.6g} after {best.steps} steps.",
+        "# `bomemeta train` with this file repeats it to the same bits."
+        if len(best.lineage) == 1
+        else "# Its values changed on the way:",
+    ]
+    if len(best.lineage) > 1:
+        lines += [f"#   from step {part['from_step']}: {json.dumps(part['values'])}" for part in best.lineage]
+        lines.append("# This file has the last ones, so `bomemeta train` with it does not repeat the trial.")
+    return "\n".join(lines) + "\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def _heading(search: Search) -> str:
+    settings = search.settings
+    return (
+        f"# {search.name}\n\n{settings.mode}imum of `{settings.metric}`, scheduler {settings.scheduler}, seed {settings.seed}. "
+        "Trials that came to their end are first, the best above.\n\n"
+    )
+
+
+def _table(rows: list[Row]) -> str:
+    keys = list(dict.fromkeys(key for row in rows for key in row.values))
+    head = ["trial", "ended", "steps", "figure", *keys, "seconds"]
+    lines = [
+        [
+            str(row.trial),
+            row.ended,
+            str(row.steps),
+            _short(row.figure),
+            *(_short(row.values.get(key)) for key in keys),
+            f"{row.seconds:.1f}",
+        ]
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
+    texts = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *lines]]
+    rule = " | ".join("-" * width for width in widths)
+    return "\n".join(f"| {text} |" for text in [texts[0], rule, *texts[1:]]) + "\n"
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as file:
+        file.write(text.encode())

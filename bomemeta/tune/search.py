@@ -1,0 +1,281 @@
+"""A search from its file to its best config: sampled, checked, run by Ray Tune in a folder of its own, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from ray import tune as ray_tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.variant_generator import generate_variants
+
+from bomemeta.assembly import build_problem, build_solver
+from bomemeta.distributed import cluster
+from bomemeta.distributed.cluster import MAX_OVERSUBSCRIPTION, RayOptions
+from bomemeta.engine import run_length
+from bomemeta.errors import ClusterError, ConfigError
+from bomemeta.files import written_whole
+from bomemeta.tune.outcome import SearchResult, check_any, rows_of, write_outcome
+from bomemeta.tune.placement import bundles_of, check_placement
+from bomemeta.tune.progress import Ends, Progress, said_values, spoken, trial_folder, tune_settings
+from bomemeta.tune.schedulers import Halving, population
+from bomemeta.tune.space import Domain, flat
+from bomemeta.tune.spec import ASIDE, Search, load_search, written
+from bomemeta.tune.trial import make_trainable
+
+TRIALS = "trials"  # Tune's folder in the search's
+# PBT takes checkpoints of trials that go on meanwhile; else the one before the last is for a last one that was cut short.
+KEPT = {"pbt": 4, "asha": 2, "none": 2}
+
+
+def tune(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    resume: str | Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> SearchResult:
+    """Searches as the tune file says, and writes results.md, results.json and best.yaml into the search's folder.
+
+    `overrides` are `key=value` texts over the tune file. `resume` is the folder of an interrupted or killed search of the same file; an
+    `output_dir` that holds one is gone on with too. Raises a BomemetaError that says what to do; nothing is written before the file,
+    every trial's config and the cluster's room have been checked.
+    """
+    search = load_search(source, overrides)
+    steps = _check_run(search)
+    values = sampled(search)
+    _check_trials(search, values)
+    folder = _Folder.of(search, resume)
+    bundles = bundles_of(search.config, search.settings.driver_cpus)
+    with _cluster(search, bundles, len(values), say) as concurrent:
+        check_placement(bundles)
+        trainable = make_trainable(
+            search.base, search.config, search.settings.report_every_steps, search.settings.metric, search.settings.driver_cpus
+        )
+        path = folder.claim(search)
+        say(f"search folder: {path}")
+        with _quiet(), tune_settings(), spoken(say) as live:
+            tuner = _tuner(search, trainable, path, steps, concurrent, len(values))
+            results = tuner.fit()
+            interrupted = live.interrupted
+        rows = rows_of(results, search, path, interrupted)
+    if interrupted:
+        return SearchResult(path, rows, None, None, interrupted=True)
+    result = write_outcome(path, search, rows)
+    check_any(result)
+    return result
+
+
+def sampled(search: Search) -> list[dict[str, Any]]:
+    """The values of all trials, in order: drawn with the search's seed as Tune will draw them."""
+    rng = np.random.default_rng(search.settings.seed)
+    spec = {"config": _param_space(search.space)}
+    drawn = [found["config"] for _ in range(search.settings.trials) for _, found in generate_variants(spec, random_state=rng)]
+    return [{key: value.item() if hasattr(value, "item") else value for key, value in values.items()} for values in drawn]
+
+
+def _param_space(space: Mapping[str, Domain]) -> dict[str, Any]:
+    """Ray Tune's domains."""
+    made: dict[str, Any] = {}
+    for key, domain in space.items():
+        if domain.kind == "grid":
+            made[key] = ray_tune.grid_search(list(domain.arguments))
+        elif domain.kind == "choice":
+            made[key] = ray_tune.choice(list(domain.arguments))
+        else:
+            made[key] = getattr(ray_tune, domain.kind)(*domain.arguments)
+    return made
+
+
+def _check_run(search: Search) -> int:
+    """How long a trial is. Raises where data or solver cannot be had, or the run's length does not fit the reports."""
+    problem = build_problem(search.config)
+    build_solver(search.config, problem)
+    steps, every = run_length(search.config, problem), search.settings.report_every_steps
+    if steps % every:
+        raise ConfigError(f"report_every_steps: got {every}, wanted a divisor of the run's steps, {steps}")
+    for key, first in (
+        ("asha.grace_steps", search.settings.asha.grace_steps),
+        ("pbt.every_steps", search.settings.pbt.every_steps),
+    ):
+        if first is not None and first > steps:
+            raise ConfigError(f"{key}: got {first}, wanted at most the run's steps, {steps}")
+    return steps
+
+
+def _check_trials(search: Search, values: Sequence[Mapping[str, Any]]) -> None:
+    for number, drawn in enumerate(values, start=1):
+        try:
+            search.trial_config(drawn)
+        except ConfigError as error:
+            raise ConfigError(f"trial {number} ({said_values(drawn)}) would have no valid config:\n{error}") from error
+
+
+def _tuner(search: Search, trainable: Any, path: Path, steps: int, concurrent: int, trials: int) -> Any:
+    """A new Tuner, or the one of the search that was begun in this folder."""
+    settings = search.settings
+    if _begun(path / TRIALS):
+        return ray_tune.Tuner.restore(str(path / TRIALS), trainable=trainable, resume_unfinished=True, resume_errored=True)
+    shutil.rmtree(path / TRIALS, ignore_errors=True)  # of a search that was killed before it had noted a trial
+    every = settings.report_every_steps
+    scheduler = None
+    if settings.scheduler == "asha":
+        scheduler = Halving(steps, settings.asha.grace_steps or every, settings.asha.reduction)
+    elif settings.scheduler == "pbt":
+        scheduler = population(search.space, settings.pbt, _param_space(search.space), every)
+    return ray_tune.Tuner(
+        trainable,
+        param_space=_param_space(search.space),
+        tune_config=ray_tune.TuneConfig(
+            metric=settings.metric,
+            mode=settings.mode,
+            num_samples=settings.trials,
+            scheduler=scheduler,
+            # A population is trained side by side, or takes turns: its size is not limited here but by the cluster's room.
+            search_alg=BasicVariantGenerator(
+                max_concurrent=0 if settings.scheduler == "pbt" else concurrent, random_state=settings.seed
+            ),
+            trial_name_creator=trial_folder,
+            trial_dirname_creator=trial_folder,
+            reuse_actors=True,  # a trial's process takes several seconds to import what it needs
+        ),
+        run_config=ray_tune.RunConfig(
+            name=TRIALS,
+            storage_path=str(path),
+            stop=Ends(),
+            callbacks=[Progress(settings.metric, trials)],
+            failure_config=ray_tune.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=KEPT[settings.scheduler]),
+            verbose=0,
+        ),
+    )
+
+
+def _begun(trials: Path) -> bool:
+    """Whether Tune has noted a trial there. Without one it would begin anew by itself, and say nothing."""
+    states = sorted(trials.glob("experiment_state-*.json"))
+    return bool(states) and bool(json.loads(states[-1].read_text(encoding="utf-8"))["trial_data"])
+
+
+class _Folder(NamedTuple):
+    """The search's folder, not yet made: a path that must be free, the first free of runs/NAME, ..., or one to go on in."""
+
+    path: Path | None
+    goes_on: bool
+
+    @classmethod
+    def of(cls, search: Search, resume: str | Path | None) -> _Folder:
+        """Raises ConfigError where the folder is another search's, or is finished."""
+        wanted = resume if resume is not None else search.settings.output_dir
+        if wanted is None:
+            return cls(None, False)
+        if "://" in str(wanted):
+            raise ConfigError(f"output_dir: got {wanted}, wanted a folder that all machines of the cluster see under one path")
+        path = Path(wanted).expanduser().resolve()
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            if resume is not None:
+                raise ConfigError(f"{path} is not a search's folder: it is not there, or empty. Leave --resume out to begin one")
+            return cls(path, False)
+        if not (path / "search.yaml").is_file():
+            raise ConfigError(
+                f"output_dir: {path} exists and is not a search's folder; a search never overwrites anything. Choose another"
+            )
+        changed = _changed(yaml.safe_load((path / "search.yaml").read_text(encoding="utf-8")), search.to_dict())
+        if changed:
+            raise ConfigError(
+                f"{path} holds another search, with other {', '.join(changed)}. Set these back to go on, or choose another output_dir"
+            )
+        if (path / "results.json").is_file():
+            raise ConfigError(f"{path} holds this search, finished: see results.md there. Choose another output_dir to repeat it")
+        return cls(path, True)
+
+    def claim(self, search: Search) -> Path:
+        """Makes the folder, with the search in it."""
+        path = self.path
+        try:
+            if path is None:
+                path = _first_free(Path("runs") / search.name).resolve()
+            elif not self.goes_on:
+                path.mkdir(parents=True, exist_ok=True)
+            if not self.goes_on:
+                with written_whole(path / "search.yaml") as file:
+                    file.write(written(search).encode())
+        except OSError as error:
+            raise ConfigError(f"output_dir: {error.filename} cannot be written: {error.strerror}") from error
+        return path
+
+
+def _first_free(path: Path) -> Path:
+    number, candidate = 1, path
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Keys that differ, but for those that may: where the folder is, and where the cluster."""
+    mine, theirs = (flat({key: value for key, value in each.items() if key not in ASIDE}) for each in (old, new))
+    return [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key != "base.address"]
+
+
+@contextmanager
+def _cluster(search: Search, bundles: Sequence[Mapping[str, float]], trials: int, say: Callable[[str], None]) -> Iterator[int]:
+    """The cluster that the base config names, or one of this machine. Yields how many trials may run at a time, 0 for as many as fit."""
+    config, settings = search.config, search.settings
+    each = sum(bundle.get("CPU", 0.0) for bundle in bundles)
+    gpus = config.gpus_per_worker
+    if not cluster.must_start(RayOptions(workers=1, address=config.address)):
+        if settings.scheduler == "pbt" and settings.concurrent is not None and settings.concurrent < trials:
+            raise ConfigError(
+                f"concurrent: got {settings.concurrent}, wanted at least {trials} or nothing: pbt compares trials that run side by side"
+            )
+        with cluster.joined(RayOptions(workers=1, address=config.address)):
+            yield settings.concurrent or 0
+        return
+    cores = len(os.sched_getaffinity(0))
+    most = MAX_OVERSUBSCRIPTION * cores
+    if each > most or each * (settings.concurrent or 1) > most:
+        number = settings.concurrent or 1
+        raise ClusterError(
+            f"{number} {'trials' if number > 1 else 'trial'} of {each:g} CPU ({settings.driver_cpus:g}, and {len(bundles) - 1} workers of "
+            f"{config.cpus_per_worker:g}) got no place: this machine has {cores}, and more than {MAX_OVERSUBSCRIPTION} times that would "
+            f"only wait. Use fewer workers, a smaller cpus_per_worker or driver_cpus, a smaller concurrent, or address of a larger cluster"
+        )
+    # A population that takes turns starts its processes anew at every turn: rather all of it, on shares of the cores.
+    room = (most if settings.scheduler == "pbt" else cores) / each if each else math.inf
+    concurrent = settings.concurrent or max(1, int(min(room, trials)))
+    busy = min(concurrent, trials) * max(len(bundles) - 1, 1) * config.threads
+    if busy > cores:
+        say(f"{busy} threads of {min(concurrent, trials)} trials share {cores} cores: results stay the same, speed suffers")
+    whole = RayOptions(workers=1, cpus_per_worker=max(1.0, concurrent * each), gpus_per_worker=gpus)
+    with cluster.local(whole, lambda text: None):
+        yield concurrent
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tune's log and two warnings that mean nothing here; what matters is said by `Progress`."""
+    logger = logging.getLogger("ray.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # ASHA takes a percentile of the figures at a rung, where a trial that diverged has NaN: with NaN alone nobody is stopped.
+            warnings.filterwarnings("ignore", message="All-NaN slice encountered", category=RuntimeWarning)
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,246 @@
+"""One trial of a search: a bomemeta run in a folder of its own, whose every report carries all that it takes to go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from bomemeta import api
+from bomemeta import checkpoint as checkpoints
+from bomemeta.checkpoint import Checkpoint
+from bomemeta.config import Config, differing_keys, load_config
+from bomemeta.document import apply_overrides, document_of, find_config, read_document
+from bomemeta.errors import BomemetaError, ConfigError, DivergenceError
+from bomemeta.imports import Import, is_file_entry, read_imports
+from bomemeta.report import Quiet
+from bomemeta.run_folder import RunFolder
+from bomemeta.tune.placement import bundles_of, check_placement
+from bomemeta.tune.space import flat
+from bomemeta.tune.spec import override_texts, portable
+
+# The name under which Tune knows the function; a search that goes on is refused another one.
+NAME = "bomemeta"
+# What a report says beside its figures.
+REPORT_FILE = "report.json"
+# Another try may go better: what the disk, the cluster or another process did. All else would fail again in the same way.
+WORTH_ANOTHER_TRY = (BomemetaError, OSError, ray.exceptions.RayError)
+
+Trainable = Callable[[dict[str, Any]], None]
+
+
+class SearchError(ConfigError):
+    """What is wrong with the search itself, and would be with any trial of it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trials of a search have in common, ready to travel."""
+
+    base: Mapping[str, Any]  # as the file has it, with absolute paths
+    imports: tuple[Import, ...]
+    report_every_steps: int
+    metric: str | None  # must be in every report; a trial that fails reports it as NaN. None: a failure is raised
+
+
+def trainable(
+    config: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    *,
+    report_every_steps: int,
+    metric: str | None = None,
+    driver_cpus: float = 1.0,
+) -> Trainable:
+    """A function for `ray.tune.Tuner`: one call is one run of `config` with the trial's values set over it.
+
+    A `param_space` has config keys, dotted or nested: `{"solver.upper_lr": tune.loguniform(1e-4, 1e-1)}`. Every `report_every_steps` the
+    figures of that step and a complete checkpoint are reported; `steps` counts the steps of the run, for a scheduler's `time_attr`. The
+    function brings its resources along: a bundle of `driver_cpus` for the trial and one for each of the config's `workers`.
+
+    With `metric` a trial that diverges or fails ends with NaN there instead of an exception, which Tune would answer by trying again.
+    Raises ConfigError where the config is wrong and, where Ray runs already, ClusterError where one trial has no room.
+    """
+    settings = load_config(config, overrides)
+    if isinstance(config, str | Path):
+        document = read_document(find_config(config))
+    else:
+        document = document_of(config.to_dict() if isinstance(config, Config) else config)
+    document = apply_overrides(document, overrides)
+    base = portable(document.data, document.folder)
+    return make_trainable(base, settings, report_every_steps, metric, driver_cpus)
+
+
+def make_trainable(
+    base: Mapping[str, Any], settings: Config, report_every_steps: int, metric: str | None, driver_cpus: float
+) -> Trainable:
+    """As `trainable`, from a base config that has been checked and made portable."""
+    plan = Plan(base, tuple(read_imports(settings.imports)), report_every_steps, metric)
+    bundles = bundles_of(settings, driver_cpus)
+    if ray.is_initialized():
+        check_placement(bundles)
+
+    def trial(config: dict[str, Any]) -> None:
+        run_trial(plan, config)
+
+    trial.__name__ = NAME
+    wanted: Trainable = tune.with_resources(trial, tune.PlacementGroupFactory(bundles))
+    return wanted
+
+
+def run_trial(plan: Plan, config: Mapping[str, Any]) -> None:
+    """Begins the trial, or goes on from the checkpoint that Tune hands it, and reports until the run's end."""
+    # A process that is used again waits for the last trial to close its workers, which Tune would give 2 s.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
+    values = {key: value.item() if hasattr(value, "item") else value for key, value in flat(config).items()}
+    place = _place()
+    place.mkdir(parents=True, exist_ok=True)
+    reporter = _Reporter(plan, values, place)
+    try:
+        settings = _settings(plan, values, place)
+        folder = RunFolder(place)
+        saved = tune.get_checkpoint()
+        if saved is not None:
+            with saved.as_directory() as directory:
+                reporter.take_over(_take_checkpoint(Path(directory), folder, settings))
+        folder.write_config(settings)
+        # A folder without a checkpoint begins at step 0, one whose process was killed before its first report goes on.
+        reporter.finish(api.resume(place, listener=reporter))
+    except Exception as error:
+        final = isinstance(error, DivergenceError | SearchError) or not isinstance(error, WORTH_ANOTHER_TRY)
+        if plan.metric is None or not final:
+            raise
+        reporter.fail(error)
+
+
+def _place() -> Path:
+    """The run's folder: beside the trial's checkpoints where they are on a disk, else in the trial's working directory."""
+    storage = tune.get_context().get_storage()
+    if storage.storage_filesystem.type_name == "local":
+        return Path(storage.trial_fs_path) / "run"
+    return Path(storage.trial_working_directory) / "run"
+
+
+def _settings(plan: Plan, values: Mapping[str, Any], place: Path) -> Config:
+    """The trial's config: what changes the result comes from the plan and the values, what does not is the trial's own."""
+    entries = _imports_here(plan, place)
+    settings = load_config({**plan.base, "imports": entries}, override_texts(values))
+    every = plan.report_every_steps
+    return settings.model_copy(
+        update={
+            "address": None,  # the trial is in the cluster
+            "output_dir": str(place),
+            "log": settings.log.model_copy(update={"tensorboard": False}),  # Tune writes what is reported
+            "evaluation": settings.evaluation.model_copy(update={"every_steps": every}),
+            "checkpoint": settings.checkpoint.model_copy(update={"every_steps": every, "keep": 1}),
+            # Without a share of a GPU a trial would take the first one, as would all others.
+            **({"device": "cpu"} if settings.gpus_per_worker == 0 and settings.device == "auto" else {}),
+        }
+    )
+
+
+def _imports_here(plan: Plan, place: Path) -> list[str]:
+    """The config's `imports:`; files that this machine does not have are written beside the run from their text."""
+    entries: list[str] = list(plan.base.get("imports") or [])
+    texts = {entry.file: entry.source for entry in plan.imports if entry.source is not None}
+    for index, entry in enumerate(entries):
+        if is_file_entry(entry) and not Path(entry).is_file():
+            copy = place / "imports" / Path(entry).name
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_text(texts[entry] or "", encoding="utf-8")
+            entries[index] = str(copy)
+    return entries
+
+
+def _take_checkpoint(directory: Path, folder: RunFolder, settings: Config) -> dict[str, Any]:
+    """Puts Tune's checkpoint in the place of the folder's own, as one of this config's. Returns what was reported with it.
+
+    It is this trial's own, or under PBT another's: then x, y and the solver's state are taken over, and the step sizes are our own.
+    """
+    loaded = checkpoints.load_latest(directory)
+    saved = loaded.checkpoint
+    foreign = [difference for difference in differing_keys(saved.config, settings) if not difference.key.startswith("solver.")]
+    if foreign or saved.config["solver"]["name"] != settings.solver.name:
+        keys = ", ".join(difference.key for difference in foreign) or "solver.name"
+        raise SearchError(f"{keys}: changed while the trial ran; a scheduler may change numbers of the solver alone")
+    for old in folder.checkpoints.glob("step_*.pt"):
+        old.unlink()
+    checkpoints.save(folder.checkpoints, Checkpoint(**saved._asdict() | {"config": settings.to_dict()}), keep=1)
+    reported: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
+    return reported
+
+
+@dataclass
+class _Reporter(Quiet):
+    """Hears a run and reports to Tune: figures with the checkpoint of the same step, and at the end the final figures."""
+
+    plan: Plan
+    values: dict[str, Any]
+    place: Path
+    steps: int = 0  # of the whole run
+    done: int = 0
+    figures: dict[str, float] = field(default_factory=dict)  # of the step that was last committed
+    notes: list[str] = field(default_factory=list)
+    lineage: list[dict[str, Any]] = field(default_factory=list)  # from which step on which values held
+
+    def take_over(self, reported: Mapping[str, Any]) -> None:
+        """What was reported with the checkpoint that the run goes on from."""
+        self.figures, self.lineage = dict(reported["figures"]), list(reported["lineage"])
+
+    def start(self, run_dir: Path | str, first_step: int, steps: int, every_steps: int) -> None:
+        self.steps, self.done = steps, first_step
+        if not self.lineage or self.lineage[-1]["values"] != self.values:
+            self.lineage.append({"from_step": first_step, "values": self.values})
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.done = step + 1
+        self.figures = {name: float(value) for name, value in metrics.items()}
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def saved(self, path: Path) -> None:
+        # The end has a report of its own, with the final figures: two of one step would be drawn twice.
+        if 0 < self.done < self.steps and self.done % self.plan.report_every_steps == 0:
+            self._report({})
+
+    def finish(self, result: api.Result) -> None:
+        self.figures |= result.metrics
+        self._report({"ended": "done", "upper_sha256": result.upper_sha256, "done": True})
+
+    def fail(self, error: Exception) -> None:
+        """The last word of a trial that diverged, or that its own code or config made impossible."""
+        ended = "diverged" if isinstance(error, DivergenceError) else "wrong" if isinstance(error, SearchError) else "failed"
+        (self.place / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        text = f"{type(error).__name__}: {error}"
+        tune.report(
+            {
+                self.plan.metric: math.nan,
+                "steps": self.done,
+                "timesteps_total": self.done,
+                "ended": ended,
+                "reason": text,
+                "done": True,
+            }
+        )
+
+    def _report(self, more: Mapping[str, Any]) -> None:
+        metric = self.plan.metric
+        if metric is not None and metric not in self.figures:
+            raise SearchError(f"metric: got {metric!r}, wanted one of what is reported: {', '.join(self.figures)}")
+        folder = RunFolder(self.place).checkpoints
+        record = {"figures": self.figures, "lineage": self.lineage}
+        (folder / REPORT_FILE).write_text(json.dumps(record), encoding="utf-8")
+        told = {"notes": "\n".join(self.notes)} if self.notes else {}
+        tune.report(
+            # timesteps_total is where Tune's TensorBoard files have their x axis.
+            {**self.figures, "steps": self.done, "timesteps_total": self.done, "lineage": json.dumps(self.lineage), **told, **more},
+            checkpoint=tune.Checkpoint.from_directory(str(folder)),
+        )

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# A run on this machine. Started again after a crash, a reboot or Ctrl-C, it goes on with the run.
+#
+#   launch/local.sh CONFIG OUTPUT_DIR [KEY=VALUE]...
+#   launch/local.sh configs/quickstart.yaml runs/quickstart workers=4
+set -euo pipefail
+
+config=${1:?usage: launch/local.sh CONFIG OUTPUT_DIR [KEY=VALUE]...}
+output=${2:?usage: launch/local.sh CONFIG OUTPUT_DIR [KEY=VALUE]...}
+shift 2
+
+# exec: signals reach the run itself, which saves what is committed before it ends.
+# shellcheck disable=SC2086  # BOMEMETA may be several words
+exec ${BOMEMETA:-uv run bomemeta} train "$config" output_dir="$output" "$@" --auto-resume

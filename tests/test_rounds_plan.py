@@ -1,0 +1,184 @@
+"""What a round consists of and who is given what, without Ray: the tree of sums, the plan that survives losses, the pace of workers."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from bomemeta.distributed.pace import Key, Pace
+from bomemeta.distributed.plan import Plan
+from bomemeta.distributed.summation import TreeSum, added, merges
+from bomemeta.distributed.transport import ShardReply
+
+SIZES = [1, 2, 3, 4, 5, 7, 8, 13]
+
+
+def shares(count: int) -> list[np.ndarray]:
+    """Numbers whose sum depends on the order in which they are added."""
+    generator = np.random.default_rng(count)
+    return [(generator.standard_normal(50) * 10.0 ** generator.integers(-6, 6, 50)).astype(np.float32) for _ in range(count)]
+
+
+def by_merges(parts: list[np.ndarray]) -> np.ndarray:
+    nodes = dict(enumerate(parts))
+    for merge in merges(len(parts)):
+        nodes[merge.node] = added(nodes[merge.left], nodes[merge.right])
+    return nodes[len(parts) - 1 + len(merges(len(parts)))]
+
+
+@pytest.mark.parametrize("count", SIZES)
+def test_every_share_is_in_the_tree_once_and_its_depth_is_logarithmic(count):
+    tree = merges(count)
+    children = [child for merge in tree for child in (merge.left, merge.right)]
+    assert sorted(children) == list(range(2 * count - 2))  # all nodes but the root
+    depth = dict.fromkeys(range(count), 0)
+    for merge in tree:
+        depth[merge.node] = 1 + max(depth[merge.left], depth[merge.right])
+    assert max(depth.values()) == int(np.ceil(np.log2(count)))
+
+
+@pytest.mark.parametrize("count", SIZES)
+def test_the_sum_does_not_depend_on_the_order_of_arrival(count):
+    parts = shares(count)
+    expected = by_merges(parts)
+    for seed in range(5):
+        order = list(range(count))
+        random.Random(seed).shuffle(order)
+        total = TreeSum(count)
+        for leaf in order:
+            total.add(leaf, parts[leaf])
+        assert np.array_equal(total.total, expected)
+    if count > 4:  # else this test could not fail
+        assert not np.array_equal(np.add.reduce(parts), expected)
+
+
+def test_shares_are_not_written_into():
+    parts = shares(4)
+    before = [part.copy() for part in parts]
+    total = TreeSum(4)
+    for leaf, part in enumerate(parts):
+        part.flags.writeable = False
+        total.add(leaf, part)
+    assert all(np.array_equal(part, old) for part, old in zip(parts, before, strict=True))
+
+
+def test_overflow_is_left_to_whoever_asked_for_the_sum():
+    huge = np.full(2, 3e38, np.float32)
+    assert np.isinf(added(huge, huge)).all()
+
+
+def run_plan(plan: Plan, parts: list[np.ndarray], losses: list[int], seed: int) -> np.ndarray:
+    """Works the plan off in random order; the share of each job in `losses` is lost once, when it is first needed or at the end."""
+    dice = random.Random(seed)
+    values: dict[int, np.ndarray] = {}
+    losses = list(losses)
+    for _ in range(1000):
+        if plan.finished:
+            if plan.root in losses:
+                losses.remove(plan.root)
+                plan.lost(plan.root)
+                continue
+            return values[plan.root]
+        job = dice.choice(list(plan.ready))
+        plan.ready.remove(job)
+        merge = plan.merge(job)
+        if merge is None:
+            values[job] = parts[job]
+            plan.answers[job] = ShardReply(None, ())
+        else:
+            gone = [side for side in (merge.left, merge.right) if side in losses]
+            if gone:
+                losses.remove(gone[0])
+                plan.lost(gone[0])
+                continue
+            assert merge.left in plan.held
+            assert merge.right in plan.held
+            values[job] = added(values[merge.left], values[merge.right])
+        if dice.random() < 0.2:
+            plan.again(job)  # its worker died with the answer
+            continue
+        plan.done(job, f"share of {job}")
+    raise AssertionError("the plan does not end")
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_a_plan_ends_in_the_same_sum_whatever_is_lost(count):
+    parts = shares(count)
+    nodes = 2 * count - 1
+    for seed, losses in enumerate(itertools.chain([()], itertools.combinations(range(nodes), 2))):
+        plan = Plan(count, merged=True)
+        assert np.array_equal(run_plan(plan, parts, list(losses), seed), by_merges(parts)), losses
+        assert set(plan.held) == {plan.root}  # nothing else is kept in the store
+
+
+def test_a_plan_without_merges_is_its_calls():
+    plan = Plan(3, merged=False)
+    assert list(plan.ready) == [0, 1, 2]
+    for job in (2, 0, 1):
+        assert not plan.finished
+        plan.ready.remove(job)
+        plan.answers[job] = ShardReply(job, ())
+        plan.done(job)
+    assert plan.finished
+    assert Plan(0, merged=False).finished
+
+
+KEYS = [Key("descend", 4, number) for number in range(4)]
+
+
+def trained(seconds: dict[int, float], rounds: int = 6) -> Pace:
+    """A pace that has seen workers take so long for every call."""
+    pace = Pace()
+    for _ in range(rounds):
+        for key in KEYS:
+            for worker, took in seconds.items():
+                pace.learn(worker, key, took)
+    return pace
+
+
+def test_equal_workers_get_calls_in_order():
+    assert Pace().assign([0, 1], KEYS, {}) == [(0, KEYS[0]), (1, KEYS[1])]
+    assert {key.number for _, key in trained({0: 1.0, 1: 1.1}).assign([0, 1], KEYS, {})} == {0, 1}
+
+
+def test_a_shard_goes_to_the_worker_that_had_it():
+    pace = Pace()
+    for number, worker in enumerate([1, 0, 2, 1]):
+        pace.learn(worker, KEYS[number], 1.0)
+    assert sorted(pace.assign([0, 1, 2], [Key("other", 4, number) for number in range(4)], {})) == [
+        (0, Key("other", 4, 1)), (1, Key("other", 4, 0)), (2, Key("other", 4, 2)),
+    ]  # fmt: skip
+    assert pace.assign([3], KEYS[:1], {}) == [(3, KEYS[0])]
+
+
+def test_the_longest_calls_go_first():
+    pace = Pace()
+    for key, seconds in zip(KEYS, (1.0, 4.0, 2.0, 3.0), strict=True):
+        pace.learn(0, key, seconds)
+    assert {key.number for _, key in pace.assign([0, 1], KEYS, {})} == {1, 3}
+
+
+def test_a_slow_worker_is_left_out_where_the_others_are_done_sooner():
+    pace = trained({0: 1.0, 1: 10.0})
+    assert pace.slowness(1) > 4 * pace.slowness(0)
+    assert pace.assign([1, 0], KEYS[:2], {}) == [(0, KEYS[0])]
+    assert pace.assign([1], KEYS[:1], {0: 0.5}) == []  # worth waiting for
+    assert pace.assign([1], KEYS[:1], {0: 100.0}) == [(1, KEYS[0])]  # not worth waiting for
+    assert pace.assign([1], KEYS[:1], {}) == [(1, KEYS[0])]  # nobody else is there
+
+
+def test_a_slow_worker_is_given_another_chance_and_a_new_process_a_fresh_start():
+    pace = trained({0: 1.0, 1: 10.0})
+    for _ in range(60):
+        pace.fade([1])
+    assert len(pace.assign([0, 1], KEYS, {})) == 2
+    pace = trained({0: 1.0, 1: 10.0})
+    pace.forget(1)
+    assert len(pace.assign([0, 1], KEYS, {})) == 2
+
+
+def test_short_calls_are_not_planned():
+    assert len(trained({0: 0.001, 1: 0.01}).assign([0, 1], KEYS, {})) == 2

@@ -1,0 +1,273 @@
+"""Jobs on a real Ray head with its dashboard: submitted, stopped, killed and submitted again, with and without tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray_head import Head, ray_head
+from test_promises import QUADRATIC, struck
+from typer.testing import CliRunner
+
+import bomemeta
+from bomemeta import checkpoint, submit
+from bomemeta.cli import app
+from bomemeta.errors import ClusterError, ConfigError
+
+TESTS = Path(__file__).parent
+JOB_S = 120.0  # no job here takes a quarter of that on a quiet machine
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> bomemeta.Result:
+    return bomemeta.train(QUADRATIC, [f"output_dir={tmp_path_factory.mktemp('reference') / 'run'}"])
+
+
+def make_project(folder: Path, job: dict[str, Any] = QUADRATIC) -> Path:
+    """A user's folder: a config and the files that it imports."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.yaml").write_text(yaml.safe_dump({**job, "imports": ["mortal.py"]}))
+    for name in ("mortal.py", "toy.py"):
+        shutil.copy(TESTS / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+# What is sent, and what is refused before
+
+
+@pytest.fixture
+def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(project)
+    for name in submit.PASSED_ON:
+        monkeypatch.delenv(name, raising=False)
+    return project
+
+
+def test_the_job_is_the_command_with_auto_resume(inside, monkeypatch):
+    for name in ("runs/a", "data", ".venv/bin", "sub/data"):
+        (inside / name).mkdir(parents=True, exist_ok=True)
+        (inside / name / "file").write_text("x")
+    monkeypatch.setenv("BOMEMETA_DATA", "/shared/data")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("SECRET", "s")
+    made = submit.prepare("job", ["output_dir=/shared/a b", "steps=3"], environment=["SECRET", "N=1=2"])
+    assert made.entrypoint == "bomemeta train job.yaml 'output_dir=/shared/a b' steps=3 --auto-resume"
+    assert made.output_dir == "/shared/a b"
+    assert made.runtime_env["working_dir"] == str(inside)
+    assert made.runtime_env["env_vars"] == {
+        "BOMEMETA_DATA": "/shared/data", "RAY_AUTH_MODE": "token", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "SECRET": "s", "N": "1=2",
+    }  # fmt: skip
+    sent = {path.relative_to(inside).as_posix() for path in submit._files(inside, made.runtime_env["excludes"])}
+    assert sent == {"job.yaml", "mortal.py", "toy.py", "sub/data/file"}
+    assert made.files == len(sent)
+
+    (inside / "pyproject.toml").write_text("")
+    made = submit.prepare("job.yaml", ["output_dir=s3://bucket/run"], uv=True)
+    assert made.entrypoint.startswith("uv run bomemeta train job.yaml output_dir=s3://bucket/run")
+    assert made.runtime_env["env_vars"]["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "1"
+    (inside / "pyproject.toml").unlink()
+    shutil.rmtree(inside / "sub")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ([], {}, r"output_dir: got None; a job runs in a copy of this folder that is thrown away\. .*s3://"),
+        (["output_dir=runs/a"], {}, r"output_dir: got 'runs/a'; a job runs in a copy"),
+        (["output_dir=/a"], {"uv": True}, r"--uv: there is no pyproject\.toml"),
+        (["output_dir=/a"], {"environment": ["NOT_SET"]}, r"--env NOT_SET: it is not set here; give its value"),
+        (["output_dir=/a"], {"excludes": ["*.yaml"]}, r"job\.yaml is not sent: it is outside of .*, or excluded"),
+        (["output_dir=/a"], {"excludes": ["mortal.py"]}, r"imports: .*mortal\.py is not sent"),
+        (["output_dir=/a", f"imports=[{TESTS / 'mortal.py'}]"], {}, r"imports: .*mortal\.py is not sent: it is outside"),
+        (["output_dir=/a", "solver.inner_step=3"], {}, r"Did you mean solver\.inner_steps\?"),
+    ],
+)
+def test_what_could_not_run_is_refused_before_it_is_sent(inside, overrides, options, message):
+    with pytest.raises(ConfigError, match=message):
+        submit.prepare("job.yaml", overrides, **options)
+
+
+def test_files_that_the_job_would_not_have_are_named(inside, tmp_path):
+    outside = make_project(tmp_path / "outside")
+    with pytest.raises(ConfigError, match=r"outside/job\.yaml is not sent"):
+        submit.prepare(str(outside / "job.yaml"), ["output_dir=/a"])
+    path = inside / "absolute.yaml"
+    path.write_text(yaml.safe_dump({**QUADRATIC, "imports": [str(inside / "mortal.py")]}))
+    with pytest.raises(
+        ConfigError, match=r"absolute\.yaml:\d+: imports: /.*mortal\.py is not there on the cluster; write it relative"
+    ):
+        submit.prepare("absolute", ["output_dir=/a"])
+    path.unlink()
+
+
+def test_a_folder_that_is_too_large_names_its_biggest_files(inside, monkeypatch):
+    with (inside / "big.bin").open("wb") as file:
+        file.truncate(submit.LARGEST_UPLOAD + 1)  # a hole: it takes no room
+    with pytest.raises(
+        ConfigError, match=r"has 100 MiB to send, a cluster takes 100\. The biggest files:\n +100\.0 MiB  big\.bin\n"
+    ):
+        submit.prepare("job", ["output_dir=/a"])
+    assert submit.prepare("job", ["output_dir=/a"], excludes=["*.bin"]).size < 1e6
+    (inside / "big.bin").unlink()
+
+
+def test_nobody_at_the_address(inside):
+    made = submit.prepare("job", ["output_dir=/a"])
+    with pytest.raises(ClusterError, match=r"no job could be submitted to http://127\.0\.0\.1:9: .*Wanted is the address"):
+        submit.submit(made, "http://127.0.0.1:9", wait=True, say=print, show=print)
+
+
+def test_options_reach_the_job(inside, monkeypatch):
+    sent: list[Any] = []
+
+    def send(made: submit.Submission, address: str, *, wait: bool, **rest: Any) -> int:
+        sent.append((made.entrypoint, address, wait))
+        return 130
+
+    monkeypatch.setattr(submit, "submit", send)
+    typed = ["submit", "job", "output_dir=/a", "steps=3", "--address", "http://h:1", "--no-wait", "--exclude", "*.bin"]
+    assert CliRunner().invoke(app, typed).exit_code == 130
+    assert sent == [("bomemeta train job.yaml output_dir=/a steps=3 --auto-resume", "http://h:1", False)]
+
+
+# Real jobs
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head("disabled") as started:
+        yield started
+
+
+def run(head: Head, folder: Path, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """A user's command in a terminal of its own; `bomemeta` and `ray` are the installed ones."""
+    # A job has its folder on Python's path; here mortal.py is to find toy.py too.
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [words[0] if words[0] == "bash" else str(Path(sys.executable).with_name(words[0])), *words[1:]],
+        cwd=folder, env=head.environment | {"PYTHONPATH": path} | changes, text=True, capture_output=True, timeout=JOB_S, check=False,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + JOB_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def client_of(head: Head) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(head.dashboard)
+
+
+def logs(head: Head) -> str:
+    return "\n".join(path.read_text() for path in head.folder.glob("session_*/logs/job-driver-*.log"))
+
+
+def test_stopped_and_submitted_again_it_reaches_the_same_bits(head, project, reference, tmp_path):
+    folder, mark = tmp_path / "run", tmp_path / "mark"
+    words = ["bomemeta", "submit", "job", f"output_dir={folder}", "workers=1", "cpus_per_worker=0.5", *struck("sleep", mark)]
+    words += ["--address", head.dashboard]
+    first = run(head, project, *words, "--no-wait")
+    assert first.returncode == 0, first.stderr
+    job = first.stderr.splitlines()[0].removeprefix("submitted: ")
+    assert f"run folder: {folder}" in first.stderr
+    assert f"ray job stop --address {head.dashboard} {job}" in first.stderr
+    assert job.startswith("raysubmit_")  # nothing of Ray's own before it
+
+    wait_for(mark.exists, logs(head))  # in the middle of step 4, for ten seconds
+    stopped = run(head, project, "ray", "job", "stop", "--address", head.dashboard, job)
+    assert stopped.returncode == 0, stopped.stderr
+    assert str(client_of(head).get_job_status(job)) == "STOPPED"
+    assert checkpoint.load_latest(folder / "checkpoints").checkpoint.step == 4, logs(head)
+    assert not (folder / "result.json").exists()
+
+    again = run(head, project, *words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["upper_sha256"], result["first_step"]) == (reference.upper_sha256, 4)
+    assert result["metrics"] == reference.metrics
+    lines = [line for line in again.stdout.splitlines() if line]
+    assert f"run folder: {folder}" in lines
+    assert lines[-1] == f"done after 8 steps; run folder: {folder}"
+    assert again.stderr.splitlines()[-1].startswith("done: raysubmit_")
+    assert "\r" not in again.stdout
+    assert "\x1b" not in again.stdout
+
+    before = (folder / "result.json").stat().st_mtime_ns
+    script = ["bash", str(TESTS.parent / "launch" / "job_submit.sh"), "job", str(folder), "1", *words[4:]]
+    environment = {"BOMEMETA": f"{sys.executable} -m bomemeta", "RAY_API_SERVER_ADDRESS": head.dashboard}
+    finished = run(head, project, *script, **environment)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert reference.upper_sha256 in finished.stdout
+    assert (folder / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_killed_driver_that_is_submitted_again_reaches_the_same_bits(head, project, reference, tmp_path):
+    folder, mark = tmp_path / "run", tmp_path / "mark"
+    entrypoint = " ".join(["bomemeta train job.yaml", f"output_dir={folder}", *struck("SIGSTOP", mark), "--auto-resume"])
+    client = client_of(head)
+    environment = {"working_dir": str(project)}
+    job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+    wait_for(mark.exists, logs(head))
+    (driver,) = [number for number, words in commands() if f"output_dir={folder}" in words and "python" in words[0]]
+    os.kill(driver, signal.SIGKILL)
+    wait_for(lambda: client.get_job_status(job).is_terminal(), "the job's end was not noticed")
+    assert str(client.get_job_status(job)) == "FAILED"
+
+    job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+    wait_for(lambda: client.get_job_status(job).is_terminal(), "the second job does not end")
+    assert str(client.get_job_status(job)) == "SUCCEEDED", client.get_job_logs(job)
+    assert json.loads((folder / "result.json").read_text())["upper_sha256"] == reference.upper_sha256
+
+
+def test_a_job_that_fails_says_why_on_its_last_line(head, project, tmp_path):
+    words = ["bomemeta", "submit", "job", f"output_dir={tmp_path / 'run'}", "workers=50", "--address", head.dashboard]
+    failed = run(head, project, *words)
+    assert failed.returncode == 1
+    last = [line for line in failed.stdout.splitlines() if line][-1]
+    assert last.startswith("failed: 50 workers of 1 CPU"), failed.stdout
+    assert failed.stderr.splitlines()[-1].startswith("failed: raysubmit_")
+
+
+def test_with_tokens(project, reference, tmp_path):
+    """`ray job submit` by hand on a cluster that wants a token, and what a client without one is told."""
+    folder = tmp_path / "run"
+    with ray_head("token") as head:
+        command = ["bomemeta", "train", "job.yaml", f"output_dir={folder}", "workers=2", "cpus_per_worker=0.5", "--auto-resume"]
+        done = run(head, project, "ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert json.loads((folder / "result.json").read_text())["upper_sha256"] == reference.upper_sha256
+        words = ["bomemeta", "submit", "job", f"output_dir={folder}", "--address", head.dashboard]
+        refused = run(head, project, *words, RAY_AUTH_MODE="disabled")
+        assert refused.returncode == 1
+        assert "RAY_AUTH_MODE and the token" in refused.stderr
+        shown = run(head, project, *words)  # it is finished: this needs no worker
+        assert shown.returncode == 0, shown.stdout + shown.stderr
+        assert reference.upper_sha256 in shown.stdout
+
+
+def commands() -> Iterator[tuple[int, list[str]]]:
+    """Every process of this machine with its command's words."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                yield int(entry.name), (entry / "cmdline").read_text(errors="replace").split("\0")
