@@ -48,7 +48,7 @@ from bomemeta.solvers.bome import BOME
 
 UPPER_LR = 3e-3  # Adam's, with half a cosine over the budget: as in the shipped configs
 CLOCK = 10_000  # the ticks of a budget
-STEPS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of the online pass; below the first the accuracies do not change
+STEPS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # of the online pass
 IMAGES = 160  # of a batch of `classify`
 FEATURE_SCALE = 16.0  # of its normalised features: few_shot's, 4 squared
 

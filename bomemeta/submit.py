@@ -11,7 +11,8 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,11 @@ def submit(submission: Submission, address: str, *, wait: bool, say: Say, show: 
 
     Ctrl-C while waiting leaves the job alone. Raises ClusterError where there is no cluster at the address, or it refuses us.
     """
+    with _quiet():
+        return _submit(submission, address, wait, say, show)
+
+
+def _submit(submission: Submission, address: str, wait: bool, say: Say, show: Say) -> int:
     from ray.job_submission import JobStatus
 
     client, job = _send(submission, address)
@@ -138,11 +144,21 @@ def submit(submission: Submission, address: str, *, wait: bool, say: Say, show: 
     return 1
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Ray's log lines: what they say of the upload was checked or is said by us, and each of its loggers has a level of its own."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _send(submission: Submission, address: str) -> tuple[Any, str]:
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # what it says of the upload we have said, or have checked
     try:
         client = JobSubmissionClient(address)
         return client, client.submit_job(entrypoint=submission.entrypoint, runtime_env=submission.runtime_env)

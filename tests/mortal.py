@@ -27,7 +27,7 @@ __all__ = ["toy"]
 
 # In one call into C, out of which no Python handler runs, the matrix takes longer than a minute on one core.
 SLOW: dict[str, Callable[[], object]] = {
-    "sleep": lambda: time.sleep(10),
+    "sleep": lambda: time.sleep(60),
     "compute": lambda: torch.linalg.eigvals(torch.rand(4000, 4000, dtype=torch.float64)),
 }
 

@@ -89,7 +89,7 @@ def processes_of(folder: Path) -> list[int]:
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if needle in (entry / "cmdline").read_bytes() or b"RAY_TMPDIR=" + needle in (entry / "environ").read_bytes():
+            if needle in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes():  # jobs have it in their environment
                 found.append(int(entry.name))
         except OSError:
             continue

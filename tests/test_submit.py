@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,31 @@ def test_options_reach_the_job(inside, monkeypatch):
     assert sent == [("bomemeta train job.yaml output_dir=/a steps=3 --auto-resume", "http://h:1", False)]
 
 
+class Flaky:
+    """A job whose log is lost in the middle of a line, then comes again from its beginning, in other pieces."""
+
+    def __init__(self) -> None:
+        self.pieces = [["one\ntw", OSError("reset")], ["o", "ne\ntwo\n", "three\n"]]
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        for piece in self.pieces.pop(0):
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    def get_job_status(self, job: str) -> Any:
+        from ray.job_submission import JobStatus
+
+        return JobStatus.RUNNING if self.pieces else JobStatus.SUCCEEDED
+
+
+def test_a_log_is_followed_over_a_lost_connection(monkeypatch):
+    monkeypatch.setattr(submit, "PAUSE_S", 0.0)
+    shown: list[str] = []
+    assert str(submit._follow(Flaky(), "job", shown.append)) == "SUCCEEDED"
+    assert "".join(shown) == "one\ntwo\nthree\n"
+
+
 # Real jobs
 
 
@@ -190,10 +215,10 @@ def test_stopped_and_submitted_again_it_reaches_the_same_bits(head, project, ref
     assert first.returncode == 0, first.stderr
     job = first.stderr.splitlines()[0].removeprefix("submitted: ")
     assert f"run folder: {folder}" in first.stderr
+    assert job.startswith("raysubmit_"), first.stderr  # nothing of Ray's own before it
     assert f"ray job stop --address {head.dashboard} {job}" in first.stderr
-    assert job.startswith("raysubmit_")  # nothing of Ray's own before it
 
-    wait_for(mark.exists, logs(head))  # in the middle of step 4, for ten seconds
+    wait_for(mark.exists, logs(head))  # in the middle of step 4, for a minute
     stopped = run(head, project, "ray", "job", "stop", "--address", head.dashboard, job)
     assert stopped.returncode == 0, stopped.stderr
     assert str(client_of(head).get_job_status(job)) == "STOPPED"
