@@ -88,7 +88,7 @@ def stand_in(folder: Path, name: str, body: str) -> None:
 def test_job_submit_is_one_submission(tmp_path):
     stand_in(tmp_path, "said", 'printf "%s\\n" "$@"')
     words = ["bash", str(LAUNCH / "job_submit.sh"), "a.yaml", "s3://b/run", "8", "solver.betas=[0.5, 1]"]
-    done = execute(words, tmp_path, BOMEMETA=str(tmp_path / "said"), UV="--uv")
+    done = execute(words, tmp_path, BOMEMETA=str(tmp_path / "said"), WITH_UV="--uv")
     wanted = ["submit", "a.yaml", "output_dir=s3://b/run", "workers=8", "solver.betas=[0.5, 1]", "--uv"]
     assert done.stdout.splitlines() == wanted  # tests/test_submit.py sends it to a real cluster
 

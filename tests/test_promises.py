@@ -127,7 +127,7 @@ def test_same_bits_wherever_shards_are_added_with_a_worker_killed(job, reduce, r
 
 def test_same_bits_when_a_member_of_all_workers_together_hangs(reference, ray_cluster, tmp_path):
     mark = tmp_path / "mark"
-    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", "reduce=collective", "step_timeout_s=8"]
+    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", "reduce=collective", "step_timeout_s=20"]
     result = bomemeta.train(SHARED, [*overrides, *struck("SIGSTOP", mark)])
     assert any("did not answer" in note for note in result.notes), result.notes
     assert result.upper_sha256 == reference["shared"].upper_sha256

@@ -101,6 +101,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> bomemeta.Result:
     return bomemeta.train(WIDE, [f"output_dir={tmp_path_factory.mktemp('reference') / 'run'}"])
 
 
+def test_an_address_where_nobody_listens():  # before the file's cluster is there to be joined
+    with pytest.raises(ClusterError, match=r"no Ray cluster could be joined at 127\.0\.0\.1:1"):
+        RayTransport(Adder, RayOptions(workers=1, address="127.0.0.1:1"))
+
+
 def test_a_lost_node(nodes, tmp_path):
     first = nodes.add_node(num_cpus=1)
     transport = RayTransport(Adder, RayOptions(workers=1, step_timeout_s=20.0))

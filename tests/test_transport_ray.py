@@ -305,8 +305,3 @@ def test_the_cluster_listens_on_loopback_only_and_wants_a_token(home):
         stranger = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, timeout=60)
         assert (stranger.returncode != 0) == refused, stranger.stderr
         assert ("InvalidAuthToken" in stranger.stderr or "Unauthenticated" in stranger.stderr) == refused, stranger.stderr
-
-
-def test_an_address_where_nobody_listens():
-    with pytest.raises(ClusterError, match=r"no Ray cluster could be joined at 127\.0\.0\.1:1"):
-        RayTransport(Toy, RayOptions(workers=1, address="127.0.0.1:1"))
