@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.methods import METHODS, Method
+from benchmarks.methods import METHODS, UPPER_LR, Method
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.registry import datasets
 
 TASKS_PER_STEP = {5: 8, 20: 4}  # by ways: 240 and 480 training images per meta-step
-CURVE = (0.05, 0.1, 0.25, 0.5, 0.75)  # shares of the budget at which the learning curve is measured
+CURVE_S = (15, 30, 60, 120, 300, 600, 900)  # CPU seconds at which the learning curve is measured
 CURVE_EPISODES = 100
 
 
@@ -39,8 +39,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks-per-step", type=int, default=None, help="default: 8 for 5-way, 4 for 20-way")
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of Adam's step, over the budget")
     parser.add_argument("--inner-lr", type=float, default=None, help="step of the adaptation; default: the method's own")
+    parser.add_argument("--upper-lr", type=float, default=UPPER_LR, help="Adam's step")
     parser.add_argument("--episodes", type=int, default=1000, help="test episodes")
-    parser.add_argument("--curve-episodes", type=int, default=CURVE_EPISODES, help="validation episodes per point")
+    parser.add_argument("--curve", type=float, nargs="*", default=CURVE_S, help="CPU seconds after which accuracy is measured")
+    parser.add_argument("--curve-split", choices=("validation", "test"), default="validation", help="on which classes that is")
+    parser.add_argument("--curve-episodes", type=int, default=CURVE_EPISODES, help="episodes per point")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dataset", default="omniglot", help="omniglot, glyphs, ...")
     parser.add_argument("--data-root", default=None, help="folder of the data set; default: BOMEMETA_DATA")
@@ -58,21 +61,21 @@ def few_shot_problem(options: argparse.Namespace) -> FewShot:
 
 
 def train(method: Method, options: argparse.Namespace, tasks_per_step: int) -> dict[str, Any]:
-    """Meta-steps until the CPU time is used up; returns the steps, the CPU time, and the validation curve."""
+    """Meta-steps until the CPU time is used up; returns the steps, the CPU time, and the learning curve."""
     budget_s = 60 * options.cpu_minutes
     used_s, steps = 0.0, 0
-    waiting = list(CURVE)
+    waiting = sorted(options.curve)
     curve: list[dict[str, float]] = []
     while used_s < budget_s and steps != options.max_steps:
         start = time.process_time()
         method.step(range(steps * tasks_per_step, (steps + 1) * tasks_per_step), used_s / budget_s)
         used_s += time.process_time() - start
         steps += 1
-        if waiting and used_s >= waiting[0] * budget_s:
-            waiting = [share for share in waiting if used_s < share * budget_s]
-            accuracy = method.accuracy("validation", options.curve_episodes).mean
-            curve.append({"cpu_s": used_s, "steps": steps, "validation_accuracy": accuracy})
-            print(f"{used_s:7.0f} CPU-s  step {steps:6d}  validation {100 * accuracy:.1f} %", flush=True)
+        if waiting and used_s >= waiting[0]:
+            waiting = [seconds for seconds in waiting if used_s < seconds]
+            accuracy = method.accuracy(options.curve_split, options.curve_episodes)
+            curve.append({"cpu_s": used_s, "steps": steps, "accuracy": accuracy.mean, "ci95": accuracy.ci95})
+            print(f"{used_s:7.0f} CPU-s  step {steps:6d}  {options.curve_split} {100 * accuracy.mean:.1f} %", flush=True)
     return {"steps": steps, "cpu_s": used_s, "curve": curve}
 
 
@@ -82,11 +85,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     problem = few_shot_problem(options)
     tasks_per_step = options.tasks_per_step or TASKS_PER_STEP.get(options.ways, 8)
-    method: Method = METHODS[options.method](problem, options.seed, options.schedule, options.inner_lr)
+    method: Method = METHODS[options.method](problem, options)
     trained = train(method, options, tasks_per_step)
     test = method.accuracy("test", options.episodes)
     result = {
-        **{name: getattr(options, name) for name in ("method", "dataset", "ways", "shots", "width", "seed", "schedule")},
+        **{
+            name: getattr(options, name)
+            for name in ("method", "dataset", "ways", "shots", "width", "seed", "schedule", "curve_split", "curve_episodes")
+        },
         "accuracy": test.mean,
         "ci95": test.ci95,
         "episodes": options.episodes,

@@ -28,7 +28,7 @@ from bomemeta.nets import build_backbone
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.solvers.bome import BOME
 
-UPPER_LR = 3e-3  # Adam's, the same for all
+UPPER_LR = 3e-3  # Adam's, where nothing else is said
 ADAPT_STEPS = 5
 EPISODES_AT_ONCE = 10  # in evaluation: bounds the memory
 CLOCK = 10_000  # the ticks of a budget: how finely a step-size schedule follows it
@@ -42,6 +42,15 @@ class Accuracy(NamedTuple):
 
     mean: float
     ci95: float
+
+
+class Settings(Protocol):
+    """What a method is told from the command line."""
+
+    seed: int
+    schedule: str  # cosine or constant
+    inner_lr: float | None  # None: the method's own
+    upper_lr: float
 
 
 class Method(Protocol):
@@ -61,22 +70,23 @@ class Bome:
 
     shards = 2
 
-    def __init__(self, problem: FewShot, seed: int, schedule: str, inner_lr: float | None) -> None:
+    def __init__(self, problem: FewShot, settings: Settings) -> None:
+        inner_lr = settings.inner_lr or 0.2
         self._solver = BOME(
             inner_steps=5,
             # 1 / (4 + regularisation): 4 bounds the curvature of the support loss of normalised features of length 4, 2 classes
-            inner_lr=inner_lr or 0.2,
-            lower_lr=inner_lr or 0.2,
-            upper_lr=UPPER_LR,
+            inner_lr=inner_lr,
+            lower_lr=inner_lr,
+            upper_lr=settings.upper_lr,
             upper_optimizer="adam",
-            upper_schedule="cosine" if schedule == "cosine" else "constant",
+            upper_schedule="cosine" if settings.schedule == "cosine" else "constant",
             barrier="per_task",
             adapt_steps=ADAPT_STEPS,
             barrier_steps=5,
             diagnose_every=0,
         )
         self._transport = SerialTransport(lambda device: ShardWorker(lambda changes: variant_of(problem, changes), "auto", device))
-        self._upper = self._solver.start(problem.init_upper(torch.Generator().manual_seed(seed)), CLOCK)
+        self._upper = self._solver.start(problem.init_upper(torch.Generator().manual_seed(settings.seed)), CLOCK)
         problem_fields = {
             name: getattr(problem, name) for name in ("form", "head", "regularisation", "feature_scale", "batch_norm")
         }
@@ -101,28 +111,28 @@ class _LearnToLearn(ABC):
 
     first_order = False
 
-    def __init__(self, problem: FewShot, seed: int, schedule: str, inner_lr: float | None) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, problem: FewShot, settings: Settings) -> None:
+        generator = torch.Generator().manual_seed(settings.seed)
         channels, height, width = problem.data.image_shape
-        self._problem, self._schedule = problem, "cosine" if schedule == "cosine" else "constant"
-        self._inner_lr = inner_lr or PEERS_INNER_LR
+        self._problem, self._schedule = problem, "cosine" if settings.schedule == "cosine" else "constant"
+        self._inner_lr, self._upper_lr = settings.inner_lr or PEERS_INNER_LR, settings.upper_lr
         self._backbone = build_backbone(problem.backbone, channels, problem.width, generator)
         with torch.no_grad():
             features = self._backbone(torch.zeros(1, channels, height, width)).shape[1]
-        torch.manual_seed(seed)  # the linear layer draws its default initialisation from the global state
+        torch.manual_seed(settings.seed)  # the linear layer draws its default initialisation from the global state
         self._head = nn.Linear(features, problem.ways)
         self.hyperparameters: dict[str, Any] = {
             "inner_lr": self._inner_lr,
             "adapt_steps": ADAPT_STEPS,
             "first_order": self.first_order,
             "upper_optimizer": "adam",
-            "upper_lr": UPPER_LR,
+            "upper_lr": self._upper_lr,
             "upper_schedule": self._schedule,
             "batch_norm": "transductive",
         }
 
     def _start(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._optimizer = torch.optim.Adam(parameters, lr=UPPER_LR)
+        self._optimizer = torch.optim.Adam(parameters, lr=self._upper_lr)
 
     @abstractmethod
     def query_logits(self, task: Batch, first_order: bool) -> Tensor:
@@ -130,7 +140,7 @@ class _LearnToLearn(ABC):
 
     def step(self, task_ids: Sequence[int], elapsed: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = UPPER_LR * schedule_factor(self._schedule, int(elapsed * CLOCK), CLOCK)  # type: ignore[arg-type]
+            group["lr"] = self._upper_lr * schedule_factor(self._schedule, int(elapsed * CLOCK), CLOCK)  # type: ignore[arg-type]
         self._optimizer.zero_grad()
         for task in _tasks(self._problem, task_ids, "train"):
             loss = functional.cross_entropy(self.query_logits(task, self.first_order), task["query_labels"])
@@ -153,8 +163,8 @@ class Maml(_LearnToLearn):
     queries: what learn2learn's examples do.
     """
 
-    def __init__(self, problem: FewShot, seed: int, schedule: str, inner_lr: float | None) -> None:
-        super().__init__(problem, seed, schedule, inner_lr)
+    def __init__(self, problem: FewShot, settings: Settings) -> None:
+        super().__init__(problem, settings)
         self._maml = learn2learn().algorithms.MAML(nn.Sequential(self._backbone, self._head), lr=self._inner_lr)
         self._start(list(self._maml.parameters()))
 
@@ -166,11 +176,17 @@ class Maml(_LearnToLearn):
         return logits
 
 
+class FirstOrderMaml(Maml):
+    """The same without the second derivatives."""
+
+    first_order = True
+
+
 class Anil(_LearnToLearn):
     """learn2learn's ANIL: features of support and queries once and together, MAML on the head alone, as in its examples."""
 
-    def __init__(self, problem: FewShot, seed: int, schedule: str, inner_lr: float | None) -> None:
-        super().__init__(problem, seed, schedule, inner_lr)
+    def __init__(self, problem: FewShot, settings: Settings) -> None:
+        super().__init__(problem, settings)
         self._maml = learn2learn().algorithms.MAML(self._head, lr=self._inner_lr)
         self._start([*self._backbone.parameters(), *self._maml.parameters()])
 
@@ -185,7 +201,7 @@ class Anil(_LearnToLearn):
         return logits
 
 
-METHODS = {"bome": Bome, "maml": Maml, "anil": Anil}
+METHODS = {"bome": Bome, "maml": Maml, "fomaml": FirstOrderMaml, "anil": Anil}
 
 
 def _tasks(problem: FewShot, task_ids: Sequence[int], split: Split) -> list[Batch]:

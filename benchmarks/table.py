@@ -13,7 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-NAMES = {"bome": "BOME, prototype head", "maml": "learn2learn MAML, second order", "anil": "learn2learn ANIL"}
+NAMES = {
+    "bome": "BOME, prototype head",
+    "maml": "learn2learn MAML, second order",
+    "fomaml": "learn2learn MAML, first order",
+    "anil": "learn2learn ANIL",
+}
 Result = dict[str, Any]
 
 

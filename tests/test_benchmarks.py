@@ -70,13 +70,14 @@ def test_the_learning_curve_is_measured_when_its_share_of_the_budget_is_used(dat
         def accuracy(self, split: str, episodes: int) -> Any:
             return importlib.import_module("benchmarks.methods").Accuracy(0.5, 0.0)
 
-    options = few_shot_accuracy.arguments(["--method", "bome", "--cpu-minutes", "0.001", "--json", str(tmp_path / "x")])
+    keys = ["--cpu-minutes", "0.001", "--curve", "0.01", "0.02", "0.03", "9", "--json", str(tmp_path / "x")]
+    options = few_shot_accuracy.arguments(["--method", "bome", *keys])
     method = Instant()
     trained = few_shot_accuracy.train(method, options, 2)
     assert method.elapsed == sorted(method.elapsed)
     assert 0 <= method.elapsed[-1] < 1
     assert len(method.elapsed) == trained["steps"]
-    assert len(trained["curve"]) == len(few_shot_accuracy.CURVE)
+    assert [point["cpu_s"] >= at for point, at in zip(trained["curve"], (0.01, 0.02, 0.03), strict=True)] == [True] * 3
 
 
 def test_the_step_and_the_table(data_root: str, tmp_path: Path) -> None:

@@ -214,6 +214,29 @@ def test_parts_do_not_share_samples(data: LabelledArray, shuffle: bool) -> None:
     assert sorted(rows.tolist()) == sorted(stored.tolist())
 
 
+def test_validation_from_all_rows(data: LabelledArray) -> None:
+    problem = attached(data, shuffle=False, blocks=1, train=30, validation=20, selection=8, validation_from="all", noise=1.0)
+    training, testing = problem.load([0], 0, "train"), problem.load([0], 0, "test")
+    rows = {
+        part: {tuple(row) for row in batch[f"{part}_inputs"][0].tolist()}
+        for part, batch in {"train": training, "validation": training, "selection": testing}.items()
+    }
+    assert len(rows["validation"]) == 20 == len(training["validation_labels"][0])
+    assert 0 < len(rows["validation"] & rows["train"]) < 20
+    assert not rows["validation"] & rows["selection"]
+    # With their right labels, whatever the training samples' are.
+    right = {tuple(row.reshape(-1) / 255): label for row, label in zip(arrays()["x_train"], arrays()["y_train"], strict=True)}
+    for row, label in zip(training["validation_inputs"][0].tolist(), training["validation_labels"][0].tolist(), strict=True):
+        assert right[tuple(row)] == label
+    again = attached(data, shuffle=False, blocks=1, train=30, validation=20, selection=8, validation_from="all", seed=1)
+    assert not torch.equal(again.load([0], 0, "train")["validation_labels"], training["validation_labels"])
+
+
+def test_standardise_by_given_moments(data: LabelledArray) -> None:
+    raw, scaled = (attached(data, blocks=1, **keys).load([0], 0, "train") for keys in ({}, {"standardise": (0.5, 0.25)}))
+    assert_tight(scaled["train_inputs"], (raw["train_inputs"] - 0.5) / 0.25)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64])
 def test_standardise(tmp_path: Path, dtype: type[np.generic]) -> None:
     stored = arrays()

@@ -33,7 +33,7 @@ from bomemeta.registry import problems
 KEPT_FROM = 0.5
 
 # Second numbers of the keys of what is drawn from the config's seed; none knows of the blocks.
-ORDER, CORRUPTION, NETWORK = range(3)
+ORDER, CORRUPTION, NETWORK, VALIDATION = range(4)
 
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -66,7 +66,8 @@ class HyperCleaning(BilevelProblem):
     validation: Size = 5_000
     selection: Count = 5_000  # clean samples for comparing settings; 0: none
     shuffle: bool = True
-    standardise: bool = False
+    validation_from: Literal["rest", "all"] = "rest"
+    standardise: bool | tuple[float, Annotated[float, Field(gt=0)]] = False
     corruption: Literal["redraw", "shift"] = "redraw"
     noise: Share = 0.5
     weights: Literal["clamp", "sigmoid"] = "clamp"
@@ -86,11 +87,16 @@ class HyperCleaning(BilevelProblem):
                 "is none of these"
             )
         self._samples = self._cut(self.data)
-        self._moments = self.data.examples("train").moments() if self.standardise else Moments(0.0, 1.0)
+        self._moments = self._scale(self.data)
         if self._moments.deviation == 0:
             raise DataError("problem.standardise: all training inputs of the data set are the same number; set it to false")
         self._stacks: dict[bool, Batch] = {}
         self._views: dict[tuple[bool, int, int], Batch] = {}
+
+    def _scale(self, data: LabelledArrays) -> Moments:
+        if isinstance(self.standardise, bool):
+            return data.examples("train").moments() if self.standardise else Moments(0.0, 1.0)
+        return Moments(*self.standardise)
 
     def _cut(self, data: LabelledArrays) -> _Samples:
         labels = data.examples("train").labels.numpy()
@@ -102,6 +108,8 @@ class HyperCleaning(BilevelProblem):
             )
         order = self._generator(ORDER).permutation(len(labels)) if self.shuffle else np.arange(len(labels))
         train, validation, selection = np.split(order[:wanted], [self.train, self.train + self.validation])
+        if self.validation_from == "all":
+            validation = self._generator(VALIDATION).permutation(np.setdiff1d(order, selection))[: self.validation]
         true = labels[train]
         given = true.copy()
         draw = self._generator(CORRUPTION)
