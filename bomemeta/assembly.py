@@ -110,7 +110,12 @@ class BuildWorker:
         # The files have just been executed, and need not exist on this machine.
         config = load_config({**self.config, "imports": []})
         problem = build_problem(config)
-        return ShardWorker(lambda changes: variant_of(problem, changes), config.task_map, device)
+        return ShardWorker(lambda changes: variant_of(problem, changes), config.task_map, device, _loads_ahead(config, device))
+
+
+def _loads_ahead(config: Config, device: str) -> bool:
+    """Whether a worker loads the next step's tasks while it computes. auto: not on a CPU, whose cores have enough to do."""
+    return device != "cpu" if config.load_ahead == "auto" else config.load_ahead
 
 
 def _serial_device(config: Config) -> str:

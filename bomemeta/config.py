@@ -100,6 +100,7 @@ class Settings(_Record):
     address: Annotated[str | None, _ASIDE] = None
     reduce: Annotated[Literal["driver", "tree", "collective"], _ASIDE] = "driver"
     backup_after: Annotated[Annotated[float, Field(gt=1)] | None, _ASIDE] = None
+    load_ahead: Annotated[bool | Literal["auto"], _ASIDE] = "auto"
     step_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
     start_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 180.0
     max_replacements: Annotated[_NotNegative, _ASIDE] = 100

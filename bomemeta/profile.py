@@ -116,13 +116,13 @@ def profile(
             raise ConfigError(
                 f"steps: the run has {job.steps}; {warm_up} to warm up and {steps} to profile are more: set fewer with --steps"
             )
-        taken = _Course(job)
+        taken = Course(job)
         taken.go(warm_up)
         say(f"{steps} steps after {warm_up}")
         measured = taken.go(steps)
     here = load_config(settings.to_dict() | {"workers": 0})
     with torch_threads(settings.threads), closing(open_transport(here, say)) as transport:
-        course = _Course(Job(here, problem, solver, transport))
+        course = Course(Job(here, problem, solver, transport))
         course.go(warm_up)
         within = course.within(steps)
         operations = course.operations(min(steps, 3))
@@ -146,13 +146,13 @@ def profile(
     )
 
 
-class _Course:
-    """A run on its way, from the config's start."""
+class Course:
+    """A run on its way, from the config's start, or as if it stood at `step` with everything else as at the start."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, step: int = 0) -> None:
         problem, seed = job.problem, job.config.seed
         upper = job.solver.start(problem.init_upper(torch.Generator().manual_seed(seed)), job.steps)
-        self._job, self._state = job, State(0, upper, LowerStates.none(), problem.init_memory())
+        self._job, self._state = job, State(step, upper, LowerStates.none(), problem.init_memory())
 
     def go(self, steps: int) -> list[dict[str, float]]:
         """So many steps more. Returns what each says for the log."""

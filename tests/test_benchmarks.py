@@ -45,7 +45,7 @@ def accuracy(method: str, data_root: str, out: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("method", ["bome", "maml", "anil"])
+@pytest.mark.parametrize("method", ["bome", "maml", "fomaml", "anil"])
 def test_a_method_takes_its_steps_and_writes_its_result(method: str, data_root: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     result = accuracy(method, data_root, out)
@@ -168,3 +168,40 @@ def test_plain_hyper_cleaning_walks_the_same_path(tmp_path: Path) -> None:
     assert set(result["over_plain"]) == {"cpu", "wall"}
     # x moves far within 6 steps of size 500; float32 and another order of additions leave some 1e-6 of it
     assert 0 < result["difference"] < 1e-4
+
+
+def test_steps_of_a_stream_in_turn(tmp_path: Path) -> None:
+    out = tmp_path / "steps.json"
+    result = run(
+        "continual_steps",
+        "--config",
+        "configs/continual_quickstart.yaml",
+        "--tasks",
+        "0",
+        "1",
+        "3",
+        "--repetitions",
+        "2",
+        "--json",
+        str(out),
+    )
+    assert json.loads(out.read_text()) == result
+    rows = result["rows"]
+    assert [row["task"] for row in rows] == [0, 1, 3]
+    assert [row["in_f"] for row in rows] == sorted({row["in_f"] for row in rows})  # some of every task so far
+    assert rows[0]["in_g"] < rows[1]["in_g"] <= rows[2]["in_g"]
+    assert rows[1]["over_second"] == 1
+
+
+def test_curves_say_when_a_method_was_past_mamls_end(tmp_path: Path) -> None:
+    common = {"ways": 5, "shots": 1, "seed": 0, "steps": 9, "hyperparameters": {"inner_lr": 0.1, "upper_lr": 0.003}}
+    environment = {"cores": 2, "cpu": "one", "versions": {"torch": "2"}}
+    ends = {"maml": (0.8, 100.0, []), "bome": (0.95, 20.0, [(5.0, 0.79), (10.0, 0.805), (15.0, 0.83)]), "anil": (0.7, 50.0, [])}
+    for method, (accuracy, seconds, points) in ends.items():
+        points = [{"cpu_s": at, "accuracy": value, "ci95": 0.01} for at, value in points]
+        result = common | {"method": method, "accuracy": accuracy, "ci95": 0.01, "cpu_s": seconds, "curve": points}
+        (tmp_path / f"{method}.json").write_text(json.dumps(result | {"environment": environment}))
+    text = run("few_shot_curves", str(tmp_path), "--figure", str(tmp_path / "curves.png"))
+    rows = [line.split(" | ") for line in text.splitlines() if "5-way" in line]
+    assert [row[-1] for row in rows] == ["15 CPU-s |", "- |", "- |"]  # at 10 s its interval still holds MAML's accuracy
+    assert (tmp_path / "curves.png").stat().st_size > 1000

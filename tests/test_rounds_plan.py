@@ -182,3 +182,35 @@ def test_a_slow_worker_is_given_another_chance_and_a_new_process_a_fresh_start()
 
 def test_short_calls_are_not_planned():
     assert len(trained({0: 0.001, 1: 0.01}).assign([0, 1], KEYS, {})) == 2
+
+
+def used(pace: Pace, seconds: float, rounds: int, first: float | None = None) -> set[int]:
+    """Plays rounds of four equal calls on two equal workers; who had a call in the last one. `first`: what worker 0's first call takes."""
+    workers: set[int] = set()
+    for _ in range(rounds):
+        ready, begun, now = list(KEYS), {}, 0.0
+        workers.clear()
+        while ready or begun:
+            idle = [worker for worker in (0, 1) if worker not in begun]
+            busy = {worker: end - now for worker, (end, _, _) in begun.items()}
+            for worker, key in pace.assign(idle, ready, busy):
+                took, first = (first, None) if worker == 0 and first is not None else (seconds, first)
+                begun[worker] = now + took, took, key
+                ready.remove(key)
+                workers.add(worker)
+            worker = min(begun, key=lambda worker: begun[worker][0])
+            now, took, key = begun.pop(worker)
+            pace.learn(worker, key, took)
+        pace.fade([worker for worker in (0, 1) if worker not in workers])
+    return workers
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.2])
+@pytest.mark.parametrize("hiccup", [0.0, 5.0])
+def test_a_bad_moment_is_forgotten(seconds, hiccup):
+    pace = Pace()
+    assert used(pace, seconds, 6, first=3.0) == {0, 1}  # imports, data
+    assert used(pace, seconds, 30, first=hiccup or None) == {0, 1}
+    assert pace.slowness(0) == pytest.approx(1, rel=0.05)
+    assert pace.slowness(1) == pytest.approx(1, rel=0.05)
+    assert [pace.expected(key) for key in KEYS] == pytest.approx([seconds] * 4, rel=0.1)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,9 @@ import ray
 import torch
 
 from bomemeta.distributed import cluster
+from bomemeta.distributed.ray_round import RayRound
 from bomemeta.distributed.ray_transport import RayOptions, RayTransport
+from bomemeta.distributed.seats import Phase
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.errors import ClusterError, ConfigError, DivergenceError
@@ -100,6 +103,9 @@ def single(home):
     (pid,), pids = transport.worker_pids(), home.worker_pids()
     transport.close()
     transport.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert not Path(f"/proc/{pid}").exists()
     assert len(home.run(X, [ShardCall(Order())] * 3).replies) == 3
     assert set(pids) <= set(home.worker_pids())
@@ -169,6 +175,55 @@ def test_replies_come_in_the_order_of_the_calls(home):
     got = home.run(np.ones(2, np.float32), [ShardCall(order) for order in orders])
     assert numbers(got) == [2.0, 4.0, 6.0, 8.0]
     assert home.run(X, []).replies == []
+
+
+@pytest.fixture
+def beforehand(monkeypatch):
+    """The numbers of the calls that were given to a worker while it was still at another."""
+    found, begin = [], RayRound._begin
+
+    def spy(self, seat, job):
+        if seat.phase is Phase.BUSY:
+            found.append(job)
+        begin(self, seat, job)
+
+    monkeypatch.setattr(RayRound, "_begin", spy)
+    return found
+
+
+def sleeping(*seconds):
+    return [ShardCall(Order(scale=1.0 + number, sleep_s=sleep), kind=f"call {number}") for number, sleep in enumerate(seconds)]
+
+
+def test_a_worker_has_its_next_call_before_it_is_done(single, beforehand):
+    all_ready(single, 1)
+    expected = numbers(SerialTransport(Toy).run(X, sleeping(0, 0, 0)))
+    assert numbers(single.run(X, sleeping(0.1, 0.1, 0.1))) == expected
+    assert beforehand == []  # how long these calls take is not known yet
+    assert numbers(single.run(X, sleeping(0.1, 0.1, 0.1))) == expected
+    assert beforehand == [1, 2]
+    # A worker that dies with one call in hand and one to follow: neither is lost, and the second has no strike.
+    before = single.replacements
+    timer = threading.Timer(0.5, kill_all, [single])
+    timer.start()
+    assert numbers(single.run(X, sleeping(1.5, 0.1, 0.1))) == expected
+    timer.join()
+    assert single.replacements == before + 1
+    assert beforehand[:3] == [1, 2, 1]
+
+
+def test_a_call_that_waits_behind_a_late_one_is_given_to_another(home, beforehand):
+    with closing(RayTransport(Toy, RayOptions(workers=2, cpus_per_worker=SMALL))) as transport:
+        all_ready(transport, 2)
+        for _ in range(2):
+            transport.run(X, sleeping(0.2, 0.8, 0.2))
+        assert 2 in beforehand
+        late, other, third = transport.run(X, sleeping(3.0, 0.8, 0.2)).replies
+        assert third.reply[1] == other.reply[1] != late.reply[1]
+        expected = numbers(SerialTransport(Toy).run(X, sleeping(0, 0, 0)))
+        for _ in range(2):  # what was taken back is not heard
+            assert numbers(transport.run(X, sleeping(0.1, 0.1, 0.1))) == expected
+        assert transport.replacements == 0
 
 
 def test_kill_in_the_middle_of_a_call(home, tmp_path):

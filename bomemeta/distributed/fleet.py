@@ -197,16 +197,33 @@ class Fleet:
             idle.deadline = time.monotonic() + self.options.step_timeout_s
 
     def drain(self, seat: Seat) -> None:
-        """Nobody wants the answer that the seat is busy with."""
+        """Nobody wants the answers that the seat is busy with."""
+        self.take_back(seat)
         seat.phase = Phase.DRAINING
+
+    def take_back(self, seat: Seat) -> None:
+        """The seat is not to do what was given to it beforehand. If it has begun, the answer is not heard."""
+        if seat.next_refs:
+            ray.cancel(seat.next_refs[0])
+            self._forgotten += seat.next_refs
+        seat.next_job, seat.next_refs = -1, []
+
+    def proceed(self, seat: Seat) -> None:
+        """The seat's answer was heard: it goes on with what was given to it beforehand, or is idle."""
+        if not seat.next_refs:
+            seat.phase, seat.refs = Phase.IDLE, []
+            return
+        seat.job, seat.refs, seat.begun = seat.next_job, seat.next_refs, time.monotonic()
+        seat.deadline = seat.begun + self.options.step_timeout_s
+        seat.next_job, seat.next_refs = -1, []
 
     def end(self) -> None:
         """Kills the workers, and waits until those of this node are gone."""
         processes = [seat.process for seat in self.seats if seat.process is not None]
         for seat in self.seats:
             if seat.phase is not Phase.ABSENT:
-                self._forgotten += seat.refs
-                seat.phase, seat.refs, seat.process = Phase.ABSENT, [], None
+                self._forgotten += seat.refs + seat.next_refs
+                seat.phase, seat.refs, seat.next_refs, seat.process = Phase.ABSENT, [], [], None
                 ray.kill(seat.actor, no_restart=True)
         if self._asked_autoscaler:
             cluster.ask_autoscaler(self.options, 0)
@@ -265,8 +282,8 @@ class Fleet:
         self._on_event(f"{seat} could not be started: it {loss}; the other workers go on without it")
 
     def _kill(self, seat: Seat, hung: bool) -> None:
-        self._forgotten += seat.refs
-        seat.refs = []
+        self._forgotten += seat.refs + seat.next_refs
+        seat.refs, seat.next_refs, seat.next_job = [], [], -1
         with suppress(RayError):  # an actor that never got as far as to be known cannot be killed, and need not be
             ray.kill(seat.actor, no_restart=True)
         # A stopped process does not act on ray.kill: it would keep its CPUs, and the replacement could never be placed.

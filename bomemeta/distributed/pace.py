@@ -31,10 +31,12 @@ class Pace:
     def __init__(self) -> None:
         self._seconds: dict[Key, float] = {}
         self._slowness: dict[int, float] = {}
+        self._warm: set[int] = set()  # workers that have answered
+        self._cold: set[Key] = set()  # calls of which no more is known than what a worker's first answer took
         self._last: dict[tuple[int, int], int] = {}  # who computed a shard last, and has its data at hand
 
     def slowness(self, worker: int) -> float:
-        return self._slowness.get(worker, 1.0) / min(self._slowness.values(), default=1.0)
+        return self._slowness.get(worker, 1.0)
 
     def expected(self, key: Key) -> float | None:
         """Seconds on a worker of ordinary speed; None before the first answer."""
@@ -42,22 +44,45 @@ class Pace:
 
     def learn(self, worker: int, key: Key, seconds: float) -> None:
         self._last[key.calls, key.number] = worker
-        before, slowness = self._seconds.get(key), self._slowness.get(worker, 1.0)
+        slowness = self._slowness.get(worker, 1.0)
+        if worker not in self._warm:
+            # A process's first answer has imports and the reading of data in it: better than nothing, until there is another.
+            self._warm.add(worker)
+            if key not in self._seconds:
+                self._seconds[key] = seconds / slowness
+                self._cold.add(key)
+            return
+        if key in self._cold:
+            self._cold.remove(key)
+            self._seconds[key] = seconds / slowness
+            return
+        before = self._seconds.get(key)
         if before is None:
             # Is it the call or the worker? Beside the round's other calls of this kind, half of the difference is put down to each.
-            alike = [known for other, known in self._seconds.items() if other[:2] == key[:2]]
+            alike = [known for other, known in self._seconds.items() if other[:2] == key[:2] and other not in self._cold]
             before = median(alike) if alike else seconds / slowness
             ratio = (seconds / max(before, 1e-9)) ** 0.5
         else:
             ratio = seconds / max(before, 1e-9)
-        if before > WORTH_PLANNING_S:
-            slowness = (slowness + min(max(ratio, 1 / 64), 64.0)) / 2
-            self._slowness[worker] = slowness
+        if before <= WORTH_PLANNING_S:
+            ratio = 1.0  # of such short times nothing can be told; what was believed fades
+        slowness = (slowness + min(max(ratio, 1 / 64), 64.0)) / 2
+        self._slowness[worker] = slowness
         self._seconds[key] = (before + seconds / slowness) / 2
+        self._normalise()
+
+    def _normalise(self) -> None:
+        """The fastest worker is of ordinary speed. Else dear calls on fast workers and cheap calls on slow ones could not be told apart,
+        and a worker with one bad moment would be taken for slow for ever, while the others get all calls.
+        """
+        fastest = min(self._slowness.values())
+        self._slowness = {worker: slowness / fastest for worker, slowness in self._slowness.items()}
+        self._seconds = {key: seconds * fastest for key, seconds in self._seconds.items()}
 
     def forget(self, worker: int) -> None:
         """A new process has taken the worker's place."""
         self._slowness.pop(worker, None)
+        self._warm.discard(worker)
 
     def fade(self, unused: Sequence[int]) -> None:
         """After a round in which these workers were given nothing."""

@@ -1,7 +1,7 @@
 """The transport over Ray actors: stateless workers that may die or hang at any time without changing an answer.
 
-A round is a `Plan` of jobs: calls and, where shards are added on the workers, merges. The `Fleet` has the workers, one `Seat` each.
-Everything below gives jobs to seats and hears their answers.
+A round (`RayRound`) is a `Plan` of jobs: calls and, where shards are added on the workers, merges. The `Fleet` has the workers, one
+`Seat` each; jobs are given to seats and their answers heard.
 
 Actors have `max_restarts=0, max_task_retries=0`: Ray repeats nothing by itself. What a call needs comes with the call,
 so a lost call is run again on any other worker. An answer is known by its reference: once a seat has let go of a
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -24,11 +23,10 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 from bomemeta.distributed import cluster
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.fleet import EventSink, Fleet
-from bomemeta.distributed.pace import Key, Pace
-from bomemeta.distributed.plan import Plan
-from bomemeta.distributed.seats import MAX_STRIKES, Phase, Seat, WorkerLost, poison, state_lost
-from bomemeta.distributed.summation import TreeSum
-from bomemeta.distributed.transport import Handle, Round, ShardCall, ShardReply, WorkerFactory
+from bomemeta.distributed.pace import Pace
+from bomemeta.distributed.ray_round import RayRound
+from bomemeta.distributed.seats import Phase, state_lost
+from bomemeta.distributed.transport import Handle, Round, ShardCall, WorkerFactory
 from bomemeta.errors import ClusterError, LowerStateLost
 
 
@@ -98,7 +96,7 @@ class RayTransport:
         started = time.monotonic()
         shared = ray.put(broadcast)
         sent = time.monotonic()
-        running = _Round(self._options, self._fleet, self._pace, calls, shared)
+        running = RayRound(self._options, self._fleet, self._pace, calls, shared)
         try:
             while (total := running.finish()) is None:
                 running.advance()
@@ -156,168 +154,3 @@ class RayTransport:
             self._failure = error
         finally:
             self._opened.set()
-
-
-class _Round:
-    """One round on its way: jobs are given out, answers heard, shares added."""
-
-    def __init__(self, options: RayOptions, fleet: Fleet, pace: Pace, calls: Sequence[ShardCall], shared: Any) -> None:
-        self._options, self._fleet, self._pace, self._calls, self._shared = options, fleet, pace, calls, shared
-        summed = any(call.summed for call in calls)
-        self._form = "plain" if not summed else "apart" if options.reduce != "driver" and len(calls) > 1 else "whole"
-        self.plan = Plan(len(calls), merged=self._form == "apart")
-        self.reduce_s, self.driver_bytes = 0.0, 0
-        self._sum = TreeSum(len(calls))
-        self._strikes: Counter[int] = Counter()
-        self._made_by: dict[int, int] = {}  # whose node a share is on, by job
-        self._used: set[int] = set()
-
-    def finish(self) -> np.ndarray | None:
-        """The round's sum, or an empty array where there is nothing to add; None: it goes on."""
-        if not self.plan.finished:
-            return None
-        self._pace.fade([seat.index for seat in self._fleet.seats if seat.index not in self._used])
-        if self._form == "plain":
-            return np.empty(0)
-        start = time.monotonic()
-        if self._form == "apart":
-            try:
-                total: np.ndarray = ray.get(self.plan.held[self.plan.root], timeout=self._options.step_timeout_s)
-            except (ObjectLostError, GetTimeoutError):
-                self.plan.lost(self.plan.root)
-                return None
-            self.driver_bytes = total.nbytes
-        else:
-            total = self._sum.total
-        self.reduce_s += time.monotonic() - start
-        return total
-
-    def advance(self) -> None:
-        """Gives out what can be given out, and hears one seat."""
-        self._give_out()
-        found = self._fleet.next_seat(self._backup_time())
-        if found is None:
-            self._back_up()
-            return
-        seat, overdue = found
-        if seat.phase is not Phase.BUSY:
-            self._fleet.settle(seat, overdue)
-            if seat.phase is Phase.STARTING:
-                self._pace.forget(seat.index)
-            return
-        try:
-            self._hear(seat, overdue)
-        except WorkerLost as loss:
-            self._lose(seat, loss)
-
-    def _give_out(self) -> None:
-        idle = {seat.index: seat for seat in self._fleet.in_phase(Phase.IDLE)}
-        for job in [job for job in self.plan.ready if self.plan.merge(job)]:
-            if not idle:
-                return
-            near = [index for index in map(self._made_by.get, self.plan.merge(job) or ()) if index in idle]
-            self._begin(idle.pop(near[0] if near else next(iter(idle))), job)
-        keys = {self._key(job): job for job in self.plan.ready if not self.plan.merge(job)}
-        if idle and keys:
-            now = time.monotonic()
-            busy = {seat.index: self._remaining_s(seat, now) for seat in self._fleet.in_phase(Phase.BUSY)}
-            for worker, key in self._pace.assign(list(idle), list(keys), busy):
-                self._begin(idle[worker], keys[key])
-
-    def _begin(self, seat: Seat, job: int) -> None:
-        if job in self.plan.ready:
-            self.plan.ready.remove(job)
-        merge = self.plan.merge(job)
-        if merge is not None:
-            seat.refs = [seat.actor.merge.remote(self.plan.held[merge.left], self.plan.held[merge.right])]
-        else:
-            call = self._calls[job]
-            returns = 1 + (self._form == "apart") + call.returns
-            method = seat.actor.execute.options(num_returns=returns)
-            refs = method.remote(call.request, call.returns, self._form, self._shared, *call.states)
-            seat.refs = refs if returns > 1 else [refs]
-        seat.phase, seat.job, seat.begun = Phase.BUSY, job, time.monotonic()
-        seat.deadline = seat.begun + self._options.step_timeout_s
-        self._used.add(seat.index)
-
-    def _hear(self, seat: Seat, overdue: bool) -> None:
-        job = seat.job
-        merge = self.plan.merge(job)
-        try:
-            answer = self._fleet.get(seat, overdue)
-        except ObjectLostError as error:
-            lost = error.object_ref_hex
-            if merge is not None:
-                sides = [side for side in (merge.left, merge.right) if self.plan.held[side].hex() == lost]
-                if sides:
-                    seat.phase, seat.refs = Phase.IDLE, []
-                    self.plan.lost(sides[0])
-                    return
-            elif any(isinstance(state, ray.ObjectRef) and state.hex() == lost for state in self._calls[job].states):
-                raise LowerStateLost(state_lost(error)) from error
-            raise WorkerLost("answered, but its node was lost with the answer") from error
-        share, states = None, seat.refs[1:]
-        if merge is not None:
-            share = seat.refs[0]
-        else:
-            self._pace.learn(seat.index, self._key(job), time.monotonic() - seat.begun)
-            if self._form == "apart":
-                share, *states = states
-            elif self._form == "whole":
-                answer, own = answer
-                start = time.monotonic()
-                self._sum.add(job, own)
-                self.driver_bytes += own.nbytes
-                self.reduce_s += time.monotonic() - start
-            self.plan.answers[job] = ShardReply(answer, tuple(states))
-        self._made_by[job] = seat.index
-        self.plan.done(job, share)
-        seat.phase, seat.refs = Phase.IDLE, []
-        for other in self._at(job):  # a backup that came second
-            self._fleet.drain(other)
-
-    def _lose(self, seat: Seat, loss: WorkerLost) -> None:
-        job = seat.job
-        what = "a sum of shards" if self.plan.merge(job) else f"shard {job}"
-        self._strikes[job] += 1
-        self._pace.forget(seat.index)
-        seat.job = -1
-        if self._strikes[job] == MAX_STRIKES:
-            self._fleet.replace(seat, loss, f"in {what}")
-            raise ClusterError(poison(what, loss, self._options)) from None
-        if not self._at(job):
-            self.plan.again(job)
-        self._fleet.replace(seat, loss, f"in {what}, which runs again on the next free worker")
-
-    # Backups: the slowest call given out twice.
-
-    def _backup_time(self) -> float | None:
-        """When the first of the calls that run alone has taken too long, if a worker is free to run it a second time."""
-        if self._options.backup_after is None or self.plan.ready or not self._fleet.in_phase(Phase.IDLE):
-            return None
-        return min((when for _, when in self._late()), default=None)
-
-    def _back_up(self) -> None:
-        idle, now = self._fleet.in_phase(Phase.IDLE), time.monotonic()
-        late = sorted((when, seat.job) for seat, when in self._late() if when <= now)
-        for seat, (_, job) in zip(sorted(idle, key=lambda seat: self._pace.slowness(seat.index)), late, strict=False):
-            self._begin(seat, job)
-
-    def _late(self) -> list[tuple[Seat, float]]:
-        found = []
-        for seat in self._fleet.in_phase(Phase.BUSY):
-            expected = self._pace.expected(self._key(seat.job))
-            if expected is not None and self.plan.merge(seat.job) is None and len(self._at(seat.job)) == 1:
-                found.append((seat, seat.begun + (self._options.backup_after or 1.0) * expected))
-        return found
-
-    def _at(self, job: int) -> list[Seat]:
-        return [seat for seat in self._fleet.in_phase(Phase.BUSY) if seat.job == job]
-
-    def _remaining_s(self, seat: Seat, now: float) -> float:
-        expected = self._pace.expected(self._key(seat.job)) or 0.0
-        return max(expected * self._pace.slowness(seat.index) - (now - seat.begun), 0.0)
-
-    def _key(self, job: int) -> Key:
-        kind = self._calls[job].kind if job < len(self._calls) else "sum of shards"
-        return Key(kind, len(self._calls), job)

@@ -45,7 +45,9 @@ class Seat:
     refs: list[Any] = field(default_factory=list)  # what the seat's actor will answer; all are ready when the first is
     deadline: float = 0.0  # monotonic, seconds
     job: int = -1  # of the round's plan, while BUSY
-    begun: float = 0.0  # when it was given the job, monotonic seconds
+    begun: float = 0.0  # when it was given the job, or its answer before was heard, monotonic seconds
+    next_job: int = -1  # while BUSY: what was given to it beforehand, to follow the job in hand; -1: nothing
+    next_refs: list[Any] = field(default_factory=list)
     failed_starts: int = 0
     absent_until: float = 0.0  # while ABSENT: not started again before, monotonic seconds
 

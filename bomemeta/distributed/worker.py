@@ -15,6 +15,7 @@ from bomemeta.core.local_oracle import LocalOracle, TaskMap
 from bomemeta.core.problem import BilevelProblem, Split
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, Solver
 from bomemeta.core.spans import LOAD, span
+from bomemeta.distributed.ahead import Ahead, Asked
 from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
 
 
@@ -33,6 +34,7 @@ class Request(NamedTuple):
     with_state: tuple[bool, ...]  # which of the tasks come with a state array
     keeps: bool  # whether the kernel's lower groups are returned, one array per task
     sent: Layout  # what is in the broadcast array: x, the problem's memory, and lower groups that all tasks share
+    next_ids: tuple[int, ...] = ()  # the shard's tasks in the next step, where they can be told; a guess
 
 
 class ShardSums(NamedTuple):
@@ -43,22 +45,32 @@ class ShardSums(NamedTuple):
 
 
 class ShardWorker:
-    """Runs requests for one problem. Stateless between calls but for caches."""
+    """Runs requests for one problem. Stateless between calls but for caches.
 
-    def __init__(self, build_problem: Callable[[Mapping[str, Any]], BilevelProblem], task_map: str, device: str) -> None:
+    `load_ahead`: the tasks of what will probably be asked for next are loaded in a thread while this computes.
+    """
+
+    def __init__(
+        self,
+        build_problem: Callable[[Mapping[str, Any]], BilevelProblem],
+        task_map: str,
+        device: str,
+        load_ahead: bool = False,
+    ) -> None:
         keep_freed_memory()
         self._build = build_problem
         self._device = torch.device(device)
         self._task_map: TaskMap = "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
         self._problems: dict[str, BilevelProblem] = {}
         self._last: tuple[tree.Params, tree.Params] | None = None
+        self._ahead = Ahead(self._load) if load_ahead else None
         self.problem({})  # what is wrong with it shows before the first step
 
     def execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
         problem = self.problem(request.variant)
         sent = {name: self._on_device(params) for name, params in unpack(Packed(request.sent, broadcast)).items()}
         with span(LOAD):
-            batch = self._loaded(problem.load(request.task_ids, request.step, request.split))
+            batch = self._loaded(self._batch(request))
         if "memory" in sent:
             batch |= _repeated({"memory": sent.pop("memory")}, len(request.task_ids))["memory"]
         oracle = LocalOracle(problem, sent.pop("x"), batch, self._task_map, request.differentiable)
@@ -70,6 +82,16 @@ class ShardWorker:
         layout, rows = pack_tasks(result.lower)
         return ShardSums(sums.layout, layout), sums.buffer, *(row.numpy().copy() for row in rows)
 
+    def _batch(self, request: Request) -> tree.Params:
+        asked = Asked(request.task_ids, request.step, request.split, _key(request.variant))
+        if self._ahead is None:
+            return self._load(asked)
+        following = asked._replace(task_ids=request.next_ids, step=request.step + 1) if request.next_ids else None
+        return self._ahead.batch(asked, following)
+
+    def _load(self, asked: Asked) -> tree.Params:
+        return self._problems[asked.variant].load(asked.task_ids, asked.step, asked.split)
+
     def _loaded(self, batch: tree.Params) -> tree.Params:
         """The batch on the worker's device. A problem that gives the very same batch again has not changed it: it is moved once."""
         if self._last is None or self._last[0] is not batch:
@@ -78,7 +100,7 @@ class ShardWorker:
 
     def problem(self, variant: Mapping[str, Any]) -> BilevelProblem:
         """The problem, with these fields changed."""
-        key = repr(sorted(variant.items()))
+        key = _key(variant)
         if key not in self._problems:
             self._problems[key] = self._build(variant)
         return self._problems[key]
@@ -101,6 +123,10 @@ class ShardWorker:
             for name, start in oracle.init_lower().items():
                 groups["y"][name][~known] = start[~known]
         return groups
+
+
+def _key(variant: Mapping[str, Any]) -> str:
+    return repr(sorted(variant.items()))
 
 
 def _repeated(groups: LowerGroups, tasks: int) -> LowerGroups:

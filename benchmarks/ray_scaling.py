@@ -1,0 +1,116 @@
+"""How far W workers come to 1/W of the serial time: steps of one config over the serial transport and over Ray, in turn.
+
+    BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --config configs/omniglot_5w1s.yaml --tasks 8 16 32 --json OUT.json
+
+Every worker and the serial transport have one thread. The same machine bounds what can be reached: `beside` is the time of a serial step
+while `--workers - 1` other processes take serial steps of their own, over that of one alone. Where cores share caches, memory or
+a physical core it is above 1, and no division of the work can do better than `beside` / W.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from bomemeta.config import load_config
+from bomemeta.engine import Job
+from bomemeta.environment import environment
+from bomemeta.files import written_whole
+from bomemeta.profile import Course
+
+WARM_UP = 10
+# Set far beyond what is measured, so that schedules of step sizes stay where they begin.
+KEYS = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1")
+
+
+def course(config: str, tasks: int, workers: int, stack: ExitStack) -> Course:
+    settings = load_config(config, [*KEYS, f"tasks_per_step={tasks}", f"workers={workers}"])
+    problem = build_problem(settings)
+    transport = stack.enter_context(closing(open_transport(settings, print)))
+    return Course(Job(settings, problem, build_solver(settings, problem), transport))
+
+
+def seconds_of(one: Course) -> float:
+    start = time.perf_counter()
+    one.go(1)
+    return time.perf_counter() - start
+
+
+def neighbours(options: argparse.Namespace, tasks: int, stack: ExitStack) -> None:
+    """Processes that take serial steps until the stack is closed; returns when all of them are at it."""
+    command = [sys.executable, "-m", "benchmarks.ray_scaling", "--config", options.config, "--tasks", str(tasks), "--endless"]
+    for _ in range(options.workers - 1):
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+        stack.callback(process.kill)
+        assert process.stdout is not None
+        process.stdout.readline()
+
+
+def endless(options: argparse.Namespace) -> None:
+    with ExitStack() as stack, torch_threads(1):
+        serial = course(options.config, options.tasks[0], 0, stack)
+        serial.go(WARM_UP)
+        print("warm", flush=True)
+        while True:
+            serial.go(1)
+
+
+def measure(options: argparse.Namespace, tasks: int) -> dict[str, Any]:
+    with ExitStack() as stack, torch_threads(1):
+        serial = course(options.config, tasks, 0, stack)
+        spread = course(options.config, tasks, options.workers, stack)
+        for one in (serial, spread):
+            one.go(WARM_UP)
+        pairs = [(seconds_of(serial), seconds_of(spread)) for _ in range(options.repetitions)]
+        with ExitStack() as others:
+            neighbours(options, tasks, others)
+            beside = statistics.median(seconds_of(serial) for _ in range(options.repetitions))
+        alone = statistics.median(seconds_of(serial) for _ in range(options.repetitions))
+    ratios = sorted(options.workers * workers / one for one, workers in pairs)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    row = {
+        "tasks": tasks,
+        "workers": options.workers,
+        "serial_ms": 1000 * statistics.median(one for one, _ in pairs),
+        "workers_ms": 1000 * statistics.median(workers for _, workers in pairs),
+        "over_ideal": middle,
+        "quartiles": [low, high],
+        "beside": beside / alone,
+    }
+    print(
+        f"{tasks} tasks: serial {row['serial_ms']:.1f} ms, {options.workers} workers {row['workers_ms']:.1f} ms, over ideal "
+        f"{middle:.3f} ({low:.3f} to {high:.3f}); a serial step beside others {row['beside']:.3f}",
+        flush=True,
+    )
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/omniglot_5w1s.yaml")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[8, 16, 32], help="tasks_per_step")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--endless", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.endless:
+        endless(options)
+    rows = [measure(options, tasks) for tasks in options.tasks]
+    if options.json is not None:
+        result = {"config": options.config, "rows": rows, "environment": environment()}
+        with written_whole(options.json) as file:
+            file.write(json.dumps(result, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
