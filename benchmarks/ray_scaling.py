@@ -1,6 +1,7 @@
 """How far W workers come to 1/W of the serial time: steps of one config over the serial transport and over Ray, in turn.
 
-    BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --config configs/omniglot_5w1s.yaml --tasks 8 16 32 --json OUT.json
+    BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --configs configs/omniglot_5w1s.yaml configs/omniglot_20w5s.yaml --json OUT.json
+    BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --tasks 8 32 128 --json OUT.json
 
 Every worker and the serial transport have one thread. The same machine bounds what can be reached: `beside` is the time of a serial step
 while `--workers - 1` other processes take serial steps of their own, over that of one alone. Where cores share caches, memory or
@@ -28,12 +29,13 @@ from bomemeta.files import written_whole
 from bomemeta.profile import Course
 
 WARM_UP = 10
-# Set far beyond what is measured, so that schedules of step sizes stay where they begin.
 KEYS = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1")
 
 
-def course(config: str, tasks: int, workers: int, stack: ExitStack) -> Course:
-    settings = load_config(config, [*KEYS, f"tasks_per_step={tasks}", f"workers={workers}"])
+def course(config: str, tasks: int | None, workers: int, stack: ExitStack) -> Course:
+    """`tasks`: of a step; None: as in the config."""
+    keys = [] if tasks is None else [f"tasks_per_step={tasks}"]
+    settings = load_config(config, [*KEYS, *keys, f"workers={workers}"])
     problem = build_problem(settings)
     transport = stack.enter_context(closing(open_transport(settings, print)))
     return Course(Job(settings, problem, build_solver(settings, problem), transport))
@@ -45,9 +47,10 @@ def seconds_of(one: Course) -> float:
     return time.perf_counter() - start
 
 
-def neighbours(options: argparse.Namespace, tasks: int, stack: ExitStack) -> None:
+def neighbours(options: argparse.Namespace, config: str, tasks: int | None, stack: ExitStack) -> None:
     """Processes that take serial steps until the stack is closed; returns when all of them are at it."""
-    command = [sys.executable, "-m", "benchmarks.ray_scaling", "--config", options.config, "--tasks", str(tasks), "--endless"]
+    command = [sys.executable, "-m", "benchmarks.ray_scaling", "--configs", config, "--endless"]
+    command += [] if tasks is None else ["--tasks", str(tasks)]
     for _ in range(options.workers - 1):
         process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
         stack.callback(process.kill)
@@ -57,27 +60,28 @@ def neighbours(options: argparse.Namespace, tasks: int, stack: ExitStack) -> Non
 
 def endless(options: argparse.Namespace) -> None:
     with ExitStack() as stack, torch_threads(1):
-        serial = course(options.config, options.tasks[0], 0, stack)
+        serial = course(options.configs[0], options.tasks[0], 0, stack)
         serial.go(WARM_UP)
         print("warm", flush=True)
         while True:
             serial.go(1)
 
 
-def measure(options: argparse.Namespace, tasks: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace, config: str, tasks: int | None) -> dict[str, Any]:
     with ExitStack() as stack, torch_threads(1):
-        serial = course(options.config, tasks, 0, stack)
-        spread = course(options.config, tasks, options.workers, stack)
+        serial = course(config, tasks, 0, stack)
+        spread = course(config, tasks, options.workers, stack)
         for one in (serial, spread):
             one.go(WARM_UP)
         pairs = [(seconds_of(serial), seconds_of(spread)) for _ in range(options.repetitions)]
         with ExitStack() as others:
-            neighbours(options, tasks, others)
+            neighbours(options, config, tasks, others)
             beside = statistics.median(seconds_of(serial) for _ in range(options.repetitions))
         alone = statistics.median(seconds_of(serial) for _ in range(options.repetitions))
     ratios = sorted(options.workers * workers / one for one, workers in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
     row = {
+        "config": config,
         "tasks": tasks,
         "workers": options.workers,
         "serial_ms": 1000 * statistics.median(one for one, _ in pairs),
@@ -87,8 +91,8 @@ def measure(options: argparse.Namespace, tasks: int) -> dict[str, Any]:
         "beside": beside / alone,
     }
     print(
-        f"{tasks} tasks: serial {row['serial_ms']:.1f} ms, {options.workers} workers {row['workers_ms']:.1f} ms, over ideal "
-        f"{middle:.3f} ({low:.3f} to {high:.3f}); a serial step beside others {row['beside']:.3f}",
+        f"{config}, {tasks or 'its'} tasks: serial {row['serial_ms']:.1f} ms, {options.workers} workers {row['workers_ms']:.1f} ms, "
+        f"over ideal {middle:.3f} ({low:.3f} to {high:.3f}); a serial step beside others {row['beside']:.3f}",
         flush=True,
     )
     return row
@@ -96,8 +100,8 @@ def measure(options: argparse.Namespace, tasks: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/omniglot_5w1s.yaml")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[8, 16, 32], help="tasks_per_step")
+    parser.add_argument("--configs", nargs="+", default=["configs/omniglot_5w1s.yaml"])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[None], help="values of tasks_per_step; default: the config's own")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--json", type=Path, help="where the result goes")
@@ -105,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.endless:
         endless(options)
-    rows = [measure(options, tasks) for tasks in options.tasks]
+    rows = [measure(options, config, tasks) for config in options.configs for tasks in options.tasks]
     if options.json is not None:
-        result = {"config": options.config, "rows": rows, "environment": environment()}
+        result = {"rows": rows, "environment": environment()}
         with written_whole(options.json) as file:
             file.write(json.dumps(result, indent=1).encode())
 

@@ -33,6 +33,8 @@ PASSED_ON = ("BOMEMETA_DATA", "BOMEMETA_CACHE", "RAY_AUTH_MODE")
 # The cluster's HTTP server takes no larger upload (ray_constants.DASHBOARD_CLIENT_MAX_SIZE).
 LARGEST_UPLOAD = 100 * 1024**2
 BIGGEST_SHOWN = 5
+# Of a driver that is killed, in a row without a new checkpoint in between.
+RESTARTS = 3
 # Between two looks at a job whose log has ended: the cluster needs a moment to note its end.
 PAUSE_S = 0.5
 
@@ -74,10 +76,12 @@ def prepare(
     uv: bool = False,
     excludes: Sequence[str] = (),
     environment: Sequence[str] = (),
+    restarts: int = RESTARTS,
 ) -> Submission:
     """Checks the config and what it needs, and says what would be sent from the current folder.
 
-    `environment`: NAME=VALUE, or NAME for its value here. Raises ConfigError where the job could not run or its results would be lost.
+    `environment`: NAME=VALUE, or NAME for its value here. `restarts`: as in `bomemeta train --restarts`. Raises ConfigError where the job
+    could not run or its results would be lost.
     """
     folder = Path.cwd()
     excluded = [*EXCLUDES, *excludes]
@@ -96,6 +100,7 @@ def prepare(
     hook = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": str(int(uv))}
     relative = Path(os.path.relpath(path, folder)).as_posix()
     words = [*(["uv", "run"] if uv else []), "bomemeta", "train", relative, *overrides, "--auto-resume"]
+    words += ["--restarts", str(restarts)] if restarts else []
     return Submission(
         entrypoint=shlex.join(words),
         runtime_env={"working_dir": str(folder), "excludes": excluded, "env_vars": hook | _environment(environment)},

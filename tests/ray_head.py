@@ -62,6 +62,7 @@ def ray_head(authentication: str, cpus: int = 2) -> Iterator[Head]:
         stack.callback(_end, process, folder)
         head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", folder, environment)
         _wait_for_jobs_server(head, process)
+        _wait_for_agent(others[names.index("dashboard-agent-listen")], head, process)
         yield head
 
 
@@ -75,6 +76,20 @@ def _wait_for_jobs_server(head: Head, process: subprocess.Popen[bytes]) -> None:
             with urllib.request.urlopen(request, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
+            said = (head.folder / "head.log").read_text()
+            assert process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.2)
+
+
+def _wait_for_agent(port: int, head: Head, process: subprocess.Popen[bytes]) -> None:
+    """Who starts the jobs: on a busy machine it comes up long after the server that takes them, which waits 10 s for it, then refuses."""
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5):
+                return
+        except OSError:
             said = (head.folder / "head.log").read_text()
             assert process.poll() is None, said
             assert time.monotonic() < deadline, said

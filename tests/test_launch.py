@@ -116,7 +116,9 @@ def test_slurm_runs_the_command_on_the_first_node(tmp_path):
     assert srun[start : srun.index("--")] == [
         "ray", "symmetric-run", "--address", "node7:23456", "--min-nodes", "2", "--num-cpus=16"
     ]  # fmt: skip
-    assert {"workers=31", "address=node7:23456", "--auto-resume"} <= set((tmp_path / "bomemeta").read_text().splitlines())
+    typed = (tmp_path / "bomemeta").read_text().splitlines()
+    assert {"workers=31", "address=node7:23456"} <= set(typed)
+    assert " --auto-resume --restarts 3 " in " ".join(typed)
     environment = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
     assert re.fullmatch(r"[0-9a-f]{64}", environment["RAY_AUTH_TOKEN"])
     assert environment["RAY_AUTH_MODE"] == "token"
@@ -168,7 +170,7 @@ def test_rayjob_has_the_fields_of_a_rayjob() -> None:
     assert set(spec) <= JOB_FIELDS
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["backoffLimit"] > 0
-    assert "--auto-resume" in spec["entrypoint"].split()
+    assert spec["entrypoint"].endswith(" --auto-resume --restarts 3")
     cluster = spec["rayClusterSpec"]
     assert set(cluster) <= CLUSTER_FIELDS
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]

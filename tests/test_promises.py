@@ -93,7 +93,7 @@ def struck(signal_name: str, mark: Path) -> list[str]:
     return ["problem.strike_step=4", f"problem.strike_signal={signal_name}", f"problem.strike_mark={mark}"]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])  # 2: below, with one of them killed
 @pytest.mark.parametrize("job", JOBS)
 def test_same_bits_for_any_number_of_workers(job, workers, reference, ray_cluster, tmp_path):
     result = bomemeta.train(JOBS[job], [f"output_dir={tmp_path / 'run'}", f"workers={workers}", "cpus_per_worker=0.5"])

@@ -55,7 +55,7 @@ class Adder:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
-    """A head without CPUs, for the driver; tests bring their own nodes and take them away."""
+    """A head without CPUs, for the driver; tests say how many nodes beside it they want (`with_nodes`)."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         # With tokens, as a cluster that bomemeta starts: earlier tests may have done so in this process.
         cluster._make_token()
@@ -72,15 +72,14 @@ def nodes() -> Iterator[Cluster]:
             cluster_of_nodes.shutdown()
 
 
-@pytest.fixture
-def three(nodes: Cluster) -> Iterator[list[Any]]:
-    """Three nodes of one CPU each; those that are left are taken away afterwards."""
-    added = [nodes.add_node(num_cpus=1) for _ in range(3)]
-    nodes.wait_for_nodes()
-    yield added
-    for node in list(nodes.worker_nodes):
-        nodes.remove_node(node, allow_graceful=True)
-    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+def with_nodes(nodes: Cluster, wanted: int) -> list[Any]:
+    """Brings the cluster to so many nodes of one CPU each: what an earlier test left is used again, since a node takes seconds to start."""
+    while len(nodes.worker_nodes) > wanted:
+        nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=True)
+    while len(nodes.worker_nodes) < wanted:
+        nodes.add_node(num_cpus=1)
+    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1 + wanted)
+    return list(nodes.worker_nodes)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -107,7 +106,7 @@ def test_an_address_where_nobody_listens():  # before the file's cluster is ther
 
 
 def test_a_lost_node(nodes, tmp_path):
-    first = nodes.add_node(num_cpus=1)
+    (first,) = with_nodes(nodes, 1)
     transport = RayTransport(Adder, RayOptions(workers=1, step_timeout_s=20.0))
     one = np.ones(200_000, np.float32)  # large enough for the store of the node that computes it
     reply = transport.run(one, [ShardCall(Order(), (one,), 1, summed=True)]).replies[0]
@@ -119,7 +118,7 @@ def test_a_lost_node(nodes, tmp_path):
     assert second.reply != reply.reply
     assert not Path(f"/proc/{reply.reply}").exists()
 
-    second_node = nodes.add_node(num_cpus=1)
+    nodes.add_node(num_cpus=1)
     nodes.remove_node(first, allow_graceful=False)
     with pytest.raises(LowerStateLost, match="last checkpoint"):
         transport.run(one, [ShardCall(Order(), second.states, 1, summed=True)])
@@ -129,11 +128,10 @@ def test_a_lost_node(nodes, tmp_path):
     assert np.array_equal(transport.fetch(third.states)[0], one + 1)
     assert transport.replacements == 2
     transport.close()
-    nodes.remove_node(second_node, allow_graceful=True)
-    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
 
 
-def test_workers_are_spread_and_sums_meet_in_a_tree_on_them(three):
+def test_workers_are_spread_and_sums_meet_in_a_tree_on_them(nodes):
+    with_nodes(nodes, 3)
     calls = [ShardCall(Order(leaf=leaf), summed=True) for leaf in range(7)]
     x = np.linspace(0, 1, 100_000, dtype=np.float32)
     expected = SerialTransport(Adder).run(x, calls).total
@@ -151,7 +149,8 @@ def test_workers_are_spread_and_sums_meet_in_a_tree_on_them(three):
     plain.close()
 
 
-def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked_for(three, tmp_path):
+def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked_for(nodes, tmp_path):
+    with_nodes(nodes, 3)
     for backup_after in (None, 2.0):
         mark = str(tmp_path / f"slow-{backup_after}")
         transport = RayTransport(Adder, RayOptions(workers=3, step_timeout_s=30.0, backup_after=backup_after))
@@ -169,11 +168,11 @@ def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked
         transport.close()
 
 
-def train_through(folder: Path, overrides: list[str], *deeds: tuple[int, Callable[[], Any]]) -> bomemeta.Result:
+def train_through(folder: Path, load_s: float, overrides: list[str], *deeds: tuple[int, Callable[[], Any]]) -> bomemeta.Result:
     """A run in a thread, and each deed in the middle of the step after so many. (Ray starts nodes in the main thread only.)"""
     with ThreadPoolExecutor(1) as beside:
         running = beside.submit(
-            bomemeta.train, WIDE, [f"output_dir={folder}", "problem.load_s=0.5", "step_timeout_s=30", *overrides]
+            bomemeta.train, WIDE, [f"output_dir={folder}", f"problem.load_s={load_s}", "step_timeout_s=30", *overrides]
         )
         for steps, deed in deeds:
             wait_for(lambda steps=steps: running.done() or len(read_metrics(folder / "metrics.jsonl")) >= steps)  # type: ignore[misc]
@@ -182,19 +181,21 @@ def train_through(folder: Path, overrides: list[str], *deeds: tuple[int, Callabl
         return running.result()
 
 
-def test_a_run_that_loses_a_node_with_lower_state_goes_back_and_reaches_the_same_bits(nodes, three, reference, tmp_path):
+def test_a_run_that_loses_a_node_with_lower_state_goes_back_and_reaches_the_same_bits(nodes, reference, tmp_path):
     # After an odd step: what a checkpoint has fetched has a copy on the driver's node.
+    three = with_nodes(nodes, 3)
     lost = (5, lambda: nodes.remove_node(three[0], allow_graceful=False))
-    result = train_through(tmp_path / "run", ["workers=3", "reduce=tree"], lost)
+    result = train_through(tmp_path / "run", 0.25, ["workers=3", "reduce=tree"], lost)
     assert any("Going back to the checkpoint" in note for note in result.notes), result.notes
     assert result.upper_sha256 == reference.upper_sha256
     assert result.metrics == reference.metrics
 
 
 def test_workers_follow_the_cluster(nodes, reference, tmp_path):
-    first = nodes.add_node(num_cpus=1)
+    (first,) = with_nodes(nodes, 1)
     result = train_through(
         tmp_path / "run",
+        0.5,
         ["workers=auto", "max_workers=3", "reduce=tree"],
         (2, lambda: nodes.add_node(num_cpus=1)),
         (6, lambda: nodes.remove_node(first, allow_graceful=False)),
@@ -202,12 +203,10 @@ def test_workers_follow_the_cluster(nodes, reference, tmp_path):
     assert any("the cluster has room for worker" in note for note in result.notes), result.notes
     assert any("died" in note for note in result.notes), result.notes
     assert result.upper_sha256 == reference.upper_sha256
-    for node in list(nodes.worker_nodes):
-        nodes.remove_node(node, allow_graceful=True)
-    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
 
 
 def test_too_few_nodes_are_waited_for_and_then_named(nodes):
+    with_nodes(nodes, 0)
     events: list[str] = []
     options = RayOptions(workers=3, min_workers=2, start_timeout_s=3.0)
     with pytest.raises(ClusterError, match=r"2 workers of 1 CPU .* do not fit: the cluster \(1 nodes\) has 0 CPU"):

@@ -1,0 +1,148 @@
+"""`bomemeta train --auto-resume --restarts N`: the run as a child process, which is started again where a signal killed it.
+
+What kills a driver without a word (the system short of memory, a crash in a library, kill -9) cannot be handled by the driver. So this
+small process, which imports neither torch nor Ray, waits beside it. It has no signal handlers but reads one signal after the other, so
+that nothing races with anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bomemeta.document import apply_overrides, find_config, read_document
+from bomemeta.storage import is_uri
+
+# Before a restart; doubled while no new checkpoint appears, up to the longest.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+INTERRUPTED = 130  # as the run itself ends when it is stopped
+STOPS = {signal.SIGINT, signal.SIGTERM}
+# Who dies of these was asked to end by somebody: no accident, nothing to restart.
+ASKED = {signal.SIGHUP, signal.SIGQUIT, *STOPS}
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SI_KERNEL = 0x80  # asm-generic/siginfo.h: not sent by a process; here, typed at the terminal
+LISTING = "import sys; from bomemeta.storage import Mirror; print(*Mirror(sys.argv[1]).names(), sep='\\n')"
+LISTING_S = 60.0
+
+Say = Callable[[str], None]
+
+
+def same_command(config: str, overrides: Sequence[str]) -> list[str]:
+    """This process's own command without --restarts, by the interpreter and the way (script, -m) that it was called."""
+    how = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    return [sys.executable, *how, "train", config, *overrides, "--auto-resume"]
+
+
+def place_of(config: str, overrides: Sequence[str]) -> str | None:
+    """The config's output_dir, read without the config's imports. Raises ConfigError where the file or an override cannot be read."""
+    place = apply_overrides(read_document(find_config(config)), overrides).data.get("output_dir")
+    return None if place is None else str(place)
+
+
+def supervise(command: Sequence[str], place: str | None, restarts: int, say: Say) -> int:
+    """Runs the command to its end and returns its exit code, 128 + N where signal N ended it, as shells do.
+
+    Where a signal killed it that nobody sent to stop it, it is started again; not more than `restarts` times in a row without a new
+    checkpoint in `place`. SIGTERM and SIGINT are passed on, and the command's own end is waited for. It does not outlive this process.
+    """
+    seen: frozenset[str] | None = None
+    alike = 0  # deaths in a row with the same checkpoints
+    with _held_back() as mask:
+        while True:
+            code, stopped = _run(command, mask)
+            if code >= 0:
+                return code
+            killer = _name(-code)
+            if stopped or -code in ASKED:
+                say(f"interrupted: the run was ended by {killer}; go on with the same command")
+                return 128 - code
+            there = _checkpoints(place)
+            alike = alike + 1 if there == seen else 1
+            seen = there
+            if alike > restarts:
+                say(
+                    f"failed: the run was killed by {killer}, {alike} times in a row without a new checkpoint{_hint(-code)}; "
+                    "the same command goes on from its last checkpoint"
+                )
+                return 128 - code
+            pause_s = min(FIRST_PAUSE_S * 2 ** (alike - 1), LONGEST_PAUSE_S)
+            how = "begins again" if there == frozenset() else "goes on from its last checkpoint"
+            say(f"note: the run was killed by {killer}; restart {alike} of {restarts}, in {pause_s:g} s, {how}")
+            if signal.sigtimedwait(STOPS, pause_s) is not None:
+                say("interrupted; go on with the same command")
+                return INTERRUPTED
+
+
+@contextmanager
+def _held_back() -> Iterator[set[Any]]:
+    """The signals that are read one at a time wait until they are; yields the mask that was before."""
+    chld = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be inherited, it would take the exit codes along
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPS, signal.SIGCHLD})
+    try:
+        yield mask
+    finally:
+        while signal.sigtimedwait({*STOPS, signal.SIGCHLD}, 0) is not None:
+            pass  # too late to be passed on; it must not change the exit code
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGCHLD, chld)
+
+
+def _run(command: Sequence[str], mask: set[Any]) -> tuple[int, bool]:
+    """Runs the command once; its code (-N: signal N), and whether it was asked to stop."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    child = subprocess.Popen(command, preexec_fn=partial(_tie, prctl, os.getpid(), mask))
+    stopped = False
+    while child.poll() is None:
+        info = signal.sigwaitinfo({*STOPS, signal.SIGCHLD})
+        if info.si_signo == signal.SIGCHLD:
+            continue
+        # The terminal sends Ctrl-C to the child too. Others may have done so (`ray job stop` asks every process of a job), and a second
+        # SIGINT would break off the step in hand, while a SIGTERM after either changes nothing: so the first is passed on as that.
+        if info.si_code != SI_KERNEL:
+            child.send_signal(info.si_signo if stopped else signal.SIGTERM)
+        stopped = True
+    return child.returncode, stopped or bool(signal.sigpending() & STOPS)
+
+
+def _tie(prctl: Any, parent: int, mask: set[Any]) -> None:
+    """In the child, before it becomes the command: it is killed when its parent ends in whatever way, and gets its signals again."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # which ended before it was watched
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _checkpoints(place: str | None) -> frozenset[str] | None:
+    """Names of the checkpoints of a run, or of all its seeds; None where it cannot be seen."""
+    if place is None:
+        return None
+    if not is_uri(place):
+        folder = Path(place).expanduser()
+        patterns = ("checkpoints/step_*.pt", "seed-*/checkpoints/step_*.pt")
+        return frozenset(path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern))
+    # In a process of its own: what speaks to a store has threads, and this one must be able to fork.
+    words = [sys.executable, "-c", LISTING, place]
+    try:
+        listed = subprocess.run(words, capture_output=True, text=True, timeout=LISTING_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return frozenset(name for name in listed.stdout.splitlines() if name.endswith(".pt"))
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _hint(number: int) -> str:
+    return " (a system that is short of memory does that)" if number == signal.SIGKILL else ""
