@@ -3,9 +3,10 @@
     BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --configs configs/omniglot_5w1s.yaml configs/omniglot_20w5s.yaml --json OUT.json
     BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --tasks 8 32 128 --json OUT.json
 
-Every worker and the serial transport have one thread. The same machine bounds what can be reached: `beside` is the time of a serial step
-while `--workers - 1` other processes take serial steps of their own, over that of one alone. Where cores share caches, memory or
-a physical core it is above 1, and no division of the work can do better than `beside` / W.
+Blocks of steps in turn, the first two of each not counted, since caches and sleeping processes are no part of a run; ratios of the blocks'
+medians. Every worker and the serial transport have one thread. The same machine bounds what can be reached: `beside` is the time of a
+serial step while `--workers - 1` other processes take serial steps of their own, over that of one alone. Where cores share caches,
+memory or a physical core it is above 1, and no division of the work can do better than `beside` / W.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from bomemeta.files import written_whole
 from bomemeta.profile import Course
 
 WARM_UP = 10
+BLOCK, SKIPPED = 10, 2  # steps
 KEYS = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1")
 
 
@@ -42,9 +44,13 @@ def course(config: str, tasks: int | None, workers: int, stack: ExitStack) -> Co
 
 
 def seconds_of(one: Course) -> float:
-    start = time.perf_counter()
-    one.go(1)
-    return time.perf_counter() - start
+    """Of a step: the median over a block."""
+    times = []
+    for _ in range(BLOCK):
+        start = time.perf_counter()
+        one.go(1)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[SKIPPED:])
 
 
 def neighbours(options: argparse.Namespace, config: str, tasks: int | None, stack: ExitStack) -> None:
@@ -76,8 +82,8 @@ def measure(options: argparse.Namespace, config: str, tasks: int | None) -> dict
         pairs = [(seconds_of(serial), seconds_of(spread)) for _ in range(options.repetitions)]
         with ExitStack() as others:
             neighbours(options, config, tasks, others)
-            beside = statistics.median(seconds_of(serial) for _ in range(options.repetitions))
-        alone = statistics.median(seconds_of(serial) for _ in range(options.repetitions))
+            beside = statistics.median(seconds_of(serial) for _ in range(3))
+        alone = statistics.median(seconds_of(serial) for _ in range(3))
     ratios = sorted(options.workers * workers / one for one, workers in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
     row = {
@@ -103,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--configs", nargs="+", default=["configs/omniglot_5w1s.yaml"])
     parser.add_argument("--tasks", type=int, nargs="+", default=[None], help="values of tasks_per_step; default: the config's own")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--repetitions", type=int, default=6, help="blocks of each")
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--endless", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

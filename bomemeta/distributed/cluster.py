@@ -30,6 +30,9 @@ CAPACITY_PATIENCE_S = 10.0
 Reduce = Literal["driver", "tree", "collective"]
 
 PROBE_TIMEOUT_S = 10.0  # for one TCP connection: longer than any network takes that could carry a step
+# Answers up to this size (bytes) come with the message that a call is done, and larger ones through the object store, which takes some
+# milliseconds more. Ray's own limit of 100 KiB is just below the four-layer network's x.
+SENT_DIRECTLY = 1024**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +152,7 @@ def local(options: RayOptions, on_event: Callable[[str], None]) -> Iterator[None
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="error",
+                _system_config={"max_direct_call_object_size": SENT_DIRECTLY},
             )
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ClusterError(f"Ray did not start on this machine: {error}. workers=0 runs without Ray") from error
