@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.table import NAMES, Result, hardware_lines
 
+TICKS = (15, 30, 60, 120, 300, 600, 1200)  # CPU seconds
 COLOURS = {"bome": "tab:blue", "maml": "tab:red", "fomaml": "tab:orange", "anil": "tab:green"}
 
 
@@ -67,6 +68,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
             )  # fmt: skip
             named.add(method)
         axes.set_xscale("log")
+        axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
+        axes.set_xticks([], minor=True)
         axes.set_title(f"{way}-way {results[0]['shots']}-shot Omniglot")
         axes.set_xlabel("CPU seconds of one thread")
         axes.grid(True, alpha=0.3)
