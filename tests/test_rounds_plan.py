@@ -214,3 +214,12 @@ def test_a_bad_moment_is_forgotten(seconds, hiccup):
     assert pace.slowness(0) == pytest.approx(1, rel=0.05)
     assert pace.slowness(1) == pytest.approx(1, rel=0.05)
     assert [pace.expected(key) for key in KEYS] == pytest.approx([seconds] * 4, rel=0.1)
+
+
+def test_a_worker_that_is_slow_from_its_first_answer_on_is_found_though_it_keeps_its_call():
+    pace = Pace()
+    for _ in range(2):
+        for worker in (1, 2, 0):  # the slow one answers last
+            pace.learn(worker, KEYS[worker], 2.0 if worker == 0 else 0.1)
+    assert pace.slowness(0) > 2
+    assert pace.slowness(1) == pytest.approx(pace.slowness(2), rel=0.1)

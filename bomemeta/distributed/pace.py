@@ -54,8 +54,7 @@ class Pace:
             return
         if key in self._cold:
             self._cold.remove(key)
-            self._seconds[key] = seconds / slowness
-            return
+            del self._seconds[key]
         before = self._seconds.get(key)
         if before is None:
             # Is it the call or the worker? Beside the round's other calls of this kind, half of the difference is put down to each.
