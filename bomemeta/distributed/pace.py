@@ -65,7 +65,8 @@ class Pace:
             ratio = seconds / max(before, 1e-9)
         if before <= WORTH_PLANNING_S:
             ratio = 1.0  # of such short times nothing can be told; what was believed fades
-        slowness = (slowness + min(max(ratio, 1 / 64), 64.0)) / 2
+        ratio = min(max(ratio, 1 / 64), 64.0)
+        slowness = (slowness + ratio) / 2 if worker in self._slowness else ratio
         self._slowness[worker] = slowness
         self._seconds[key] = (before + seconds / slowness) / 2
         self._normalise()
