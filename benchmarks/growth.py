@@ -21,45 +21,29 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-
-from benchmarks import cost_model
-from benchmarks.cost_model import Cost, Sizes, Where
+from benchmarks import cost_model, growth_on_ray
+from benchmarks.cost_model import Sizes
+from benchmarks.growth_points import EPISODES, SOLVERS, Point, config_of, counted, in_turn, point, say
 from benchmarks.growth_report import figure, tables
 from bomemeta.assembly import BuildWorker, build_problem, build_solver, open_transport, torch_threads
-from bomemeta.config import Config, load_config
-from bomemeta.core.local_oracle import LocalOracle
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.config import Config
 from bomemeta.distributed.serial import SerialTransport
-from bomemeta.distributed.transport import Transport
 from bomemeta.engine import Job
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
 from bomemeta.live_bytes import LiveBytes
 from bomemeta.profile import Course
 
-COUNTS = ("gradient_evaluations", "hessian_products", "reduces", "bytes_reduced", "driver_bytes")
-BOME = "{name: bome, barrier: per_task, diagnose_every: 0, inner_lr: 0.05, lower_lr: 0.05, upper_lr: 0.001}"
-SOLVERS = {
-    "bome": BOME,
-    "itd": "{name: itd, inner_lr: 0.05, upper_lr: 0.001}",
-    "aid_cg": "{name: aid_cg, inner_lr: 0.05, upper_lr: 0.001}",
-}
-EPISODES = ("problem={name: few_shot, width: 32}", "data={dataset: noise}", "tasks_per_step=16", "shards=2")
 NETWORK = ("problem={name: few_shot, form: network, width: 16}", "data={dataset: noise}", "tasks_per_step=2", "shards=2")
 SIZED = ("tasks_per_step=1", "shards=1")
-CLEANING = "{name: hyper_cleaning, train: 1000, validation: 200, selection: 200, blocks: 4}"
-COMMON = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1", "steps=100000")
 
 
 class Weighed:
@@ -73,19 +57,6 @@ class Weighed:
             answer = self._worker.execute(*arguments)
         self.peak = max(self.peak, counted.peak)
         return answer
-
-
-class Point(NamedTuple):
-    """A run at one point of a sweep."""
-
-    solver: str
-    value: int
-    course: Course
-    job: Job
-    sizes: Sizes
-
-    def predicted(self, step: int = 0) -> Cost:
-        return cost_model.cost(self.job.solver, self.sizes, step)
 
 
 @dataclass(frozen=True)
@@ -128,51 +99,6 @@ SWEEPS: Mapping[str, Sweep] = {
 }  # fmt: skip
 
 
-def sizes_of(config: Config, problem: BilevelProblem) -> Sizes:
-    """What the cost model wants to know of a run."""
-    upper = problem.init_upper(torch.Generator().manual_seed(0))
-    batch = problem.load([0], 0, "train")
-    lower = LocalOracle(problem, upper, batch, "loop", differentiable=False).init_lower()
-    where: Where = "shared" if problem.lower == "shared" else "fresh" if problem.pool is None else "pool"
-    tasks = problem.pool if where == "shared" else config.tasks_per_step or problem.pool or 8
-    assert tasks is not None
-    assert isinstance(config.workers, int)
-    return Sizes(
-        where=where,
-        tasks=tasks,
-        shards=config.shards,
-        upper=sum(tensor.numel() for tensor in upper.values()),
-        lower=sum(tensor[0].numel() for tensor in lower.values()),
-        workers=config.workers,
-        reduce=config.reduce,
-        images=sum(len(batch[name][0]) for name in ("support", "query") if name in batch),
-    )
-
-
-def config_of(keys: Sequence[str], solver: str = BOME) -> Config:
-    base = {"imports": ["benchmarks.sized"], "problem": {"name": "sized"}, "solver": {"name": "bome"}}
-    return load_config(base, [*COMMON, f"solver={solver}", *keys])
-
-
-def point(name: str, value: int, config: Config, transport: Transport) -> Point:
-    problem = build_problem(config)
-    job = Job(config, problem, build_solver(config, problem), transport)
-    return Point(name, value, Course(job), job, sizes_of(config, problem))
-
-
-def counted(of: Point, steps: int = 2) -> dict[str, Any]:
-    """What the first steps say that they cost, and what the model says. Raises where they differ."""
-    row: dict[str, Any] = {"solver": of.solver, "value": of.value, "upper": of.sizes.upper, "lower": of.sizes.lower}
-    for step, said in enumerate(of.course.go(steps)):
-        model = of.predicted(step)._asdict()
-        got: dict[str, float] = {name: said.get(name, 0.0) for name in COUNTS}
-        wanted = {name: float(model[name]) for name in COUNTS}
-        if got != wanted:
-            raise SystemExit(f"step {step} of {of.solver} at {of.value}: measured {got}, the model says {wanted}")
-        row |= got
-    return row
-
-
 def peak_of(config: Config) -> int:
     """Peak bytes of live tensors in a shard of one step."""
     weighed: list[Weighed] = []
@@ -197,7 +123,7 @@ def serial(sweep: Sweep, values: Sequence[int], rounds: int) -> list[dict[str, A
             transport = open_transport(config, print)
             points.append(point(solver, value, config, transport))
             rows.append({**counted(points[-1]), "peak_bytes": peak})
-            _say(rows[-1])
+            say(rows[-1])
     seconds = in_turn([functools.partial(p.course.go, 1) for p in points], rounds, time.process_time)
     for solver in sweep.solvers:
         here = [i for i, p in enumerate(points) if p.solver == solver]
@@ -239,113 +165,8 @@ def fit(result: dict[str, Any]) -> None:
 
 def line(sizes: Sequence[float], values: Sequence[float]) -> list[float]:
     """The values of the straight line through the first and the last point."""
-    return [float(found) for found in np.interp(sizes, *_ascending([sizes[0], sizes[-1]], [values[0], values[-1]]))]
-
-
-def _ascending(sizes: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    return (sizes, values) if sizes[0] <= sizes[-1] else (sizes[::-1], values[::-1])
-
-
-def in_turn(steps: Sequence[Callable[[], object]], rounds: int, clock: Callable[[], float]) -> list[list[float]]:
-    """Seconds of each step in each round."""
-    taken: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, own in zip(steps, taken, strict=True):
-            start = clock()
-            step()
-            own.append(clock() - start)
-    return taken
-
-
-def workers(counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """W workers on the cores that there are. The model: what the shards take here, shared by the workers that have a core, and so much for
-    a call, from one worker.
-    """
-    with ExitStack() as stack:
-        points = []
-        for count in (0, *counts):
-            config = config_of([*EPISODES, "shards=4", f"workers={count}", "cpus_per_worker=0.1"])
-            points.append(point("bome", count, config, stack.enter_context(closing(open_transport(config, print)))))
-        rows = [counted(each) for each in points]
-        for each in points:
-            each.course.go(10)  # until every worker has started and has had calls
-        seconds = in_turn([functools.partial(p.course.go, 1) for p in points], rounds, time.perf_counter)
-    medians = [statistics.median(each) for each in seconds]
-    cores = len(os.sched_getaffinity(0))
-    beyond = medians[1] - medians[0]  # one worker and this process wait for each other: the rest is Ray's
-    for row, count, median, own in zip(rows[1:], counts, medians[1:], seconds[1:], strict=True):
-        expected = medians[0] / min(count, cores, 4) + beyond
-        row |= {
-            "ms": 1000 * median,
-            "predicted_ms": 1000 * expected,
-            "ratio": statistics.median(a / b for a, b in zip(own, seconds[1], strict=True)),
-            "difference": expected / median - 1,
-            "serial_ms": 1000 * medians[0],
-        }
-        _say(row)
-    return rows[1:]
-
-
-def sums(shards: Sequence[int], rounds: int, upper: int) -> list[dict[str, Any]]:
-    """Bytes to the driver over the number of shards, and wall seconds, with two workers."""
-    rows = []
-    with ExitStack() as stack:
-        sized = f"problem={{name: sized, upper_size: {upper}, lower_size: 1000}}"
-        points = []
-        for reduce in ("driver", "tree"):
-            keys = [sized, "workers=2", "cpus_per_worker=0.1", f"reduce={reduce}", f"tasks_per_step={max(shards)}"]
-            transport = stack.enter_context(closing(open_transport(config_of(keys), print)))
-            for count in shards:
-                points.append(point(reduce, count, config_of([*keys, f"shards={count}"]), transport))
-        rows = [counted(each) | {"reduce": each.solver} for each in points]
-        seconds = in_turn([functools.partial(p.course.go, 1) for p in points], rounds, time.perf_counter)
-    for row, own in zip(rows, seconds, strict=True):
-        row |= {"ms": 1000 * statistics.median(own)}
-        del row["solver"]
-        _say(row)
-    return rows
-
-
-SHARED = {
-    "bome": [f"{{name: bome, inner_steps: {t}}}" for t in (1, 5, 20)],
-    "sl_bamm": ["{name: sl_bamm, schedule: constant, mu: 0.1, upper_lr: 0.1}"],
-    "lancbio": [f"{{name: lancbio, inner_steps: 1, subspace: {m}, residual_every: 0}}" for m in (4, 10)],
-    "aid_cg": [f"{{name: aid_cg, inner_steps: 5, aux_steps: {q}, residual_every: 0}}" for q in (4, 10)],
-    "itd": [f"{{name: itd, inner_steps: {t}}}" for t in (1, 5, 20)],
-}
-
-
-def shared(ways: Sequence[str], workers: int) -> list[dict[str, Any]]:
-    """What a step of a problem with one y sends, with every `reduce`; the second step, which begins no epoch."""
-    rows = []
-    keys = [f"problem={CLEANING}", "data={dataset: digits}", "shards=4", f"workers={workers}", "cpus_per_worker=0.1"]
-    for way in ways:
-        with closing(open_transport(config_of([*keys, f"reduce={way}"]), print)) as transport:
-            for name, solvers in SHARED.items():
-                for solver in solvers:
-                    config = config_of([*keys, f"reduce={way}"], solver)
-                    here = point(name, 0, config, transport)
-                    setting: dict[str, Any] = {
-                        key: config.solver.fields[key]
-                        for key in ("inner_steps", "subspace", "aux_steps")
-                        if key in config.solver.fields
-                    }
-                    rows.append({**counted(here), "reduce": way, **setting})
-                    _say(rows[-1])
-    return rows
-
-
-def _say(row: Mapping[str, Any]) -> None:
-    print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
-
-
-@contextmanager
-def cluster_here() -> Iterator[None]:
-    from bomemeta.distributed import cluster
-    from bomemeta.distributed.cluster import RayOptions
-
-    with cluster.local(RayOptions(workers=2, cpus_per_worker=0.1), print):
-        yield
+    slope = (values[-1] - values[0]) / (sizes[-1] - sizes[0])
+    return [values[0] + slope * (size - sizes[0]) for size in sizes]
 
 
 ON_RAY = ("workers", "sums", "shared")
@@ -367,11 +188,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 rounds = max(options.rounds // 3, 1) if part in ("upper", "lower") else options.rounds
                 result[part] = serial(sweep, sweep.values[: options.points], rounds)
         if set(options.parts) & set(ON_RAY):
-            stack.enter_context(cluster_here())
+            stack.enter_context(growth_on_ray.cluster_here())
         on_ray: dict[str, Callable[[], Any]] = {
-            "workers": lambda: workers((1, 2, 4)[: options.points], 2 * options.rounds),
-            "sums": lambda: sums((1, 2, 4, 8, 16)[: options.points], options.rounds, 1_000_000),
-            "shared": lambda: shared(("driver", "tree", "collective")[: options.points], 2),
+            "workers": lambda: growth_on_ray.workers((1, 2, 4)[: options.points], 2 * options.rounds),
+            "sums": lambda: growth_on_ray.sums((1, 2, 4, 8, 16)[: options.points], options.rounds, 1_000_000),
+            "shared": lambda: growth_on_ray.shared(("driver", "tree", "collective")[: options.points], 2),
         }
         for part in ON_RAY:
             if part in options.parts:

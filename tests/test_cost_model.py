@@ -48,11 +48,15 @@ def growth() -> Any:
     return importlib.import_module("benchmarks.growth")
 
 
+def points() -> Any:
+    return importlib.import_module("benchmarks.growth_points")
+
+
 def agree(keys: tuple[str, ...], solver: str, steps: int = 2) -> dict[str, Any]:
     """Takes the steps; `counted` ends the test where the model says anything else than their metrics."""
-    config = growth().config_of(keys, solver)
+    config = points().config_of(keys, solver)
     with torch_threads(1), closing(open_transport(config, print)) as transport:
-        row: dict[str, Any] = growth().counted(growth().point(solver, 0, config, transport), steps)
+        row: dict[str, Any] = points().counted(points().point(solver, 0, config, transport), steps)
     return row
 
 
@@ -69,7 +73,7 @@ def test_counts_and_bytes_of_episodes_are_the_models(name: str) -> None:
 
 
 def test_a_model_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth().cost_model, "BOME_SCALARS", 8)
+    monkeypatch.setattr(points().cost_model, "BOME_SCALARS", 8)
     with pytest.raises(SystemExit, match=r"bytes_reduced.*the model says"):
         agree(FRESH, SOLVERS["bome_global"])
 
@@ -83,11 +87,11 @@ def test_bytes_to_the_driver_from_a_worker_are_the_models() -> None:
     """Once over Ray, the way that is not a plain sum of shares: what comes to the driver is a kernel's result."""
     from bomemeta.distributed import cluster
 
-    config = growth().config_of((*SHARED, "workers=1", "cpus_per_worker=0.1", "reduce=collective"), SOLVERS["bome_global"])
+    config = points().config_of((*SHARED, "workers=1", "cpus_per_worker=0.1", "reduce=collective"), SOLVERS["bome_global"])
     with ExitStack() as stack, torch_threads(1):
         stack.enter_context(cluster.local(cluster.RayOptions(workers=1, cpus_per_worker=0.1), print))
         transport = stack.enter_context(closing(open_transport(config, print)))
-        row = growth().counted(growth().point("bome", 0, config, transport))
+        row = points().counted(points().point("bome", 0, config, transport))
     assert 0 < row["driver_bytes"] < row["bytes_reduced"]
 
 

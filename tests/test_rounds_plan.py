@@ -220,8 +220,12 @@ def test_a_bad_moment_is_forgotten(seconds, hiccup):
 
 @pytest.mark.parametrize("slow", [0, 1, 2])
 @pytest.mark.parametrize("first", [None, 0.5, 4.0])
-def test_a_worker_that_is_slow_from_its_first_answer_on_is_found_by_its_second(slow, first):
+@pytest.mark.parametrize("short", [0, 1, 5])
+def test_a_slow_worker_is_found_by_its_second_answer(slow, first, short):
+    """Whether its first answers were those of calls so short that nothing can be told of them, or not."""
     pace = Pace()
+    for worker in list(range(3)) * short:
+        pace.learn(worker, Key("evaluate", 3, worker), 0.002)
     counts = played(pace, {worker: 2.0 if worker == slow else 0.1 for worker in range(3)}, 5, first)
     assert sum(count[slow] for count in counts) <= 2, counts
     assert pace.slowness(slow) > 2, counts

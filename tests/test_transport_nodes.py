@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,27 +108,26 @@ def test_an_address_where_nobody_listens():  # before the file's cluster is ther
 
 def test_a_lost_node(nodes, tmp_path):
     (first,) = with_nodes(nodes, 1)
-    transport = RayTransport(Adder, RayOptions(workers=1, step_timeout_s=20.0))
-    one = np.ones(200_000, np.float32)  # large enough for the store of the node that computes it
-    reply = transport.run(one, [ShardCall(Order(), (one,), 1, summed=True)]).replies[0]
+    with closing(RayTransport(Adder, RayOptions(workers=1, step_timeout_s=20.0))) as transport:
+        one = np.ones(200_000, np.float32)  # large enough for the store of the node that computes it
+        reply = transport.run(one, [ShardCall(Order(), (one,), 1, summed=True)]).replies[0]
 
-    # The worker hangs on a node that is not the driver's: its process must go, or its CPU is never free again.
-    transport._options = transport._fleet.options = RayOptions(workers=1, step_timeout_s=1.0)
-    second = transport.run(one, [ShardCall(Order(str(tmp_path / "mark")), reply.states, 1, summed=True)]).replies[0]
-    transport._options = transport._fleet.options = RayOptions(workers=1, step_timeout_s=20.0)
-    assert second.reply != reply.reply
-    assert not Path(f"/proc/{reply.reply}").exists()
+        # The worker hangs on a node that is not the driver's: its process must go, or its CPU is never free again.
+        transport._options = transport._fleet.options = RayOptions(workers=1, step_timeout_s=1.0)
+        second = transport.run(one, [ShardCall(Order(str(tmp_path / "mark")), reply.states, 1, summed=True)]).replies[0]
+        transport._options = transport._fleet.options = RayOptions(workers=1, step_timeout_s=20.0)
+        assert second.reply != reply.reply
+        assert not Path(f"/proc/{reply.reply}").exists()
 
-    nodes.add_node(num_cpus=1)
-    nodes.remove_node(first, allow_graceful=False)
-    with pytest.raises(LowerStateLost, match="last checkpoint"):
-        transport.run(one, [ShardCall(Order(), second.states, 1, summed=True)])
-    with pytest.raises(LowerStateLost):
-        transport.fetch(second.states)
-    third = transport.run(one, [ShardCall(Order(), (one,), 1, summed=True)]).replies[0]
-    assert np.array_equal(transport.fetch(third.states)[0], one + 1)
-    assert transport.replacements == 2
-    transport.close()
+        nodes.add_node(num_cpus=1)
+        nodes.remove_node(first, allow_graceful=False)
+        with pytest.raises(LowerStateLost, match="last checkpoint"):
+            transport.run(one, [ShardCall(Order(), second.states, 1, summed=True)])
+        with pytest.raises(LowerStateLost):
+            transport.fetch(second.states)
+        third = transport.run(one, [ShardCall(Order(), (one,), 1, summed=True)]).replies[0]
+        assert np.array_equal(transport.fetch(third.states)[0], one + 1)
+        assert transport.replacements == 2
 
 
 def test_workers_are_spread_and_sums_meet_in_a_tree_on_them(nodes):
@@ -135,37 +135,37 @@ def test_workers_are_spread_and_sums_meet_in_a_tree_on_them(nodes):
     calls = [ShardCall(Order(leaf=leaf), summed=True) for leaf in range(7)]
     x = np.linspace(0, 1, 100_000, dtype=np.float32)
     expected = SerialTransport(Adder).run(x, calls).total
-    transport = RayTransport(Adder, RayOptions(workers=3, step_timeout_s=30.0, reduce="tree"))
-    all_ready(transport, 3)
-    assert len(set(transport.worker_nodes())) == 3
-    got = transport.run(x, calls)
+    with closing(RayTransport(Adder, RayOptions(workers=3, step_timeout_s=30.0, reduce="tree"))) as transport:
+        all_ready(transport, 3)
+        assert len(set(transport.worker_nodes())) == 3
+        got = transport.run(x, calls)
     assert np.array_equal(got.total, expected)
     assert got.driver_bytes == expected.nbytes  # one sum, not seven shares
-    transport.close()
-    plain = RayTransport(Adder, RayOptions(workers=2, step_timeout_s=30.0))
-    got = plain.run(x, calls)
+    with closing(RayTransport(Adder, RayOptions(workers=2, step_timeout_s=30.0))) as plain:
+        got = plain.run(x, calls)
     assert np.array_equal(got.total, expected)
     assert got.driver_bytes == 7 * expected.nbytes
-    plain.close()
 
 
 def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked_for(nodes, tmp_path):
     with_nodes(nodes, 3)
+    rounds = 10
     for backup_after in (None, 2.0):
         mark = str(tmp_path / f"slow-{backup_after}")
-        transport = RayTransport(Adder, RayOptions(workers=3, step_timeout_s=30.0, backup_after=backup_after))
-        all_ready(transport, 3)
+        options = RayOptions(workers=3, step_timeout_s=30.0, backup_after=backup_after)
         calls = [ShardCall(Order(slow=mark, leaf=leaf), summed=True, kind="k") for leaf in range(4)]
         x = np.ones(10, np.float32)
         expected = SerialTransport(Adder).run(x, [ShardCall(Order(leaf=leaf), summed=True) for leaf in range(4)]).total
         answered: Counter[int] = Counter()
-        for _ in range(5):
-            got = transport.run(x, calls)
-            assert np.array_equal(got.total, expected)
-            answered.update(reply.reply for reply in got.replies)
-        # Of 20 calls a worker of equal speed has 6 or 7. This one has its first, and one more at most when it is believed to recover.
-        assert answered[int(Path(mark).read_text())] <= 2, answered
-        transport.close()
+        with closing(RayTransport(Adder, options)) as transport:
+            all_ready(transport, 3)
+            for _ in range(rounds):
+                got = transport.run(x, calls)
+                assert np.array_equal(got.total, expected)
+                answered.update(reply.reply for reply in got.replies)
+        # If nothing were learned, it would have a call in every round. tests/test_rounds_plan.py says after how many answers it is known on
+        # a quiet machine.
+        assert answered[int(Path(mark).read_text())] <= rounds / 2, answered
 
 
 def train_through(folder: Path, load_s: float, overrides: list[str], *deeds: tuple[int, Callable[[], Any]]) -> bomemeta.Result:

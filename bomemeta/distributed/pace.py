@@ -63,11 +63,12 @@ class Pace:
             ratio = (seconds / max(before, 1e-9)) ** 0.5
         else:
             ratio = seconds / max(before, 1e-9)
-        if before <= WORTH_PLANNING_S:
-            ratio = 1.0  # of such short times nothing can be told; what was believed fades
-        ratio = min(max(ratio, 1 / 64), 64.0)
-        slowness = (slowness + ratio) / 2 if worker in self._slowness else ratio
-        self._slowness[worker] = slowness
+        # Of very short times nothing can be told: what was believed fades.
+        ratio = min(max(ratio, 1 / 64), 64.0) if before > WORTH_PLANNING_S else 1.0
+        if worker in self._slowness:
+            self._slowness[worker] = slowness = (slowness + ratio) / 2
+        elif before > WORTH_PLANNING_S:
+            self._slowness[worker] = slowness = ratio
         self._seconds[key] = (before + seconds / slowness) / 2
         self._normalise()
 
@@ -75,7 +76,7 @@ class Pace:
         """The fastest worker is of ordinary speed. Else dear calls on fast workers and cheap calls on slow ones could not be told apart,
         and a worker with one bad moment would be taken for slow for ever, while the others get all calls.
         """
-        fastest = min(self._slowness.values())
+        fastest = min(self._slowness.values(), default=1.0)
         self._slowness = {worker: slowness / fastest for worker, slowness in self._slowness.items()}
         self._seconds = {key: seconds * fastest for key, seconds in self._seconds.items()}
 
