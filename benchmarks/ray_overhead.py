@@ -78,7 +78,7 @@ def opened(workers: int, **options: Any) -> RayTransport:
 
 
 def null_rounds(repetitions: int) -> list[dict[str, Any]]:
-    """A round of W calls on W workers beside W bare actor calls with the same arrays, put, sent, received and added."""
+    """A round of W calls on W workers beside W bare actor calls with the same arrays, sent the same way, received and added."""
     rows = []
     for workers in WORKERS:
         with closing(opened(workers)) as transport:
@@ -88,7 +88,7 @@ def null_rounds(repetitions: int) -> list[dict[str, Any]]:
                 calls = [ShardCall(None, summed=True)] * workers
 
                 def bare(actors: list[Any] = actors, x: np.ndarray = x) -> None:
-                    shared = ray.put(x)
+                    shared = cluster.outgoing(x, len(actors))
                     waiting = [actor.execute.remote(shared) for actor in actors]
                     total = np.zeros_like(x)
                     while waiting:

@@ -48,7 +48,7 @@ class Toy:
         time.sleep(order.sleep_s)
         total = (torch.tensor(broadcast) * order.scale).sum().numpy()
         moved = [state + total for state in states]
-        return (float(total), os.getpid(), torch.get_num_threads(), self.device), *moved
+        return (float(total), os.getpid(), torch.get_num_threads(), self.device, broadcast.flags.writeable), *moved
 
 
 def make_trouble(trouble: str) -> None:
@@ -154,20 +154,23 @@ def listening_addresses(pids: list[int]) -> set[str]:
     return addresses
 
 
-def test_serial_and_any_number_of_workers_agree(home, single):
+@pytest.mark.parametrize(
+    ("x", "sent"), [(X, np.ndarray), (np.tile(X, 60), ray.ObjectRef)], ids=["in the calls", "through the store"]
+)
+def test_serial_and_any_number_of_workers_agree(x, sent, home, single):
     calls = [ShardCall(Order(scale=scale), (np.full(5, scale), np.ones(2)), 2) for scale in (0.1, -3.0, 7.7, 2.0, 1e-3)]
+    assert isinstance(cluster.outgoing(x, len(calls)), sent)
     serial = SerialTransport(Toy, threads=1)
-    expected = serial.run(X, calls)
+    expected = serial.run(x, calls)
     expected_states = [serial.fetch(reply.states) for reply in expected.replies]
-    two = RayTransport(Toy, RayOptions(workers=2, cpus_per_worker=SMALL))
-    for transport in (single, two, home):
-        got = transport.run(X, calls)
-        assert numbers(got) == numbers(expected)
-        assert {reply.reply[2:] for reply in got.replies} == {(1, "cpu")}
-        for reply, states in zip(got.replies, expected_states, strict=True):
-            for state, expected_state in zip(transport.fetch(reply.states), states, strict=True):
-                assert np.array_equal(state, expected_state)
-    two.close()
+    with closing(RayTransport(Toy, RayOptions(workers=2, cpus_per_worker=SMALL))) as two:
+        for transport in (single, two, home):
+            got = transport.run(x, calls)
+            assert numbers(got) == numbers(expected)
+            assert {reply.reply[2:] for reply in got.replies} == {(1, "cpu", False)}  # False: x is not to be written into
+            for reply, states in zip(got.replies, expected_states, strict=True):
+                for state, expected_state in zip(transport.fetch(reply.states), states, strict=True):
+                    assert np.array_equal(state, expected_state)
 
 
 def test_replies_come_in_the_order_of_the_calls(home):

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import ray
 from ray._private import ray_constants, services
 
@@ -30,9 +31,12 @@ CAPACITY_PATIENCE_S = 10.0
 Reduce = Literal["driver", "tree", "collective"]
 
 PROBE_TIMEOUT_S = 10.0  # for one TCP connection: longer than any network takes that could carry a step
-# Answers up to this size (bytes) come with the message that a call is done, and larger ones through the object store, which takes some
-# milliseconds more. Ray's own limit of 100 KiB is just below the four-layer network's x.
-SENT_DIRECTLY = 1024**2
+# What goes in a call, or comes with the message that it is done, and not through the object store, which costs a millisecond or more each
+# time: up to so many bytes, in a cluster that was started here and in others. Ray's own limit is just below the four-layer network's x.
+SENT_DIRECTLY, RAYS_LIMIT = 1024**2, 100 * 1024
+# What a message has beside an array's bytes.
+ENVELOPE = 4096
+_limit = RAYS_LIMIT  # of the cluster that this process is on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,7 @@ def local(options: RayOptions, on_event: Callable[[str], None]) -> Iterator[None
     Raises:
         ClusterError: more workers than this machine can hold, or Ray does not start.
     """
+    global _limit
     cores = len(os.sched_getaffinity(0))
     workers = options.workers if options.min_workers is None else options.min_workers
     wanted = workers * options.cpus_per_worker
@@ -157,9 +162,17 @@ def local(options: RayOptions, on_event: Callable[[str], None]) -> Iterator[None
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ClusterError(f"Ray did not start on this machine: {error}. workers=0 runs without Ray") from error
         try:
+            _limit = SENT_DIRECTLY
             yield
         finally:
+            _limit = RAYS_LIMIT
             ray.shutdown()
+
+
+def outgoing(array: np.ndarray, calls: int) -> Any:
+    """What so many calls are given in the place of `array`: itself where all its copies are small, else a reference to one in the store."""
+    directly = array.nbytes <= _limit - ENVELOPE and array.nbytes * calls <= SENT_DIRECTLY
+    return array if directly else ray.put(array)
 
 
 @contextmanager

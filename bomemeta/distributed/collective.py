@@ -20,6 +20,7 @@ import ray
 import torch
 import torch.distributed
 
+from bomemeta.distributed import cluster
 from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.seats import MAX_STRIKES, WAITING, Phase, Seat, WorkerLost, poison
 from bomemeta.distributed.transport import Gather, JointRequest
@@ -108,7 +109,7 @@ class Collective:
 
         Raises the workers' own exceptions with their own types, and ClusterError as `Transport.run`.
         """
-        shared = ray.put(broadcast)
+        shared = cluster.outgoing(broadcast, len(self._fleet.seats))
         loss: WorkerLost | None = None
         for _ in range(MAX_STRIKES):
             seats = self._members(shards)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ def unpack(packed: Packed) -> Sums:
     sums: Sums = {}
     start = 0
     for name, key, shape in packed.layout:
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         tensor = torch.tensor(packed.buffer[start : start + size]).reshape(shape)
         start += size
         if key is None:
@@ -61,7 +62,7 @@ def unpack_tasks(packed: PackedTasks) -> LowerGroups:
     groups: LowerGroups = {}
     start = 0
     for group, name, shape in packed.layout:
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         part = packed.rows[:, start : start + size].reshape(-1, *shape).clone()
         start += size
         groups.setdefault(group, {})[str(name)] = part

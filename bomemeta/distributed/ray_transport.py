@@ -94,7 +94,7 @@ class RayTransport:
         self._fleet.collect_forgotten()
         self._fleet.grow()
         started = time.monotonic()
-        shared = ray.put(broadcast)
+        shared = cluster.outgoing(broadcast, len(calls))
         sent = time.monotonic()
         running = RayRound(self._options, self._fleet, self._pace, calls, shared)
         try:
