@@ -1,7 +1,7 @@
 """How far W workers come to 1/W of the serial time: steps of one config over the serial transport and over Ray, in turn.
 
     BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --configs configs/omniglot_5w1s.yaml configs/omniglot_20w5s.yaml --json OUT.json
-    BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --tasks 8 32 128 --json OUT.json
+    BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --tasks 8 32 128 --keys shards=2 --json OUT.json
 
 Blocks of steps in turn, the first two of each not counted, since caches and sleeping processes are no part of a run; ratios of the blocks'
 medians. Every worker and the serial transport have one thread. The same machine bounds what can be reached: `beside` is the time of a
@@ -34,9 +34,7 @@ BLOCK, SKIPPED = 10, 2  # steps
 KEYS = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1")
 
 
-def course(config: str, tasks: int | None, workers: int, stack: ExitStack) -> Course:
-    """`tasks`: of a step; None: as in the config."""
-    keys = [] if tasks is None else [f"tasks_per_step={tasks}"]
+def course(config: str, keys: Sequence[str], workers: int, stack: ExitStack) -> Course:
     settings = load_config(config, [*KEYS, *keys, f"workers={workers}"])
     problem = build_problem(settings)
     transport = stack.enter_context(closing(open_transport(settings, print)))
@@ -53,10 +51,9 @@ def seconds_of(one: Course) -> float:
     return statistics.median(times[SKIPPED:])
 
 
-def neighbours(options: argparse.Namespace, config: str, tasks: int | None, stack: ExitStack) -> None:
+def neighbours(options: argparse.Namespace, config: str, keys: Sequence[str], stack: ExitStack) -> None:
     """Processes that take serial steps until the stack is closed; returns when all of them are at it."""
-    command = [sys.executable, "-m", "benchmarks.ray_scaling", "--configs", config, "--endless"]
-    command += [] if tasks is None else ["--tasks", str(tasks)]
+    command = [sys.executable, "-m", "benchmarks.ray_scaling", "--configs", config, "--keys", *keys, "--endless"]
     for _ in range(options.workers - 1):
         process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
         stack.callback(process.kill)
@@ -66,7 +63,7 @@ def neighbours(options: argparse.Namespace, config: str, tasks: int | None, stac
 
 def endless(options: argparse.Namespace) -> None:
     with ExitStack() as stack, torch_threads(1):
-        serial = course(options.configs[0], options.tasks[0], 0, stack)
+        serial = course(options.configs[0], options.keys, 0, stack)
         serial.go(WARM_UP)
         print("warm", flush=True)
         while True:
@@ -74,21 +71,23 @@ def endless(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, config: str, tasks: int | None) -> dict[str, Any]:
+    """`tasks`: of a step; None: as in the config."""
+    keys = [*options.keys, *([] if tasks is None else [f"tasks_per_step={tasks}"])]
     with ExitStack() as stack, torch_threads(1):
-        serial = course(config, tasks, 0, stack)
-        spread = course(config, tasks, options.workers, stack)
+        serial = course(config, keys, 0, stack)
+        spread = course(config, keys, options.workers, stack)
         for one in (serial, spread):
             one.go(WARM_UP)
         pairs = [(seconds_of(serial), seconds_of(spread)) for _ in range(options.repetitions)]
         with ExitStack() as others:
-            neighbours(options, config, tasks, others)
+            neighbours(options, config, keys, others)
             beside = statistics.median(seconds_of(serial) for _ in range(3))
         alone = statistics.median(seconds_of(serial) for _ in range(3))
     ratios = sorted(options.workers * workers / one for one, workers in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
     row = {
         "config": config,
-        "tasks": tasks,
+        "keys": keys,
         "workers": options.workers,
         "serial_ms": 1000 * statistics.median(one for one, _ in pairs),
         "workers_ms": 1000 * statistics.median(workers for _, workers in pairs),
@@ -97,7 +96,7 @@ def measure(options: argparse.Namespace, config: str, tasks: int | None) -> dict
         "beside": beside / alone,
     }
     print(
-        f"{config}, {tasks or 'its'} tasks: serial {row['serial_ms']:.1f} ms, {options.workers} workers {row['workers_ms']:.1f} ms, "
+        f"{' '.join([config, *keys])}: serial {row['serial_ms']:.1f} ms, {options.workers} workers {row['workers_ms']:.1f} ms, "
         f"over ideal {middle:.3f} ({low:.3f} to {high:.3f}); a serial step beside others {row['beside']:.3f}",
         flush=True,
     )
@@ -108,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=["configs/omniglot_5w1s.yaml"])
     parser.add_argument("--tasks", type=int, nargs="+", default=[None], help="values of tasks_per_step; default: the config's own")
+    parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE", help="over every config")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=6, help="blocks of each")
     parser.add_argument("--json", type=Path, help="where the result goes")
