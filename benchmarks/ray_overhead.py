@@ -1,6 +1,6 @@
 """What distribution itself costs: rounds with nothing to compute, sums, losses, and what stays in the object store.
 
-    python -m benchmarks.ray_overhead --json OUT [--parts null sums shared kill store] [--largest 100_000_000]
+    python -m benchmarks.ray_overhead --json OUT [--parts null ways_out sums shared kill store] [--largest 100_000_000]
 
 Times are medians of interleaved repetitions on one machine, with ratios taken repetition by repetition; counts and bytes do not wobble.
 """
@@ -51,6 +51,9 @@ class Bare:
 
     def execute(self, broadcast: np.ndarray) -> np.ndarray:
         return broadcast.copy()
+
+    def size(self, broadcast: np.ndarray) -> int:
+        return broadcast.nbytes
 
 
 class Times(NamedTuple):
@@ -117,6 +120,35 @@ def null_rounds(repetitions: int) -> list[dict[str, Any]]:
                 )
             for actor in actors:
                 ray.kill(actor)
+    return rows
+
+
+def ways_out(repetitions: int) -> list[dict[str, Any]]:
+    """x to W bare actors through the object store, and within their calls: what `cluster.outgoing` decides by."""
+    rows = []
+    actors = [ray.remote(num_cpus=0.1)(Bare).remote() for _ in range(max(WORKERS))]
+    ray.get([actor.size.remote(np.ones(1)) for actor in actors])
+    for kib in (16, 112, 256, 512, 1000):
+        x = np.ones(kib * 256, np.float32)
+        for workers in WORKERS:
+
+            def sent(shared: Any, actors: list[Any] = actors[:workers]) -> None:
+                waiting = [actor.size.remote(shared) for actor in actors]
+                while waiting:
+                    (ready, *_), waiting = ray.wait(waiting)
+                    ray.get(ready)
+
+            store, within = [], []
+            for _ in range(repetitions):
+                store.append(seconds_of(lambda x=x, sent=sent: sent(ray.put(x))))
+                within.append(seconds_of(lambda x=x, sent=sent: sent(x)))
+            row = {"kib": kib, "calls": workers, "store": Times.of(store)._asdict(), "within": Times.of(within)._asdict()}
+            rows.append(row)
+            print(
+                f"{kib} KiB to {workers}: through the store {row['store']['median_ms']:.1f} ms, within the calls "
+                f"{row['within']['median_ms']:.1f} ms",
+                flush=True,
+            )
     return rows
 
 
@@ -217,6 +249,7 @@ def store(rounds: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parts: dict[str, Callable[[argparse.Namespace], Any]] = {
         "null": lambda options: null_rounds(options.repetitions),
+        "ways_out": lambda options: ways_out(options.repetitions),
         "sums": lambda options: sums(options.largest, options.repetitions),
         "shared": lambda options: shared_steps(options.repetitions),
         "kill": lambda options: kill(5),

@@ -205,3 +205,38 @@ def test_curves_say_when_a_method_was_past_mamls_end(tmp_path: Path) -> None:
     rows = [line.split(" | ") for line in text.splitlines() if "5-way" in line]
     assert [row[-1] for row in rows] == ["15 CPU-s |", "- |", "- |"]  # at 10 s its interval still holds MAML's accuracy
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_parts_of_a_step_by_the_clocks_of_driver_and_workers() -> None:
+    timeline = importlib.import_module("benchmarks.ray_timeline")
+    first = [timeline.Call(7, 0, 1.001, 1.010), timeline.Call(8, 0, 1.002, 1.008), timeline.Call(7, 0, 1.011, 1.015)]
+    found = timeline.parts({0: (1.0, 1.016), 1: (1.020, 1.030)}, [*first, timeline.Call(8, 1, 1.021, 1.029)])
+    assert {name: times[0] for name, times in found.items()} == pytest.approx(
+        {
+            "the first worker begins": 1.0,
+            "the last worker begins": 2.0,
+            "between two of its calls": 1.0,
+            "a worker computes": 13.0,
+            "all calls": 19.0,
+            "one worker is done before the last": 7.0,
+            "the last answer comes": 1.0,
+            "the round": 16.0,
+            "between two rounds: x moves": 4.0,
+            "the step": 14.0,
+        }
+    )
+
+
+def test_calls_in_this_process_are_clocked() -> None:
+    timeline = importlib.import_module("benchmarks.ray_timeline")
+    config = {
+        "problem": {"name": "analytic", "case": "quadratic", "tasks": 4},
+        "solver": {"name": "bome", "upper_lr": 0.1, "barrier": "per_task"},
+        "steps": 1000,
+        "shards": 2,
+    }
+    rounds, calls = timeline.clocked(timeline.load_config(config, ["workers=0", *timeline.KEYS]), 3)
+    assert list(rounds) == [timeline.WARM_UP + step for step in range(3)]
+    found = timeline.parts(rounds, calls)
+    assert len(found["between two of its calls"]) == 3
+    assert all(0 < a <= b for a, b in zip(found["all calls"], found["the round"], strict=True))
