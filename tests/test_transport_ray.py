@@ -218,10 +218,11 @@ def test_a_worker_has_its_next_call_before_it_is_done(single, beforehand):
 def test_a_call_that_waits_behind_a_late_one_is_given_to_another(home, beforehand):
     with closing(RayTransport(Toy, RayOptions(workers=2, cpus_per_worker=SMALL))) as transport:
         all_ready(transport, 2)
-        for _ in range(2):
-            transport.run(X, sleeping(0, 1, 0))
-        late, other, third = transport.run(X, sleeping(3, 1, 0)).replies
-        assert 2 in beforehand
+        for _ in range(2):  # one worker is known to have the second call, the other the first and then the third
+            transport.run(X, sleeping(0.4, 1.2, 0.1))
+        beforehand.clear()
+        late, other, third = transport.run(X, sleeping(3, 1.2, 0.1)).replies
+        assert beforehand == [2]
         assert third.reply[1] == other.reply[1] != late.reply[1]
         expected = numbers(SerialTransport(Toy).run(X, sleeping(0, 0, 0)))
         for _ in range(2):  # what was taken back is not heard
