@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 
 from bomemeta.assembly import BuildWorker, build_problem, build_solver, open_transport, torch_threads
 from bomemeta.config import Config, load_config
-from bomemeta.distributed.transport import Round, ShardCall, Transport
+from bomemeta.distributed.transport import Round, ShardCall, Transport, nothing
 from bomemeta.engine import Job
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
@@ -73,9 +73,9 @@ class ClockedRounds:
         self._transport = transport
         self.rounds: dict[int, tuple[float, float]] = {}  # by step
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall]) -> Round:
+    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
         begun = time.monotonic()
-        answer = self._transport.run(broadcast, calls)
+        answer = self._transport.run(broadcast, calls, meanwhile)
         step = calls[0].request.step
         assert step not in self.rounds, "one round a step"
         self.rounds[step] = begun, time.monotonic()

@@ -110,13 +110,23 @@ def fit(
     Raises DivergenceError naming the step where a number is not finite.
     """
     config = job.config
+    unsaid: list[tuple[int, Mapping[str, float]]] = []
+
+    def say() -> None:
+        """Logs the step before, which waits for a moment in which there is nothing else to do."""
+        while unsaid:
+            log(*unsaid.pop())
+
     while state.step < job.steps and not stop():
         keep(state)
         started = time.perf_counter()
-        run = job.step_run(state.step, memory=state.memory)
+        run = job.step_run(state.step, memory=state.memory, meanwhile=say)
         memory = state.memory
         try:
-            lower, metrics = job.solver.step(state.upper, state.lower, run)
+            try:
+                lower, metrics = job.solver.step(state.upper, state.lower, run)
+            finally:
+                say()  # where no round came as far
             if isinstance(run, SharedRun) and job.problem.remembers(state.step):
                 memory = run.remember(job.solver, state.upper.params, lower)
         except DivergenceError as error:
@@ -144,9 +154,11 @@ def fit(
         if job.problem.milestone(state.step - 1):
             state.history.append(_own_figures(job, state))
             metrics |= state.history[-1]
-        log(state.step - 1, metrics)
+        unsaid.append((state.step - 1, metrics))
         if state.step % config.checkpoint.every_steps == 0 and state.step < job.steps:
+            say()
             save(state)
+    say()
     save(state)
 
 

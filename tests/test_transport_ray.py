@@ -54,6 +54,8 @@ class Toy:
 def make_trouble(trouble: str) -> None:
     if trouble == "raise":
         raise DivergenceError("step 3: the loss is nan")
+    if trouble == "none":  # `once` is marked all the same
+        return
     os.kill(os.getpid(), {"die": signal.SIGKILL, "stop": signal.SIGSTOP}[trouble])
     time.sleep(60)
 
@@ -284,6 +286,27 @@ def test_the_workers_exception_keeps_its_type_and_is_immediate(home):
     # The worker that is still busy gives its old answer to nobody.
     assert numbers(home.run(np.ones(3, np.float32), [ShardCall(Order())] * 3)) == [3.0] * 3
     assert home.replacements == before
+
+
+def test_what_there_is_to_do_meanwhile_is_done_while_the_workers_compute(home, tmp_path):
+    all_ready(home, 3)
+    mark = tmp_path / "begun"
+    called = []
+
+    def meanwhile():
+        called.append(None)
+        while not mark.exists():  # a call has been given out, and nobody waits for it yet
+            time.sleep(0.01)
+
+    assert len(home.run(X, [ShardCall(Order(trouble="none", once=str(mark)))] * 4, meanwhile).replies) == 4
+    assert len(called) == 1
+
+    def full_disk():
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        home.run(X, [ShardCall(Order(sleep_s=0.3))] * 3, full_disk)
+    assert numbers(home.run(np.ones(3, np.float32), [ShardCall(Order())] * 3)) == [3.0] * 3
 
 
 def test_a_factory_that_fails(home):

@@ -30,6 +30,12 @@ def test_replies_in_order_and_states_as_arrays():
     transport.close()
 
 
+def test_what_there_is_to_do_meanwhile_is_done_once():
+    called = []
+    assert len(SerialTransport(Echo).run(np.ones(3), [ShardCall("a"), ShardCall("b")], lambda: called.append(None)).replies) == 2
+    assert len(called) == 1
+
+
 def test_arguments_are_read_only_as_on_a_cluster():
     with pytest.raises(ValueError, match="read-only"):
         SerialTransport(Echo).run(np.ones(3), [ShardCall("write")])

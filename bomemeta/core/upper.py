@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from bomemeta.core import tree
 from bomemeta.core.tree import Params
@@ -26,15 +29,16 @@ class UpperVariable:
     def __init__(
         self, upper: Params, steps: int, *, optimizer: OptimizerName, lr: float, momentum: float, schedule: Schedule
     ) -> None:
-        # Contiguous copies: the run owns its x, and its bytes are what `upper_sha256` is taken over.
-        self.params: Params = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in upper.items()}
+        # The run owns its x: one array, in which the optimiser takes a few large operations and not a few for every layer. These
+        # operations are elementwise, so the bits are the same.
+        self._flat = tree.flatten(upper).detach().clone()
+        self._shapes = {name: tensor.shape for name, tensor in upper.items()}
+        self.params: Params = self._views()
         self._steps, self._lr, self._schedule = steps, lr, schedule
-        tensors = list(self.params.values())
-        # foreach=False: one code path whatever the number of tensors, so that bits do not depend on it
         self._optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(tensors, lr=lr, foreach=False)
+            torch.optim.Adam([self._flat], lr=lr, foreach=False)
             if optimizer == "adam"
-            else torch.optim.SGD(tensors, lr=lr, momentum=momentum if optimizer == "momentum" else 0.0, foreach=False)
+            else torch.optim.SGD([self._flat], lr=lr, momentum=momentum if optimizer == "momentum" else 0.0, foreach=False)
         )
 
     def move(self, direction: Params, step: int, project: Callable[[Params], Params], lr: float | None = None) -> dict[str, float]:
@@ -42,23 +46,35 @@ class UpperVariable:
 
         `lr`: this step's size before the schedule, for a solver whose step sizes are a sequence; None: the same at every step.
         """
-        before = tree.flatten(self.params)
+        before = self._flat.clone()
         lr = (self._lr if lr is None else lr) * schedule_factor(self._schedule, step, self._steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        for name, tensor in self.params.items():
-            tensor.grad = direction[name]
+        self._flat.grad = tree.flatten({name: direction[name] for name in self.params})
         self._optimizer.step()
+        self._flat.grad = None
         for name, tensor in project(self.params).items():
             if tensor is not self.params[name]:
                 self.params[name].copy_(tensor)
-        self._optimizer.zero_grad(set_to_none=True)
-        after = tree.flatten(self.params)
         return {
-            "upper_update_norm": float((after - before).norm()),
-            "upper_norm": float(after.norm()),
+            "upper_update_norm": float((self._flat - before).norm()),
+            "upper_norm": float(self._flat.norm()),
             "learning_rate": lr,
         }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UpperVariable:
+        """A run copies x in every step, and torch's own way to copy an optimiser takes several times as long."""
+        other = copy.copy(self)
+        other._flat = self._flat.clone()
+        other.params = other._views()
+        other._optimizer = copy.copy(self._optimizer)
+        other._optimizer.param_groups = [{**group, "params": [other._flat]} for group in self._optimizer.param_groups]
+        other._optimizer.state = defaultdict(dict)
+        for state in self._optimizer.state.values():
+            other._optimizer.state[other._flat] = {
+                name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
+            }
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state: tensors, numbers, lists and dictionaries only."""
@@ -68,4 +84,17 @@ class UpperVariable:
         """Continues from a checkpoint."""
         for name, tensor in self.params.items():
             tensor.copy_(params[name])
-        self._optimizer.load_state_dict(state)
+        # Older checkpoints have a state for each of x's tensors.
+        parts = [state["state"][index] for index in sorted(state["state"])]
+        joined = {
+            name: value if name == "step" or value is None else torch.cat([part[name].reshape(-1) for part in parts])
+            for part in parts[:1]
+            for name, value in part.items()
+        }
+        groups = [{**group, "params": [0]} for group in state["param_groups"]]
+        self._optimizer.load_state_dict({"state": {0: joined} if parts else {}, "param_groups": groups})
+
+    def _views(self) -> Params:
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        parts = torch.split(self._flat, sizes)
+        return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from bomemeta.core.tree import Params
 from bomemeta.distributed.packing import Packed, pack, unpack
 from bomemeta.distributed.rounds import SharedRun, StepRun, Traffic
 from bomemeta.distributed.summation import TreeSum
-from bomemeta.distributed.transport import Gather, Handle, Round, ShardCall, ShardReply, Transport
+from bomemeta.distributed.transport import Gather, Handle, Round, ShardCall, ShardReply, Transport, nothing
 from bomemeta.distributed.worker import ShardWorker
 from bomemeta.errors import ClusterError
 
@@ -99,6 +99,7 @@ class JointRun(SharedRun):
             differentiable=blocks.differentiable,
             sent=broadcast.layout,
         )
+        blocks.meanwhile()
         started = time.perf_counter()
         answer: JointAnswer = blocks.transport.run_together(broadcast.buffer, request, len(blocks.shards))
         self.seconds["compute_s"] += time.perf_counter() - started
@@ -115,7 +116,8 @@ class _Gathering:
     def __init__(self, worker: ShardWorker, rank: int, world: int, gather: Gather) -> None:
         self._worker, self._rank, self._world, self._gather = worker, rank, world, gather
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall]) -> Round:
+    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
+        meanwhile()
         numbers = [range(len(calls))]
         if len(calls) > 1:
             numbers = [cut.tolist() for cut in np.array_split(np.arange(len(calls)), self._world)]

@@ -63,9 +63,8 @@ class RayRound:
 
     def advance(self) -> None:
         """Gives out what can be given out, and hears one seat."""
-        now = time.monotonic()
-        self._give_out(now)
-        found = self._fleet.next_seat(min(self._times(now), default=None))
+        self.give_out()
+        found = self._fleet.next_seat(min(self._times(time.monotonic()), default=None))
         if found is None:
             return
         seat, overdue = found
@@ -79,7 +78,9 @@ class RayRound:
         except WorkerLost as loss:
             self._lose(seat, loss)
 
-    def _give_out(self, now: float) -> None:
+    def give_out(self) -> None:
+        """Gives to each seat what it can begin now, or as soon as it is done with what it has."""
+        now = time.monotonic()
         idle = {seat.index: seat for seat in self._fleet.in_phase(Phase.IDLE)}
         for job in [job for job in self.plan.ready if self.plan.merge(job)]:
             if not idle:

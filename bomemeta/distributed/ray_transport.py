@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,7 +26,7 @@ from bomemeta.distributed.fleet import EventSink, Fleet
 from bomemeta.distributed.pace import Pace
 from bomemeta.distributed.ray_round import RayRound
 from bomemeta.distributed.seats import Phase, state_lost
-from bomemeta.distributed.transport import Handle, Round, ShardCall, WorkerFactory
+from bomemeta.distributed.transport import Handle, Round, ShardCall, WorkerFactory, nothing
 from bomemeta.errors import ClusterError, LowerStateLost
 
 
@@ -88,7 +88,7 @@ class RayTransport:
         """The nodes of the workers that have started, in the order of `worker_pids`."""
         return [seat.process.node_id for seat in self._fleet.seats if seat.process is not None]
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall]) -> Round:
+    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
         """See Transport.run. A busy worker is watched for `step_timeout_s` from when it was given its call."""
         self.wait_ready()
         self._fleet.collect_forgotten()
@@ -98,6 +98,8 @@ class RayTransport:
         sent = time.monotonic()
         running = RayRound(self._options, self._fleet, self._pace, calls, shared)
         try:
+            running.give_out()
+            meanwhile()
             while (total := running.finish()) is None:
                 running.advance()
         except BaseException:  # KeyboardInterrupt too: the next run must not take an old answer for a new one

@@ -22,7 +22,7 @@ from bomemeta.core.reduced_oracle import ReducedOracle
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, LowerStates, Reduced, Solver, Sums
 from bomemeta.core.tree import Params
 from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
-from bomemeta.distributed.transport import ShardCall, Transport
+from bomemeta.distributed.transport import ShardCall, Transport, nothing
 from bomemeta.distributed.worker import Request
 from bomemeta.errors import DivergenceError
 
@@ -61,9 +61,11 @@ class StepRun:
         variant: Mapping[str, Any] | None = None,
         differentiable: bool = True,
         memory: Params | None = None,
+        meanwhile: Callable[[], None] = nothing,
     ) -> None:
         self.task_ids, self.tasks, self.step, self.steps = tuple(task_ids), len(task_ids), step, steps
         self.persistent, self.project_upper = persistent, project_upper
+        self.meanwhile = meanwhile  # called in every round, while it is on its way
         self.seconds = {"broadcast_s": 0.0, "compute_s": 0.0, "reduce_s": 0.0}  # summed over the step's rounds
         self.traffic = Traffic()
         self.memory: LowerGroups = {"memory": memory} if memory else {}
@@ -95,7 +97,7 @@ class StepRun:
         """As `Run.__call__`; `sent`: lower groups that all tasks share, sent along with x in place of states of the tasks' own."""
         broadcast = pack({"x": upper, **self.memory, **sent}, next(iter(upper.values())).dtype)
         calls = [self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout) for shard in self.shards]
-        answer = self.transport.run(broadcast.buffer, calls)
+        answer = self.transport.run(broadcast.buffer, calls, self.meanwhile)
         start = time.perf_counter()
         assert answer.total is not None, "every call is summed"
         total = Packed(answer.replies[0].reply.sums, answer.total)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from bomemeta.distributed.summation import TreeSum
-from bomemeta.distributed.transport import Handle, JointRequest, Round, ShardCall, ShardReply, WorkerFactory, checked_returns
+from bomemeta.distributed.transport import (
+    Handle,
+    JointRequest,
+    Round,
+    ShardCall,
+    ShardReply,
+    WorkerFactory,
+    checked_returns,
+    nothing,
+)
 
 
 class SerialTransport:
@@ -25,8 +34,9 @@ class SerialTransport:
         torch.set_num_threads(threads)
         self._worker = factory(device)
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall]) -> Round:
-        """See Transport.run; the worker's own exceptions are the only ones."""
+    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
+        """See Transport.run; the worker's own exceptions are the only ones. Nobody waits here: `meanwhile` is called first."""
+        meanwhile()
         started = time.monotonic()
         shared = _read_only(broadcast)
         replies, total, reduce_s = [], TreeSum(len(calls)), 0.0

@@ -59,6 +59,10 @@ class Round(NamedTuple):
     driver_bytes: int = 0  # of shares and sums that came to this process
 
 
+def nothing() -> None:
+    pass
+
+
 # All members' arrays in the order of their ranks; every member gives one of the same shape.
 Gather = Callable[[np.ndarray], list[np.ndarray]]
 
@@ -77,9 +81,10 @@ class Transport(Protocol):
     @property
     def collective(self) -> bool: ...
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall]) -> Round:
+    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
         """Sends `broadcast` (one flat array) once, runs every call somewhere, and returns the replies in the order of `calls`, and the sum
-        of the shares where the calls are `summed`.
+        of the shares where the calls are `summed`. `meanwhile` is called once, as soon as there is nothing to do here but to wait; what
+        it raises ends the round.
 
         An exception raised by the worker's own code arrives here with its own type. A worker that died or hangs is replaced and its
         unfinished call is run again elsewhere: the caller notices nothing but time.

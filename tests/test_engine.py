@@ -1,0 +1,92 @@
+"""The loop's own order: what is said of a step, when, and before what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bomemeta.assembly import build_problem, build_solver, open_transport
+from bomemeta.config import load_config
+from bomemeta.core.solver import LowerStates
+from bomemeta.distributed.transport import Round, ShardCall, nothing
+from bomemeta.engine import Job, State, fit
+from bomemeta.errors import DivergenceError, LowerStateLost
+
+JOB = {
+    "problem": {"name": "analytic", "case": "quadratic", "tasks": 2},
+    "solver": {"name": "bome", "inner_steps": 2, "upper_lr": 0.01},
+    "checkpoint": {"every_steps": 2},
+    "steps": 4,
+}
+
+
+class Loop:
+    """`fit` on a transport that writes down its rounds, and calls `meanwhile` after them: what is said then was not said before.
+
+    `failing`: what the round of a step raises the first time, before anything else.
+    """
+
+    collective = False
+
+    def __init__(self, failing: dict[int, Any] | None = None, keys: Sequence[str] = ()) -> None:
+        config = load_config(JOB, keys)
+        problem = build_problem(config)
+        self._serial = open_transport(config, print)
+        self._failing = dict(failing or {})
+        self.events: list[tuple[str, int]] = []
+        self.job = Job(config, problem, build_solver(config, problem), self)
+        upper = self.job.solver.start(problem.init_upper(torch.Generator().manual_seed(0)), self.job.steps)
+        self.state = State(0, upper, LowerStates.none())
+
+    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
+        step = calls[0].request.step
+        if step in self._failing:
+            raise self._failing.pop(step)
+        if ("round", step) not in self.events:  # a step may have several
+            self.events.append(("round", step))
+        answer = self._serial.run(broadcast, calls)
+        meanwhile()
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._serial, name)
+
+    def go(self, stop: Callable[[], bool] = lambda: False) -> list[tuple[str, int]]:
+        fit(
+            self.job,
+            self.state,
+            log=lambda step, metrics: self.events.append(("log", step)),
+            save=lambda state: self.events.append(("save", state.step)),
+            roll_back=lambda state, error: self.events.append(("back", state.step)),
+            stop=stop,
+        )
+        return self.events
+
+
+def test_a_step_is_logged_while_the_next_is_on_its_way_and_before_it_is_saved() -> None:
+    assert Loop().go() == [
+        ("round", 0), ("round", 1), ("log", 0), ("log", 1), ("save", 2), ("round", 2), ("round", 3), ("log", 2), ("log", 3), ("save", 4),
+    ]  # fmt: skip
+
+
+def test_a_loop_that_is_stopped_logs_before_it_saves() -> None:
+    loop = Loop(keys=["checkpoint.every_steps=100"])
+    assert loop.go(stop=lambda: loop.state.step == 3)[-3:] == [("log", 1), ("log", 2), ("save", 3)]
+
+
+def test_a_step_is_logged_before_the_run_goes_back() -> None:
+    """Else its line would come after those that are dropped."""
+    loop = Loop({1: LowerStateLost("gone")})
+    assert loop.go()[:4] == [("round", 0), ("log", 0), ("back", 1), ("round", 1)]
+
+
+@pytest.mark.parametrize("error", [DivergenceError("nan"), KeyboardInterrupt()])
+def test_a_step_is_logged_whatever_ends_the_next_one(error: Any) -> None:
+    loop = Loop({3: error})
+    with pytest.raises(type(error)):
+        loop.go()
+    assert loop.events[-2:] == [("round", 2), ("log", 2)]
