@@ -78,9 +78,8 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **finite(metrics)}) + "\n")
             self._file.flush()
             if self._writer is not None:
-                for name, value in metrics.items():
-                    if math.isfinite(value):
-                        self._writer.add_scalar(TENSORBOARD_TAGS.get(name, name), value, step)
+                # add_scalar would write an event for every number, which takes eight times as long.
+                self._writer.file_writer.add_summary(_summary(metrics), step)
 
     def image(self, name: str, png: bytes, step: int) -> None:
         """Shows a PNG file's picture in TensorBoard; metrics.jsonl holds numbers alone."""
@@ -138,6 +137,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
+
+
+def _summary(metrics: Mapping[str, float]) -> Any:
+    """TensorBoard's form of a step's numbers, all in one."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    finite_ones = {TENSORBOARD_TAGS.get(name, name): value for name, value in metrics.items() if math.isfinite(value)}
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in finite_ones.items()])
 
 
 def _keep_before(path: Path, step: int) -> None:

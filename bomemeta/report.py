@@ -35,7 +35,7 @@ class Listener(Protocol):
         ...
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Called after every committed step."""
+        """Called for every committed step, while the next one is on its way: a stop that is asked for here comes after that one."""
         ...
 
     def saved(self, checkpoint: Path) -> None:

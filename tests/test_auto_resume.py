@@ -263,7 +263,7 @@ def test_a_state_that_cannot_be_saved_is_said(tmp_path, monkeypatch):
     save = checkpoint.save
 
     def full(folder: Path, state: checkpoint.Checkpoint, keep: int) -> Path:
-        if state.step == 4:
+        if state.step == 5:  # the kept state: step 4 is logged when step 5 is on its way
             raise CheckpointError("the disk is full")
         return save(folder, state, keep)
 
@@ -279,7 +279,7 @@ def test_a_state_that_cannot_be_saved_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save", full)
     result = bomemeta.train(QUADRATIC, [f"output_dir={tmp_path / 'run'}"], listener=Loud())
-    assert (result.interrupted, result.steps) == (True, 5)
+    assert (result.interrupted, result.steps) == (True, 6)
     assert said[0] == "SIGTERM: the state before this step could not be saved: the disk is full"
 
 
