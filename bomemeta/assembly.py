@@ -12,7 +12,6 @@ import torch
 from bomemeta.config import Config, load_config
 from bomemeta.core.problem import BilevelProblem
 from bomemeta.core.solver import Solver
-from bomemeta.distributed.ahead import When
 from bomemeta.distributed.transport import Transport, WorkerFactory
 from bomemeta.distributed.worker import ShardWorker, variant_of
 from bomemeta.errors import ClusterError, ConfigError
@@ -114,11 +113,9 @@ class BuildWorker:
         return ShardWorker(lambda changes: variant_of(problem, changes), config.task_map, device, _loads_ahead(config, device))
 
 
-def _loads_ahead(config: Config, device: str) -> When:
-    """When a worker loads the next step's tasks. auto: on a CPU, whose cores have enough to do, while it waits for the cluster."""
-    if config.load_ahead == "auto" and device == "cpu":
-        return "never" if config.workers == 0 else "waiting"
-    return "computing" if config.load_ahead else "never"
+def _loads_ahead(config: Config, device: str) -> bool:
+    """Whether a worker loads the next step's tasks while it computes. auto: not on a CPU, whose cores have enough to do."""
+    return device != "cpu" if config.load_ahead == "auto" else config.load_ahead
 
 
 def _serial_device(config: Config) -> str:

@@ -1,10 +1,9 @@
-"""`load_ahead`: the next step's tasks are loaded in a thread, and nobody can tell but by the clock."""
+"""`load_ahead`: the next step's tasks are loaded in a thread while this one computes, and nobody can tell but by the clock."""
 
 from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import bomemeta
 from bomemeta.assembly import BuildWorker, _loads_ahead
 from bomemeta.config import load_config
 from bomemeta.core.solver import LowerStates
-from bomemeta.distributed.ahead import PAUSE_S, Ahead, Asked, When
+from bomemeta.distributed.ahead import Ahead, Asked
 from bomemeta.distributed.rounds import StepRun
 from bomemeta.distributed.worker import Request, ShardWorker, variant_of
 from bomemeta.errors import DataError
@@ -85,9 +84,8 @@ def test_same_bits_on_a_worker(tmp_path: Path) -> None:
 
     off = trained(tmp_path / "off", "load_ahead=false")
     with cluster.local(cluster.RayOptions(workers=1), print):
-        for value in ("true", "auto"):
-            on = trained(tmp_path / value, "workers=1", "cpus_per_worker=0.5", f"load_ahead={value}")
-            assert (on.upper_sha256, on.metrics) == (off.upper_sha256, off.metrics)
+        on = trained(tmp_path / "on", "workers=1", "cpus_per_worker=0.5", "load_ahead=true")
+    assert (on.upper_sha256, on.metrics) == (off.upper_sha256, off.metrics)
 
 
 def requests(worker_calls: list[tuple[tuple[int, ...], int]], next_ids: tuple[int, ...]) -> list[Request]:
@@ -114,16 +112,14 @@ def test_a_wrong_guess_does_no_harm() -> None:
     problem = attached(FewShot(width=4, ways=3, queries=2))
     x = torch.cat([tensor.reshape(-1) for tensor in problem.init_upper(torch.Generator().manual_seed(0)).values()]).numpy()
 
-    def worker(load_ahead: When) -> ShardWorker:
+    def worker(load_ahead: bool) -> ShardWorker:
         return ShardWorker(lambda changes: variant_of(problem, changes), "loop", "cpu", load_ahead)
 
     calls = [((0, 1), 0), ((8, 9), 1), ((8, 9), 1), ((4, 5), 2), ((2, 3), 1)]
-    plain, others = worker("never"), [worker("computing"), worker("waiting")]
+    plain, ahead = worker(False), worker(True)
     for request in requests(calls, (4, 5)):
-        _, want = plain.execute(request, x)
-        for other in others:
-            _, got = other.execute(request, x)
-            assert np.array_equal(got, want)
+        (_, want), (_, got) = plain.execute(request, x), ahead.execute(request, x)
+        assert np.array_equal(got, want)
 
 
 def test_what_is_held_is_one_batch_and_what_is_expected_does_not_pile_up() -> None:
@@ -139,50 +135,6 @@ def test_what_is_held_is_one_batch_and_what_is_expected_does_not_pile_up() -> No
         assert ahead.batch(mine, guess)["ids"].tolist() == [step]
         assert len(ahead._expected) <= 2
     assert {asked for asked in loaded if asked.task_ids[0] < 1000} == {Asked((step,), step, "train", "") for step in range(50)}
-
-
-def test_a_waiting_worker_loads_after_its_answer_unless_it_is_asked_before() -> None:
-    loaded: list[tuple[int, bool]] = []
-    done = threading.Event()
-
-    def load(asked: Asked) -> dict[str, torch.Tensor]:
-        ahead_of_time = threading.current_thread() is not threading.main_thread()
-        loaded.append((asked.step, ahead_of_time))
-        if ahead_of_time:
-            done.set()
-        return {"step": torch.tensor(asked.step)}
-
-    def step(number: int) -> Asked:
-        return Asked((number,), number, "train", "")
-
-    ahead = Ahead(load, "waiting")
-    for number in range(4):
-        assert int(ahead.batch(step(number), step(number + 1) if number < 3 else None)["step"]) == number
-        time.sleep(5 * PAUSE_S)
-        assert loaded[-1][0] == number  # nothing more while it computes
-        ahead.answered()
-        if number == 1:
-            assert done.wait(10)
-    # Step 2 was there when it was asked for. 1 and 3 were asked for at once: who loaded them hangs on the clock.
-    assert [number for number, _ in loaded] == [0, 1, 2, 3]
-    assert loaded[0] == (0, False)
-    assert loaded[2] == (2, True)
-
-
-def test_what_was_to_load_for_another_step_gives_way() -> None:
-    loaded: list[int] = []
-
-    def load(asked: Asked) -> dict[str, torch.Tensor]:
-        loaded.append(asked.step)
-        return {"step": torch.tensor(asked.step)}
-
-    ahead = Ahead(load, "waiting")
-    first, guess, other = (Asked((0,), step, "train", "") for step in (0, 1, 7))
-    ahead.batch(first, guess)
-    ahead.answered()
-    assert int(ahead.batch(other, None)["step"]) == 7
-    assert int(ahead.batch(guess, None)["step"]) == 1
-    assert sorted(loaded) == [0, 1, 7]
 
 
 def test_an_error_is_met_where_it_is_due_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,21 +174,17 @@ def test_tasks_that_cannot_be_told_are_not_announced(tmp_path: Path, heard: list
 
 
 @pytest.mark.parametrize(
-    ("keys", "device", "when"),
+    ("keys", "device", "on"),
     [
-        ([], "cpu", "never"),
-        ([], "cuda:0", "computing"),
-        (["workers=2"], "cpu", "waiting"),
-        (["workers=auto"], "cpu", "waiting"),
-        (["workers=2"], "cuda:0", "computing"),
-        (["load_ahead=true"], "cpu", "computing"),
-        (["load_ahead=true", "workers=2"], "cpu", "computing"),
-        (["load_ahead=false"], "cuda:0", "never"),
-        (["load_ahead=false", "workers=2"], "cpu", "never"),
+        ([], "cpu", False),
+        ([], "cuda:0", True),
+        (["cpus_per_worker=2"], "cpu", False),
+        (["load_ahead=true"], "cpu", True),
+        (["load_ahead=false"], "cuda:0", False),
     ],
 )
-def test_auto_takes_the_time_that_is_there(keys: list[str], device: str, when: When) -> None:
-    assert _loads_ahead(load_config(JOB, keys), device) == when
+def test_auto_is_on_where_a_gpu_computes(keys: list[str], device: str, on: bool) -> None:
+    assert _loads_ahead(load_config(JOB, keys), device) is on
 
 
 def test_it_is_no_part_of_a_runs_identity() -> None:

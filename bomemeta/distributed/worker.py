@@ -15,7 +15,7 @@ from bomemeta.core.local_oracle import LocalOracle, TaskMap
 from bomemeta.core.problem import BilevelProblem, Split
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, Solver
 from bomemeta.core.spans import LOAD, span
-from bomemeta.distributed.ahead import Ahead, Asked, When
+from bomemeta.distributed.ahead import Ahead, Asked
 from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
 
 
@@ -47,7 +47,7 @@ class ShardSums(NamedTuple):
 class ShardWorker:
     """Runs requests for one problem. Stateless between calls but for caches.
 
-    `load_ahead`: when the tasks of what will probably be asked for next are loaded in a thread, see `ahead`.
+    `load_ahead`: the tasks of what will probably be asked for next are loaded in a thread while this computes.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ShardWorker:
         build_problem: Callable[[Mapping[str, Any]], BilevelProblem],
         task_map: str,
         device: str,
-        load_ahead: When = "never",
+        load_ahead: bool = False,
     ) -> None:
         keep_freed_memory()
         self._build = build_problem
@@ -63,7 +63,7 @@ class ShardWorker:
         self._task_map: TaskMap = "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
         self._problems: dict[str, BilevelProblem] = {}
         self._last: tuple[tree.Params, tree.Params] | None = None
-        self._ahead = Ahead(self._load, load_ahead) if load_ahead != "never" else None
+        self._ahead = Ahead(self._load) if load_ahead else None
         self.problem({})  # what is wrong with it shows before the first step
 
     def execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
@@ -77,8 +77,6 @@ class ShardWorker:
         lower = _repeated(sent, oracle.tasks) if sent else self._unpack_lower(oracle, request, states)
         result = request.kernel(request.solver, oracle, lower, **request.arguments)
         sums = pack(result.sums, problem.dtype)
-        if self._ahead is not None:
-            self._ahead.answered()
         if not request.keeps:
             return ShardSums(sums.layout, ()), sums.buffer
         layout, rows = pack_tasks(result.lower)
