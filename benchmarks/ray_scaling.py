@@ -1,4 +1,4 @@
-"""How far W workers come to 1/W of the serial time: steps of one config over the serial transport and over Ray, in turn.
+"""How far W workers come to 1/W of the serial time: steps of one config over the serial transport, plain processes and Ray, in turn.
 
     BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --configs configs/omniglot_5w1s.yaml configs/omniglot_20w5s.yaml --json OUT.json
     BOMEMETA_DATA=DATA python -m benchmarks.ray_scaling --tasks 8 32 128 --keys shards=2 --json OUT.json
@@ -6,7 +6,8 @@
 Blocks of steps in turn, the first two of each not counted, since caches and sleeping processes are no part of a run; ratios of the blocks'
 medians. Every worker and the serial transport have one thread. The same machine bounds what can be reached: `beside` is the time of a
 serial step while `--workers - 1` other processes take serial steps of their own, over that of one alone. Where cores share caches,
-memory or a physical core it is above 1, and no division of the work can do better than `beside` / W.
+memory or a physical core it is above 1, and no division of the work can do better than `beside` / W. `plain_over_ideal` is of as many
+processes over pipes (`pipes.py`), one message to and from each a round: what is left without Ray and without watching anybody.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from benchmarks.pipes import PipeTransport
+from bomemeta.assembly import BuildWorker, build_problem, build_solver, open_transport, torch_threads
 from bomemeta.config import load_config
 from bomemeta.engine import Job
 from bomemeta.environment import environment
@@ -34,10 +36,12 @@ BLOCK, SKIPPED = 10, 2  # steps
 KEYS = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1")
 
 
-def course(config: str, keys: Sequence[str], workers: int, stack: ExitStack) -> Course:
+def course(config: str, keys: Sequence[str], workers: int, stack: ExitStack, plain: bool = False) -> Course:
+    """`plain`: the workers are processes over pipes."""
     settings = load_config(config, [*KEYS, *keys, f"workers={workers}"])
     problem = build_problem(settings)
-    transport = stack.enter_context(closing(open_transport(settings, print)))
+    opened = PipeTransport(BuildWorker(settings.to_dict(), ()), workers) if plain else open_transport(settings, print)
+    transport = stack.enter_context(closing(opened))
     return Course(Job(settings, problem, build_solver(settings, problem), transport))
 
 
@@ -76,28 +80,35 @@ def measure(options: argparse.Namespace, config: str, tasks: int | None) -> dict
     with ExitStack() as stack, torch_threads(1):
         serial = course(config, keys, 0, stack)
         spread = course(config, keys, options.workers, stack)
-        for one in (serial, spread):
+        plain = course(config, keys, options.workers, stack, plain=True)
+        for one in (serial, spread, plain):
             one.go(WARM_UP)
-        pairs = [(seconds_of(serial), seconds_of(spread)) for _ in range(options.repetitions)]
+        times = [(seconds_of(serial), seconds_of(spread), seconds_of(plain)) for _ in range(options.repetitions)]
         with ExitStack() as others:
             neighbours(options, config, keys, others)
             beside = statistics.median(seconds_of(serial) for _ in range(3))
         alone = statistics.median(seconds_of(serial) for _ in range(3))
-    ratios = sorted(options.workers * workers / one for one, workers in pairs)
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles((options.workers * workers / one for one, workers, _ in times), n=4)
+    plain_low, plain_middle, plain_high = statistics.quantiles(
+        (options.workers * processes / one for one, _, processes in times), n=4
+    )
     row = {
         "config": config,
         "keys": keys,
         "workers": options.workers,
-        "serial_ms": 1000 * statistics.median(one for one, _ in pairs),
-        "workers_ms": 1000 * statistics.median(workers for _, workers in pairs),
+        "serial_ms": 1000 * statistics.median(one for one, _, _ in times),
+        "workers_ms": 1000 * statistics.median(workers for _, workers, _ in times),
+        "plain_ms": 1000 * statistics.median(processes for _, _, processes in times),
         "over_ideal": middle,
         "quartiles": [low, high],
+        "plain_over_ideal": plain_middle,
+        "plain_quartiles": [plain_low, plain_high],
         "beside": beside / alone,
     }
     print(
         f"{' '.join([config, *keys])}: serial {row['serial_ms']:.1f} ms, {options.workers} workers {row['workers_ms']:.1f} ms, "
-        f"over ideal {middle:.3f} ({low:.3f} to {high:.3f}); a serial step beside others {row['beside']:.3f}",
+        f"over ideal {middle:.3f} ({low:.3f} to {high:.3f}); plain processes {plain_middle:.3f} ({plain_low:.3f} to {plain_high:.3f}); "
+        f"a serial step beside others {row['beside']:.3f}",
         flush=True,
     )
     return row

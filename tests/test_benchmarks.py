@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,23 @@ def test_calls_in_this_process_are_clocked() -> None:
     found = timeline.parts(rounds, calls)
     assert len(found["between two of its calls"]) == 3
     assert all(0 < a <= b for a, b in zip(found["all calls"], found["the round"], strict=True))
+
+
+def test_plain_processes_give_the_same_bits() -> None:
+    scaling = importlib.import_module("benchmarks.ray_scaling")
+    config = {
+        "imports": ["toy"],
+        "problem": {"name": "few_shot", "width": 4, "ways": 3, "queries": 2},
+        "data": {"dataset": "toy"},
+        "solver": {"name": "bome", "inner_steps": 2, "upper_lr": 0.01},
+        "steps": 9,
+        "tasks_per_step": 5,
+        "shards": 3,
+    }
+    said = []
+    with ExitStack() as stack:
+        for plain, workers in ((False, 0), (True, 2)):
+            said.append(scaling.course(config, [], workers, stack, plain).go(3))
+    times = {name for line in said[0] for name in line if name.endswith("_s")}
+    one, other = ([{name: line[name] for name in line if name not in times} for line in lines] for lines in said)
+    assert one == other
