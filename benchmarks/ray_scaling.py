@@ -29,6 +29,7 @@ from bomemeta.config import load_config
 from bomemeta.engine import Job
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
+from bomemeta.imports import read_imports
 from bomemeta.profile import Course
 
 WARM_UP = 10
@@ -40,7 +41,11 @@ def course(config: str, keys: Sequence[str], workers: int, stack: ExitStack, pla
     """`plain`: the workers are processes over pipes."""
     settings = load_config(config, [*KEYS, *keys, f"workers={workers}"])
     problem = build_problem(settings)
-    opened = PipeTransport(BuildWorker(settings.to_dict(), ()), workers) if plain else open_transport(settings, print)
+    opened = (
+        PipeTransport(BuildWorker(settings.to_dict(), tuple(read_imports(settings.imports))), workers)
+        if plain
+        else open_transport(settings, print)
+    )
     transport = stack.enter_context(closing(opened))
     return Course(Job(settings, problem, build_solver(settings, problem), transport))
 
