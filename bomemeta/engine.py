@@ -104,7 +104,7 @@ def fit(
     keep: Callable[[State], None] = lambda state: None,
 ) -> None:
     """Steps until `job.steps` or until `stop()`; moves `state` in place. Saves when due and at the end, and before each step shows `keep`
-    what is committed.
+    what is committed. `log` hears of a step while the next one's calls are computed, and before a save or an error.
 
     A step happens whole or not at all: whatever fails before its commit leaves `state` as it was.
     Raises DivergenceError naming the step where a number is not finite.

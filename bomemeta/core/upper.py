@@ -31,7 +31,7 @@ class UpperVariable:
     ) -> None:
         # The run owns its x: one array, in which the optimiser takes a few large operations and not a few for every layer. These
         # operations are elementwise, so the bits are the same.
-        self._flat = tree.flatten(upper).detach().clone()
+        self._flat = tree.flatten(upper).detach()
         self._shapes = {name: tensor.shape for name, tensor in upper.items()}
         self.params: Params = self._views()
         self._steps, self._lr, self._schedule = steps, lr, schedule
