@@ -126,10 +126,13 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl, in order; a line that was cut short is left out. [] where there is no file."""
-    if not path.exists():
-        return []
+    return parse_metrics(path.read_bytes()) if path.exists() else []
+
+
+def parse_metrics(content: bytes) -> list[dict[str, Any]]:
+    """As `read_metrics`, of a file's content."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in content.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -99,17 +99,20 @@ class RunFolder:
     @classmethod
     def find(cls, path: str | Path) -> RunFolder | None:
         """The folder of an earlier run, or None where none has written its config."""
-        if is_uri(path):
-            folder = cls._at(str(path))
-            assert folder.mirror is not None
-            folder.mirror.fetch()
-        else:
-            folder = cls(Path(path).expanduser().resolve())
+        folder = cls.fetched(str(path)) if is_uri(path) else cls(Path(path).expanduser().resolve())
         if folder.config_file.is_file():
             return folder
         if folder.mirror is None and folder.path.is_dir():
             unwritten(folder.config_file).unlink(missing_ok=True)  # of a process that was killed as it began
         return None
+
+    @classmethod
+    def fetched(cls, uri: str) -> RunFolder:
+        """The folder at a URI with all that is there, be it nothing."""
+        folder = cls._at(uri)
+        assert folder.mirror is not None
+        folder.mirror.fetch()
+        return folder
 
     @classmethod
     def _at(cls, uri: str) -> RunFolder:

@@ -24,6 +24,7 @@ from bomemeta.imports import Import, execute_imports, is_file_entry, read_import
 from bomemeta.report import Listener, Quiet
 from bomemeta.run_folder import RunFolder
 from bomemeta.session import Result, evaluate_one, resume_one, train_one
+from bomemeta.storage import below
 
 # A seed is a whole run: no answer for a long time says nothing.
 NEVER_S = 1e9
@@ -95,7 +96,9 @@ def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool)
     listener.note(f"run folder: {folder.place}")
     if not evaluates:
         folder.write_config(config)
-    jobs = [Job(seed, f"{folder.place}/seed-{seed}", evaluates) for seed in range(config.seed, config.seed + config.seeds)]
+    jobs = [
+        Job(seed, str(below(folder.place, f"seed-{seed}")), evaluates) for seed in range(config.seed, config.seed + config.seeds)
+    ]
     answers: list[Answer] = []
     factory = BuildSeedWorker(config.to_dict(), tuple(read_imports(config.imports)))
     at_once = max(worker_range(config)[1], 1)

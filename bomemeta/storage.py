@@ -1,10 +1,10 @@
-"""Run folders at a URI (s3://, gs://, abfs://, file:// ...): worked on in a local folder, which is copied there as the run goes on.
-
-What is there is always a run that can be gone on with: a new checkpoint is complete before the older one is removed.
+"""Places at a URI (s3://, gs://, abfs://, file:// ...), and run folders there: worked on in a local folder, which is copied as the run
+goes on. What is there is always a run that can be gone on with: a new checkpoint is complete before the older one is removed.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import tempfile
@@ -22,6 +22,8 @@ from bomemeta.errors import ConfigError, StorageError
 PAUSES_S = (1.0, 2.0, 4.0)
 # Stores that need no folders, and in which a file appears whole when its writer closes it.
 OBJECT_STORES = {"s3", "gcs", "abfs"}
+# Each read is a request to an object store, of some ten milliseconds.
+READ_BYTES = 16 * 2**20
 
 T = TypeVar("T")
 
@@ -38,6 +40,113 @@ def is_uri(place: str | Path) -> bool:
     return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
 
 
+def below(place: str | Path, name: str) -> Path | str:
+    """The place `name` within a place: a path, or a URI, of which what it says after a question mark stays at its end."""
+    if not is_uri(place):
+        return Path(place) / name
+    whole, mark, rest = str(place).partition("?")
+    return f"{whole.rstrip('/')}/{name}{mark}{rest}"
+
+
+class Store:
+    """The files of a folder on a disk or at a URI, by their names below it. What fails is tried again.
+
+    `place` is how errors call it. All methods raise StorageError.
+    """
+
+    def __init__(self, files: Any, root: str, place: str) -> None:
+        self._files, self._root, self.place = files, root.rstrip("/"), place
+
+    @classmethod
+    def at(cls, place: str | Path) -> Store:
+        """Raises ConfigError where the URI's scheme is not known."""
+        from pyarrow.fs import LocalFileSystem
+
+        files, root = _filesystem(str(place)) if is_uri(place) else (LocalFileSystem(), str(Path(place).absolute()))
+        return cls(files, root, str(place))
+
+    def names(self) -> list[str]:
+        """All files that are there whole, in the order of their names; [] where there is no folder."""
+        from pyarrow.fs import FileSelector, FileType
+
+        selector = FileSelector(self._root, recursive=True, allow_not_found=True)
+        found = self._again(lambda: self._files.get_file_info(selector), "cannot be listed")
+        start = len(self._root) + 1
+        names = [info.path[start:] for info in found if info.type == FileType.File]
+        return sorted(name for name in names if not _unfinished(name))
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None where it is not there."""
+
+        def content() -> bytes | None:
+            try:
+                with self._files.open_input_file(f"{self._root}/{name}") as file:  # a stream is read in small pieces
+                    found: bytes = file.read()
+            except FileNotFoundError:
+                return None
+            return found
+
+        return self._again(content, f"cannot be read ({name})")
+
+    def get(self, name: str, path: Path) -> None:
+        """Copies a file from here to a path."""
+
+        def copy() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._files.open_input_stream(f"{self._root}/{name}") as file, path.open("wb") as target:
+                shutil.copyfileobj(file, target, READ_BYTES)
+
+        self._again(copy, f"cannot be read ({name})")
+
+    def put(self, name: str, content: Path | bytes) -> None:
+        """Makes or replaces a file, from another one or from bytes: at any time the old one or the new one is there whole."""
+        self._again(lambda: self._put(name, content), f"cannot be written to ({name})")
+
+    def remove(self, name: str) -> None:
+        """Removes a file; it may be gone already."""
+
+        def delete() -> None:
+            with suppress(FileNotFoundError):
+                self._files.delete_file(f"{self._root}/{name}")
+
+        self._again(delete, f"cannot be removed from ({name})")
+
+    def clear(self) -> None:
+        """Removes the folder with everything in it, if it is there."""
+
+        def delete() -> None:
+            with suppress(FileNotFoundError):
+                self._files.delete_dir(self._root)
+
+        self._again(delete, "cannot be removed")
+
+    def _put(self, name: str, content: Path | bytes) -> None:
+        target = f"{self._root}/{name}"
+        if self._files.type_name in OBJECT_STORES:
+            self._copy(content, target)
+            return
+        folder, _, last = target.rpartition("/")
+        self._files.create_dir(folder, recursive=True)
+        self._copy(content, f"{folder}/.{last}.tmp")
+        self._files.move(f"{folder}/.{last}.tmp", target)
+
+    def _copy(self, content: Path | bytes, target: str) -> None:
+        source = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+        with source, self._files.open_output_stream(target) as file:
+            shutil.copyfileobj(source, file)
+
+    def _again(self, action: Callable[[], T], what: str) -> T:
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return action()
+            except _errors() as error:
+                if pause_s is None:
+                    reason = str(error).partition("\n")[0]
+                    raise StorageError(f"{self.place} {what}, in {len(PAUSES_S) + 1} tries: {reason}") from error
+                time.sleep(pause_s)
+        raise AssertionError("unreachable")
+
+
 class Mirror:
     """A folder at a URI and its local copy, `folder`, in the temporary directory (TMPDIR chooses it). The copy goes with this object,
     unless something in it could not be sent.
@@ -45,7 +154,7 @@ class Mirror:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
-        self._files, self._root = _filesystem(self.uri)
+        self._store = Store.at(self.uri)
         self._sent: dict[str, Stamp] = {}  # what is there as far as we know, by its path below the folder
         self._lock = threading.Lock()
         self.folder = Path(tempfile.mkdtemp(prefix="bomemeta-")).resolve()
@@ -53,20 +162,14 @@ class Mirror:
 
     def names(self) -> list[str]:
         """What is at the URI, as paths below it. Raises StorageError."""
-        from pyarrow.fs import FileSelector, FileType
-
-        selector = FileSelector(self._root, recursive=True, allow_not_found=True)
-        found = self._again(lambda: self._files.get_file_info(selector), "cannot be listed")
-        start = len(self._root.rstrip("/")) + 1
-        names = [info.path[start:] for info in found if info.type == FileType.File]
-        return sorted(name for name in names if not _unfinished(name))
+        return self._store.names()
 
     def fetch(self) -> None:
         """Copies what is there into the local folder: all that going on needs. Raises StorageError."""
         for name in self.names():
             # Seeds are runs of their own, and event files of a run that goes on begin anew.
             if not name.startswith(("seed-", "tensorboard/")):
-                self._again(lambda name=name: self._get(name), f"cannot be read ({name})")  # type: ignore[misc]
+                self._store.get(name, self.folder / name)
                 self._sent[name] = _stamp(self.folder / name)
 
     def send(self) -> None:
@@ -78,7 +181,7 @@ class Mirror:
             for name in sorted(set(local) - {"result.json"}, key=lambda name: (name.startswith("checkpoints/"), name)):
                 self._send(name, local[name])
             for name in sorted(set(self._sent) - set(local)):
-                self._again(lambda name=name: self._remove(name), f"cannot be removed from ({name})")  # type: ignore[misc]
+                self._store.remove(name)
                 del self._sent[name]
             if "result.json" in local:  # last: where it is, everything is
                 self._send("result.json", local["result.json"])
@@ -90,43 +193,8 @@ class Mirror:
     def _send(self, name: str, path: Path) -> None:
         stamp = _stamp(path)
         if self._sent.get(name) != stamp:
-            self._again(lambda: self._put(name, path), f"cannot be written to ({name})")
+            self._store.put(name, path)
             self._sent[name] = stamp
-
-    def _put(self, name: str, path: Path) -> None:
-        target = f"{self._root}/{name}"
-        if self._files.type_name in OBJECT_STORES:
-            self._copy(path, target)
-            return
-        self._files.create_dir(target.rpartition("/")[0], recursive=True)
-        folder, _, last = target.rpartition("/")
-        self._copy(path, f"{folder}/.{last}.tmp")
-        self._files.move(f"{folder}/.{last}.tmp", target)
-
-    def _copy(self, path: Path, target: str) -> None:
-        with path.open("rb") as source, self._files.open_output_stream(target) as file:
-            shutil.copyfileobj(source, file)
-
-    def _get(self, name: str) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._files.open_input_stream(f"{self._root}/{name}") as file, path.open("wb") as target:
-            shutil.copyfileobj(file, target)
-
-    def _remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            self._files.delete_file(f"{self._root}/{name}")
-
-    def _again(self, action: Callable[[], T], what: str) -> T:
-        for pause_s in (*PAUSES_S, None):
-            try:
-                return action()
-            except _errors() as error:
-                if pause_s is None:
-                    reason = str(error).partition("\n")[0]
-                    raise StorageError(f"{self.uri} {what}, in {len(PAUSES_S) + 1} tries: {reason}") from error
-                time.sleep(pause_s)
-        raise AssertionError("unreachable")
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:

@@ -21,7 +21,7 @@ from bomemeta.checkpoint import load_latest
 from bomemeta.errors import ConfigError, StorageError
 from bomemeta.metrics import read_metrics
 from bomemeta.report import Quiet
-from bomemeta.storage import Mirror, is_uri
+from bomemeta.storage import Store, below, is_uri
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,12 @@ def files(folder: Path) -> list[str]:
 def test_what_is_a_uri() -> None:
     assert [is_uri(place) for place in ("s3://b/a", "gs://b", "file:///a")] == [True] * 3
     assert [is_uri(place) for place in ("/a/b", "a", "~/a", "a:b", Path("/a"))] == [False] * 5
+    assert [below(place, "b/c") for place in ("s3://a", "s3://a/?region=x/y", "/a", Path("a?"))] == [
+        "s3://a/b/c",
+        "s3://a/b/c?region=x/y",
+        Path("/a/b/c"),
+        Path("a?/b/c"),
+    ]
 
 
 def test_a_run_is_there_whole_and_nothing_is_left_here(tmp_path, scratch, reference):
@@ -139,15 +145,15 @@ class Said(Quiet):
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> list[str]:
     """Uploads of `name` fail while `fails(name)`; returns the names that were tried."""
     tried: list[str] = []
-    put = Mirror._put
+    put = Store._put
 
-    def refuse(self: Mirror, name: str, path: Path) -> None:
+    def refuse(self: Store, name: str, content: Path | bytes) -> None:
         tried.append(name)
         if fails(name):
             raise OSError("the bucket is away")
-        put(self, name, path)
+        put(self, name, content)
 
-    monkeypatch.setattr(Mirror, "_put", refuse)
+    monkeypatch.setattr(Store, "_put", refuse)
     return tried
 
 

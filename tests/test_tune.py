@@ -221,10 +221,13 @@ def test_another_solver_takes_the_base_files_keys_alone() -> None:
 
 
 def test_asha_remembers_what_trials_reported_before_the_driver_was_lost(tmp_path: Path) -> None:
+    from pyarrow.fs import LocalFileSystem
+
     from bomemeta.tune.schedulers import Halving
 
+    kept = SimpleNamespace(storage_filesystem=LocalFileSystem(), trial_fs_path=str(tmp_path))
     old, new = (
-        SimpleNamespace(trial_id=f"a_{number}", last_result=last, storage=SimpleNamespace(trial_fs_path=str(tmp_path)))
+        SimpleNamespace(trial_id=f"a_{number}", last_result=last, storage=kept)
         for number, last in enumerate([{"steps": EVERY}, {}])
     )
     lines = [{"step": 2}, {"step": EVERY - 1, "upper_error": 1.0}, {"step": 2 * EVERY - 1, "upper_error": 9.0}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import shlex
 from typing import Annotated
 
 import typer
@@ -15,20 +15,22 @@ def tune(
     config: ConfigName,
     overrides: Overrides = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Go on with the search in this folder; CONFIG is the same file.")
+        str | None,
+        typer.Option(metavar="DIR", help="Go on with the search in this folder, or at this URI; CONFIG is the same file."),
     ] = None,
 ) -> None:
     """Search over hyperparameters as the tune file CONFIG says, with Ray Tune.
 
     Prints the table of trials and writes it, with the best config as best.yaml, into the search's folder: output_dir=DIR
-    chooses it, runs/NAME is the default. Ctrl-C keeps what was reported; the line that it prints goes on.
+    chooses it (a path, or a URI as in s3://BUCKET/SEARCH), runs/NAME is the default. Ctrl-C keeps what was reported; the
+    line that it prints goes on.
     """
     with reported():
         from bomemeta.tune import tune as search
 
         result = search(config, overrides or (), resume=resume, say=lambda text: typer.echo(text, err=True))
         if result.interrupted:
-            again = " ".join(["bomemeta tune", config, *(overrides or ()), f"--resume {result.output_dir}"])
+            again = shlex.join(["bomemeta", "tune", config, *(overrides or ()), "--resume", str(result.output_dir)])
             typer.echo(f"interrupted; go on with `{again}`", err=True)
             raise typer.Exit(INTERRUPTED)
         typer.echo(result.table, nl=False)

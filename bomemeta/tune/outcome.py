@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from bomemeta.errors import BomemetaError, ConfigError
-from bomemeta.files import written_whole
+from bomemeta.storage import Store, below
+from bomemeta.tune.places import REPORT_FILE, trial_run
 from bomemeta.tune.spec import Search
 
 
@@ -28,7 +29,7 @@ class Row:
     metrics: dict[str, float]
     upper_sha256: str | None
     seconds: float
-    run_dir: str  # within the search's folder
+    run_dir: str  # below the search's folder
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
     lineage: list[dict[str, Any]] = field(default_factory=list)  # which values held from which step on: several under PBT
@@ -38,10 +39,10 @@ class Row:
 class SearchResult:
     """A finished or interrupted search. `best` and `best_config` are there where it is finished and a trial came to its end."""
 
-    output_dir: Path
+    output_dir: Path | str  # a URI, where the tune file has one
     rows: list[Row]
     best: Row | None
-    best_config: Path | None
+    best_config: Path | str | None
     interrupted: bool
 
     @property
@@ -50,16 +51,16 @@ class SearchResult:
         return _table(self.rows)
 
 
-def rows_of(results: Iterable[Any], search: Search, output_dir: Path, interrupted: bool) -> list[Row]:
+def rows_of(results: Iterable[Any], search: Search, interrupted: bool) -> list[Row]:
     """From Tune's results, the best first: trials that came to their end by the metric, then the others by how far they came."""
-    rows = [_row(result, search, output_dir, interrupted) for result in results]
+    rows = [_row(result, search, interrupted) for result in results]
     sign = -1 if search.settings.mode == "max" else 1
     return sorted(
         rows, key=lambda row: (row.ended != "done", 0 if row.ended == "done" else -row.steps, _order(row.figure, sign), row.trial)
     )
 
 
-def write_outcome(output_dir: Path, search: Search, rows: list[Row]) -> SearchResult:
+def write_outcome(output_dir: Path | str, search: Search, rows: list[Row]) -> SearchResult:
     """Writes best.yaml, results.md and, last, results.json, which says that the search is finished.
 
     Raises ConfigError where a trial found the search to be wrong; then nothing is written, so that it can go on when it is put right.
@@ -68,56 +69,59 @@ def write_outcome(output_dir: Path, search: Search, rows: list[Row]) -> SearchRe
         if row.ended == "wrong":
             raise ConfigError(f"trial {row.trial}: {row.reason}")
     best = rows[0] if rows and rows[0].ended == "done" and rows[0].figure is not None else None
-    best_config = None
+    folder = Store.at(output_dir)
     if best is not None:
-        best_config = output_dir / "best.yaml"
-        _write(best_config, _best_text(search, best))
-    _write(output_dir / "results.md", _heading(search) + _table(rows))
+        folder.put("best.yaml", _best_text(search, best).encode())
+    folder.put("results.md", (_heading(search) + _table(rows)).encode())
     record = {
         "metric": search.settings.metric,
         "mode": search.settings.mode,
         "best": best.trial if best else None,
         "rows": [asdict(row) for row in rows],
     }
-    _write(output_dir / "results.json", json.dumps(record, indent=2, default=str) + "\n")
-    return SearchResult(output_dir, rows, best, best_config, interrupted=False)
+    folder.put("results.json", (json.dumps(record, indent=2, default=str) + "\n").encode())
+    return SearchResult(output_dir, rows, best, below(output_dir, "best.yaml") if best else None, interrupted=False)
 
 
 def check_any(result: SearchResult) -> None:
     """Raises BomemetaError where no trial came to its end."""
     if result.best is None:
         first = next((f"; trial {row.trial} {row.ended}: {row.reason}" for row in result.rows if row.reason), "")
-        raise BomemetaError(f"no trial came to its end with a figure{first}. The table is in {result.output_dir / 'results.md'}")
+        raise BomemetaError(
+            f"no trial came to its end with a figure{first}. The table is in {below(result.output_dir, 'results.md')}"
+        )
 
 
-def _row(result: Any, search: Search, output_dir: Path, interrupted: bool) -> Row:
+def _row(result: Any, search: Search, interrupted: bool) -> Row:
     metrics = dict(result.metrics or {})
-    path = Path(result.path)
+    name = Path(result.path).name
     ended = metrics.get("ended")
     if ended is None:
         ended = "lost" if result.error is not None else "unfinished" if interrupted else "stopped"
     figure = metrics.get(search.settings.metric)
     lineage = json.loads(metrics.get("lineage", "[]"))
     return Row(
-        trial=int(path.name.rpartition("-")[2]),
+        trial=int(name.rpartition("-")[2]),
         ended=ended,
         steps=int(metrics.get("steps", 0)),
         figure=figure if isinstance(figure, float) and math.isfinite(figure) else None,
         values=dict(result.config or {}),
-        metrics=_figures(path / "run" / "checkpoints" / "report.json"),
+        metrics=_figures(result.checkpoint),
         upper_sha256=metrics.get("upper_sha256"),
         seconds=round(float(metrics.get("time_total_s", 0.0)), 3),
-        run_dir=str((path / "run").relative_to(output_dir)),
+        run_dir=trial_run(name),
         reason=metrics.get("reason") or (str(result.error).strip().splitlines()[-1] if result.error is not None else None),
         notes=metrics.get("notes", "").splitlines(),
         lineage=lineage,
     )
 
 
-def _figures(report: Path) -> dict[str, float]:
-    if not report.is_file():
+def _figures(checkpoint: Any) -> dict[str, float]:
+    """What was reported with one of Tune's checkpoints."""
+    if checkpoint is None:
         return {}
-    figures = json.loads(report.read_text(encoding="utf-8"))["figures"]
+    report = Store(checkpoint.filesystem, checkpoint.path, f"the checkpoint in {checkpoint.path}").read(REPORT_FILE)
+    figures = json.loads(report)["figures"] if report is not None else {}
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
@@ -169,8 +173,3 @@ def _table(rows: list[Row]) -> str:
 
 def _short(value: Any) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    with written_whole(path) as file:
-        file.write(text.encode())

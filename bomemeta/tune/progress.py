@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from bomemeta import checkpoint as checkpoints
+from bomemeta.tune.places import run_of, saved_step
 
 # A cluster that others use may have room later; by then one wants to know what is waited for.
 WAITING_S = 30.0
@@ -86,8 +85,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         steps = (trial.last_result or {}).get("steps", 0)
         if steps == 0:  # what a killed driver had not noted of the trial is in its run folder
-            newest = checkpoints.latest(Path(trial.storage.trial_fs_path) / "run" / "checkpoints")
-            steps = int(newest.stem.removeprefix("step_")) if newest is not None else 0
+            steps = saved_step(run_of(trial))
         _live.say(f"{self._name(trial)} {f'goes on at step {steps}' if steps else 'begins'}: {said_values(trial.config)}")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:

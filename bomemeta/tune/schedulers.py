@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
-from bomemeta.metrics import read_metrics
+from bomemeta.metrics import parse_metrics
+from bomemeta.tune.places import run_of
 from bomemeta.tune.space import Domain
 from bomemeta.tune.spec import Pbt
 
@@ -28,7 +28,7 @@ class Halving(ASHAScheduler):  # type: ignore[misc]
         reached = (trial.last_result or {}).get("steps", 0)
         if reached == 0:  # a new trial, which has no folder yet
             return
-        for line in read_metrics(Path(trial.storage.trial_fs_path) / "run" / "metrics.jsonl"):
+        for line in parse_metrics(run_of(trial).read("metrics.jsonl") or b""):
             figure = line.get(self._metric)
             if line["step"] < reached and figure is not None:
                 self._trial_info[trial.trial_id].on_result(trial, line["step"] + 1, self._metric_op * figure)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-import shutil
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,16 +24,16 @@ from bomemeta.distributed import cluster
 from bomemeta.distributed.cluster import MAX_OVERSUBSCRIPTION, RayOptions
 from bomemeta.engine import run_length
 from bomemeta.errors import ClusterError, ConfigError
-from bomemeta.files import written_whole
+from bomemeta.storage import Store, below, is_uri
 from bomemeta.tune.outcome import SearchResult, check_any, rows_of, write_outcome
 from bomemeta.tune.placement import bundles_of, check_placement
+from bomemeta.tune.places import TRIALS
 from bomemeta.tune.progress import Ends, Progress, said_values, spoken, trial_folder, tune_settings
 from bomemeta.tune.schedulers import Halving, population
 from bomemeta.tune.space import Domain, flat
 from bomemeta.tune.spec import ASIDE, Search, load_search, written
 from bomemeta.tune.trial import make_trainable
 
-TRIALS = "trials"  # Tune's folder in the search's
 # PBT takes checkpoints of trials that go on meanwhile; else the one before the last is for a last one that was cut short.
 KEPT = {"pbt": 4, "asha": 2, "none": 2}
 
@@ -59,19 +59,17 @@ def tune(
     bundles = bundles_of(search.config, search.settings.driver_cpus)
     with _cluster(search, bundles, len(values), say) as concurrent:
         check_placement(bundles)
-        trainable = make_trainable(
-            search.base, search.config, search.settings.report_every_steps, search.settings.metric, search.settings.driver_cpus
-        )
-        path = folder.claim(search)
-        say(f"search folder: {path}")
+        place = folder.claim(search)
+        say(f"search folder: {place}")
+        trainable = make_trainable(search, str(place))
         with _quiet(), tune_settings(), spoken(say) as live:
-            tuner = _tuner(search, trainable, path, steps, concurrent, len(values))
+            tuner = _tuner(search, trainable, place, steps, concurrent, len(values))
             results = tuner.fit()
             interrupted = live.interrupted
-        rows = rows_of(results, search, path, interrupted)
+        rows = rows_of(results, search, interrupted)
     if interrupted:
-        return SearchResult(path, rows, None, None, interrupted=True)
-    result = write_outcome(path, search, rows)
+        return SearchResult(place, rows, None, None, interrupted=True)
+    result = write_outcome(place, search, rows)
     check_any(result)
     return result
 
@@ -121,12 +119,13 @@ def _check_trials(search: Search, values: Sequence[Mapping[str, Any]]) -> None:
             raise ConfigError(f"trial {number} ({said_values(drawn)}) would have no valid config:\n{error}") from error
 
 
-def _tuner(search: Search, trainable: Any, path: Path, steps: int, concurrent: int, trials: int) -> Any:
+def _tuner(search: Search, trainable: Any, place: Path | str, steps: int, concurrent: int, trials: int) -> Any:
     """A new Tuner, or the one of the search that was begun in this folder."""
     settings = search.settings
-    if _begun(path / TRIALS):
-        return ray_tune.Tuner.restore(str(path / TRIALS), trainable=trainable, resume_unfinished=True, resume_errored=True)
-    shutil.rmtree(path / TRIALS, ignore_errors=True)  # of a search that was killed before it had noted a trial
+    notes = Store.at(below(place, TRIALS))
+    if _begun(notes):
+        return ray_tune.Tuner.restore(notes.place, trainable=trainable, resume_unfinished=True, resume_errored=True)
+    notes.clear()  # of a search that was killed before it had noted a trial
     every = settings.report_every_steps
     scheduler = None
     if settings.scheduler == "asha":
@@ -151,7 +150,7 @@ def _tuner(search: Search, trainable: Any, path: Path, steps: int, concurrent: i
         ),
         run_config=ray_tune.RunConfig(
             name=TRIALS,
-            storage_path=str(path),
+            storage_path=str(place),
             stop=Ends(),
             callbacks=[Progress(settings.metric, trials)],
             failure_config=ray_tune.FailureConfig(max_failures=settings.max_failures),
@@ -161,16 +160,16 @@ def _tuner(search: Search, trainable: Any, path: Path, steps: int, concurrent: i
     )
 
 
-def _begun(trials: Path) -> bool:
+def _begun(notes: Store) -> bool:
     """Whether Tune has noted a trial there. Without one it would begin anew by itself, and say nothing."""
-    states = sorted(trials.glob("experiment_state-*.json"))
-    return bool(states) and bool(json.loads(states[-1].read_text(encoding="utf-8"))["trial_data"])
+    states = [name for name in notes.names() if re.fullmatch(r"experiment_state-[^/]*\.json", name)]
+    return bool(states) and bool(json.loads(notes.read(states[-1]) or b"")["trial_data"])
 
 
 class _Folder(NamedTuple):
-    """The search's folder, not yet made: a path that must be free, the first free of runs/NAME, ..., or one to go on in."""
+    """The search's folder, not yet made: a place that must be free, the first free of runs/NAME, ..., or one to go on in."""
 
-    path: Path | None
+    place: Path | str | None
     goes_on: bool
 
     @classmethod
@@ -179,40 +178,46 @@ class _Folder(NamedTuple):
         wanted = resume if resume is not None else search.settings.output_dir
         if wanted is None:
             return cls(None, False)
-        if "://" in str(wanted):
-            raise ConfigError(f"output_dir: got {wanted}, wanted a folder that all machines of the cluster see under one path")
-        path = Path(wanted).expanduser().resolve()
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        place = str(wanted).rstrip("/") if is_uri(wanted) else Path(wanted).expanduser().resolve()
+        store = Store.at(place)
+        if _is_free(place, store):
             if resume is not None:
-                raise ConfigError(f"{path} is not a search's folder: it is not there, or empty. Leave --resume out to begin one")
-            return cls(path, False)
-        if not (path / "search.yaml").is_file():
+                raise ConfigError(f"{place} is not a search's folder: it is not there, or empty. Leave --resume out to begin one")
+            return cls(place, False)
+        there = store.read("search.yaml")
+        if there is None:
             raise ConfigError(
-                f"output_dir: {path} exists and is not a search's folder; a search never overwrites anything. Choose another"
+                f"output_dir: {place} exists and is not a search's folder; a search never overwrites anything. Choose another"
             )
-        changed = _changed(yaml.safe_load((path / "search.yaml").read_text(encoding="utf-8")), search.to_dict())
+        changed = _changed(yaml.safe_load(there), search.to_dict())
         if changed:
             raise ConfigError(
-                f"{path} holds another search, with other {', '.join(changed)}. Set these back to go on, or choose another output_dir"
+                f"{place} holds another search, with other {', '.join(changed)}. Set these back to go on, or choose another output_dir"
             )
-        if (path / "results.json").is_file():
-            raise ConfigError(f"{path} holds this search, finished: see results.md there. Choose another output_dir to repeat it")
-        return cls(path, True)
+        if store.read("results.json") is not None:
+            raise ConfigError(f"{place} holds this search, finished: see results.md there. Choose another output_dir to repeat it")
+        return cls(place, True)
 
-    def claim(self, search: Search) -> Path:
+    def claim(self, search: Search) -> Path | str:
         """Makes the folder, with the search in it."""
-        path = self.path
+        place = self.place
         try:
-            if path is None:
-                path = _first_free(Path("runs") / search.name).resolve()
-            elif not self.goes_on:
-                path.mkdir(parents=True, exist_ok=True)
-            if not self.goes_on:
-                with written_whole(path / "search.yaml") as file:
-                    file.write(written(search).encode())
+            if place is None:
+                place = _first_free(Path("runs") / search.name).resolve()
+            elif isinstance(place, Path):
+                place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir: {error.filename} cannot be written: {error.strerror}") from error
-        return path
+        if not self.goes_on:
+            Store.at(place).put("search.yaml", written(search).encode())
+        return place
+
+
+def _is_free(place: Path | str, store: Store) -> bool:
+    """Whether nothing is there; a folder may be, as long as it is empty."""
+    if isinstance(place, Path):
+        return not place.exists() or (place.is_dir() and not any(place.iterdir()))
+    return not store.names()
 
 
 def _first_free(path: Path) -> Path:

@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from ray import tune
 
-from bomemeta import api
 from bomemeta import checkpoint as checkpoints
 from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config, differing_keys, load_config
@@ -23,14 +22,14 @@ from bomemeta.errors import BomemetaError, ConfigError, DivergenceError
 from bomemeta.imports import Import, is_file_entry, read_imports
 from bomemeta.report import Quiet
 from bomemeta.run_folder import RunFolder
+from bomemeta.session import Result, resume_one
 from bomemeta.tune.placement import bundles_of, check_placement
+from bomemeta.tune.places import REPORT_FILE, folder_here
 from bomemeta.tune.space import flat
-from bomemeta.tune.spec import override_texts, portable
+from bomemeta.tune.spec import Search, override_texts, portable
 
 # The name under which Tune knows the function; a search that goes on is refused another one.
 NAME = "bomemeta"
-# What a report says beside its figures.
-REPORT_FILE = "report.json"
 # Another try may go better: what the disk, the cluster or another process did. All else would fail again in the same way.
 WORTH_ANOTHER_TRY = (BomemetaError, OSError, ray.exceptions.RayError)
 
@@ -49,6 +48,7 @@ class Plan:
     imports: tuple[Import, ...]
     report_every_steps: int
     metric: str | None  # must be in every report; a trial that fails reports it as NaN. None: a failure is raised
+    search: str | None = None  # the search's folder; None in a Tuner of the user's own
 
 
 def trainable(
@@ -75,14 +75,17 @@ def trainable(
         document = document_of(config.to_dict() if isinstance(config, Config) else config)
     document = apply_overrides(document, overrides)
     base = portable(document.data, document.folder)
-    return make_trainable(base, settings, report_every_steps, metric, driver_cpus)
+    return _trainable(Plan(base, tuple(read_imports(settings.imports)), report_every_steps, metric), settings, driver_cpus)
 
 
-def make_trainable(
-    base: Mapping[str, Any], settings: Config, report_every_steps: int, metric: str | None, driver_cpus: float
-) -> Trainable:
-    """As `trainable`, from a base config that has been checked and made portable."""
-    plan = Plan(base, tuple(read_imports(settings.imports)), report_every_steps, metric)
+def make_trainable(search: Search, place: str) -> Trainable:
+    """The function for the trials of a search in the folder at `place`."""
+    settings, config = search.settings, search.config
+    plan = Plan(search.base, tuple(read_imports(config.imports)), settings.report_every_steps, settings.metric, place)
+    return _trainable(plan, config, settings.driver_cpus)
+
+
+def _trainable(plan: Plan, settings: Config, driver_cpus: float) -> Trainable:
     bundles = bundles_of(settings, driver_cpus)
     if ray.is_initialized():
         check_placement(bundles)
@@ -100,32 +103,22 @@ def run_trial(plan: Plan, config: Mapping[str, Any]) -> None:
     # A process that is used again waits for the last trial to close its workers, which Tune would give 2 s.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
     values = {key: value.item() if hasattr(value, "item") else value for key, value in flat(config).items()}
-    place = _place()
-    place.mkdir(parents=True, exist_ok=True)
-    reporter = _Reporter(plan, values, place)
+    folder = folder_here(tune.get_context().get_storage(), plan.search)
+    reporter = _Reporter(plan, values, folder)
     try:
-        settings = _settings(plan, values, place)
-        folder = RunFolder(place)
+        settings = _settings(plan, values, folder.path)
         saved = tune.get_checkpoint()
         if saved is not None:
             with saved.as_directory() as directory:
                 reporter.take_over(_take_checkpoint(Path(directory), folder, settings))
         folder.write_config(settings)
         # A folder without a checkpoint begins at step 0, one whose process was killed before its first report goes on.
-        reporter.finish(api.resume(place, listener=reporter))
+        reporter.finish(resume_one(load_config(folder.config_file), folder, reporter))
     except Exception as error:
         final = isinstance(error, DivergenceError | SearchError) or not isinstance(error, WORTH_ANOTHER_TRY)
         if plan.metric is None or not final:
             raise
         reporter.fail(error)
-
-
-def _place() -> Path:
-    """The run's folder: beside the trial's checkpoints where they are on a disk, else in the trial's working directory."""
-    storage = tune.get_context().get_storage()
-    if storage.storage_filesystem.type_name == "local":
-        return Path(storage.trial_fs_path) / "run"
-    return Path(storage.trial_working_directory) / "run"
 
 
 def _settings(plan: Plan, values: Mapping[str, Any], place: Path) -> Config:
@@ -183,7 +176,7 @@ class _Reporter(Quiet):
 
     plan: Plan
     values: dict[str, Any]
-    place: Path
+    folder: RunFolder
     steps: int = 0  # of the whole run
     done: int = 0
     figures: dict[str, float] = field(default_factory=dict)  # of the step that was last committed
@@ -211,14 +204,15 @@ class _Reporter(Quiet):
         if 0 < self.done < self.steps and self.done % self.plan.report_every_steps == 0:
             self._report({})
 
-    def finish(self, result: api.Result) -> None:
+    def finish(self, result: Result) -> None:
         self.figures |= result.metrics
         self._report({"ended": "done", "upper_sha256": result.upper_sha256, "done": True})
 
     def fail(self, error: Exception) -> None:
         """The last word of a trial that diverged, or that its own code or config made impossible."""
         ended = "diverged" if isinstance(error, DivergenceError) else "wrong" if isinstance(error, SearchError) else "failed"
-        (self.place / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        (self.folder.path / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        self.folder.publish(self.note)
         text = f"{type(error).__name__}: {error}"
         tune.report(
             {
@@ -235,12 +229,12 @@ class _Reporter(Quiet):
         metric = self.plan.metric
         if metric is not None and metric not in self.figures:
             raise SearchError(f"metric: got {metric!r}, wanted one of what is reported: {', '.join(self.figures)}")
-        folder = RunFolder(self.place).checkpoints
+        checkpoint = self.folder.checkpoints
         record = {"figures": self.figures, "lineage": self.lineage}
-        (folder / REPORT_FILE).write_text(json.dumps(record), encoding="utf-8")
+        (checkpoint / REPORT_FILE).write_text(json.dumps(record), encoding="utf-8")
         told = {"notes": "\n".join(self.notes)} if self.notes else {}
         tune.report(
             # timesteps_total is where Tune's TensorBoard files have their x axis.
             {**self.figures, "steps": self.done, "timesteps_total": self.done, "lineage": json.dumps(self.lineage), **told, **more},
-            checkpoint=tune.Checkpoint.from_directory(str(folder)),
+            checkpoint=tune.Checkpoint.from_directory(str(checkpoint)),
         )
