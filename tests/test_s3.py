@@ -131,6 +131,7 @@ def test_a_search_without_a_shared_disk_goes_on_after_the_death_of_its_driver(tm
         process.kill()
         output = process.communicate()[0]
         assert f"search folder: {place}" in output
+        assert "trial 1/2 step 12: upper_error" in output, output
         with pytest.raises(ConfigError, match=r"s3://bucket/search holds another search, with other seed"):
             tune(file, [f"output_dir={place}", "seed=3"])
         result = tune(file, [], resume=place, say=lines.append)

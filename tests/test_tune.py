@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel, TypeAdapter
+from test_promises import wait_for
 
 import bomemeta
 from bomemeta import checkpoint as checkpoints
@@ -396,17 +397,9 @@ def test_trainable_in_a_tuner_of_ones_own(ray_cluster: None, tmp_path: Path) -> 
     assert (saved.step, sorted(saved.lower), upper_sha256(saved.upper)) == (STEPS, list(range(5)), metrics["upper_sha256"])
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 180
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{path} is not there in time"
-        time.sleep(0.05)
-
-
-def test_a_search_goes_on_after_kill_9_and_ctrl_c_of_its_driver(ray_cluster: None, tmp_path: Path) -> None:
-    """Trial 1 is done; trial 2 stands still in the middle, twice."""
-    problem = {"doom": "wait", "doom_times": 2, "doom_mark": str(tmp_path / "mark")}
+def test_a_search_goes_on_after_ctrl_c_of_its_driver(ray_cluster: None, tmp_path: Path) -> None:
+    """Trial 1 is done; trial 2 stands still in the middle. After `kill -9`: tests/test_s3.py."""
+    problem = {"doom": "wait", "doom_mark": str(tmp_path / "mark")}
     file = changed(
         based(problem=problem),
         space={"problem.doom_step": {"grid": [99, 6]}, "solver.upper_lr": {"grid": [0.03]}},
@@ -418,22 +411,13 @@ def test_a_search_goes_on_after_kill_9_and_ctrl_c_of_its_driver(ray_cluster: Non
     path, out = tmp_path / "search.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(file))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-
-    def begin(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "bomemeta", "tune", str(path), f"output_dir={out}", *arguments]
-        return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    process = begin()
-    wait_for(tmp_path / "mark.0", process)
-    process.kill()
-    output = process.communicate()[0]
-    assert "trial 1/2 step 12: upper_error" in output, output
-
-    process = begin("--resume", str(out))
-    wait_for(tmp_path / "mark.1", process)
+    command = [sys.executable, "-m", "bomemeta", "tune", str(path), f"output_dir={out}"]
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for((tmp_path / "mark.0").exists, process)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output
+    assert "trial 1/2 step 12: upper_error" in output, output
     assert f"--resume {out}`" in output.splitlines()[-1], output
     assert "Traceback" not in output
     assert not (out / "results.json").exists()
