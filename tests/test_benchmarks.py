@@ -261,3 +261,12 @@ def test_plain_processes_give_the_same_bits() -> None:
     times = {name for line in said[0] for name in line if name.endswith("_s")}
     one, other = ([{name: line[name] for name in line if name not in times} for line in lines] for lines in said)
     assert one == other
+
+
+def test_counts_of_a_device_that_is_not_there(tmp_path: Path) -> None:
+    config = str(ROOT / "configs" / "analytic_quadratic.yaml")
+    (row,) = run("device_counts", "--config", config, "--set", "shards=2", "--json", str(tmp_path / "counts.json"))["rows"]
+    # Two rounds; in one of them the shards' y come back as well.
+    assert (row["calls"], row["back"]) == (4, 6)
+    assert row["operations"] > 100
+    assert json.loads((tmp_path / "counts.json").read_text())["rows"] == [row]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bomemeta.core.solver import Layout, LowerGroups, Sums
 
+CPU = torch.device("cpu")
+
 
 class Packed(NamedTuple):
     layout: Layout
@@ -24,19 +26,25 @@ def pack(sums: Sums, dtype: torch.dtype) -> Packed:
     for name, value in sums.items():
         for key, tensor in [(None, value)] if isinstance(value, Tensor) else value.items():
             layout.append((name, key, tuple(tensor.shape)))
-            parts.append(tensor.detach().reshape(-1).to("cpu", dtype))
-    return Packed(tuple(layout), torch.cat(parts).numpy() if parts else np.empty(0))
+            parts.append(tensor.detach().reshape(-1).to(dtype))
+    if not parts:
+        return Packed((), np.empty(0))
+    # A GPU is waited for once. What a kernel only counted is on the CPU wherever the rest is.
+    device = next((part.device for part in parts if part.device != CPU), CPU)
+    return Packed(tuple(layout), torch.cat([part.to(device) for part in parts]).cpu().numpy())
 
 
-def unpack(packed: Packed) -> Sums:
+def unpack(packed: Packed, device: torch.device = CPU) -> Sums:
     """The inverse of `pack`. Every tensor is a copy in memory of its own: vectorised sums round differently on differently aligned
-    memory, and workers must agree with the driver bit for bit.
+    memory, and workers must agree with the driver bit for bit. To another device all of them go at once.
     """
+    buffer = packed.buffer if device.type == "cpu" else torch.tensor(packed.buffer).to(device)
     sums: Sums = {}
     start = 0
     for name, key, shape in packed.layout:
         size = math.prod(shape)
-        tensor = torch.tensor(packed.buffer[start : start + size]).reshape(shape)
+        part = buffer[start : start + size]
+        tensor = (part.clone() if isinstance(part, Tensor) else torch.tensor(part)).reshape(shape)
         start += size
         if key is None:
             sums[name] = tensor
@@ -54,7 +62,7 @@ def pack_tasks(groups: LowerGroups) -> PackedTasks:
     """A stack's groups as one row per task, on the host."""
     entries = [(group, name, tensor) for group, params in groups.items() for name, tensor in params.items()]
     layout = tuple((group, name, tuple(tensor.shape[1:])) for group, name, tensor in entries)
-    return PackedTasks(layout, torch.cat([tensor.detach().flatten(1).cpu() for _, _, tensor in entries], dim=1))
+    return PackedTasks(layout, torch.cat([tensor.detach().flatten(1) for _, _, tensor in entries], dim=1).cpu())
 
 
 def unpack_tasks(packed: PackedTasks) -> LowerGroups:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +46,14 @@ class ShardSums(NamedTuple):
     states: Layout
 
 
+class _Given(NamedTuple):
+    """What a problem gave for some tasks when they were last asked for."""
+
+    step: int
+    batch: tree.Params
+    moved: tree.Params | None  # the same on the worker's device
+
+
 class ShardWorker:
     """Runs requests for one problem. Stateless between calls but for caches.
 
@@ -58,19 +68,25 @@ class ShardWorker:
         load_ahead: bool = False,
     ) -> None:
         keep_freed_memory()
+        if device != "cpu":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `_repeatable` wants it, before cuBLAS is first used
         self._build = build_problem
         self._device = torch.device(device)
         self._task_map: TaskMap = "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
         self._problems: dict[str, BilevelProblem] = {}
-        self._last: tuple[tree.Params, tree.Params] | None = None
+        self._given: dict[Asked, _Given] = {}
         self._ahead = Ahead(self._load) if load_ahead else None
         self.problem({})  # what is wrong with it shows before the first step
 
     def execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
+        with _repeatable():
+            return self._execute(request, broadcast, *states)
+
+    def _execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
         problem = self.problem(request.variant)
-        sent = {name: self._on_device(params) for name, params in unpack(Packed(request.sent, broadcast)).items()}
+        sent = unpack(Packed(request.sent, broadcast), self._device)
         with span(LOAD):
-            batch = self._loaded(self._batch(request))
+            batch = self._batch(request)
         if "memory" in sent:
             batch |= _repeated({"memory": sent.pop("memory")}, len(request.task_ids))["memory"]
         oracle = LocalOracle(problem, sent.pop("x"), batch, self._task_map, request.differentiable)
@@ -85,18 +101,27 @@ class ShardWorker:
     def _batch(self, request: Request) -> tree.Params:
         asked = Asked(request.task_ids, request.step, request.split, _key(request.variant))
         if self._ahead is None:
-            return self._load(asked)
+            return self._here(asked, self._load(asked))
         following = asked._replace(task_ids=request.next_ids, step=request.step + 1) if request.next_ids else None
-        return self._ahead.batch(asked, following)
+        return self._here(asked, self._ahead.batch(asked, following))
 
     def _load(self, asked: Asked) -> tree.Params:
         return self._problems[asked.variant].load(asked.task_ids, asked.step, asked.split)
 
-    def _loaded(self, batch: tree.Params) -> tree.Params:
-        """The batch on the worker's device. A problem that gives the very same batch again has not changed it: it is moved once."""
-        if self._last is None or self._last[0] is not batch:
-            self._last = batch, self._on_device(batch)
-        return dict(self._last[1])
+    def _here(self, asked: Asked, batch: tree.Params) -> tree.Params:
+        """The batch on the worker's device. What a problem gives again for the same tasks, the very same, has not changed: from the
+        second time on it stays there, as long as every step asks for it. Fresh tasks do not.
+        """
+        if self._device.type == "cpu":
+            return dict(batch)
+        tasks = asked._replace(step=0)
+        known = self._given.get(tasks)
+        again = known is not None and known.batch is batch
+        moved = (known.moved if known and again else None) or {name: tensor.to(self._device) for name, tensor in batch.items()}
+        self._given[tasks] = _Given(asked.step, batch, moved if again else None)
+        for old in [tasks for tasks, given in self._given.items() if given.step < asked.step - 1]:
+            del self._given[old]
+        return dict(moved)
 
     def problem(self, variant: Mapping[str, Any]) -> BilevelProblem:
         """The problem, with these fields changed."""
@@ -104,9 +129,6 @@ class ShardWorker:
         if key not in self._problems:
             self._problems[key] = self._build(variant)
         return self._problems[key]
-
-    def _on_device(self, tensors: tree.Params) -> tree.Params:
-        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def _unpack_lower(self, oracle: LocalOracle, request: Request, states: tuple[np.ndarray, ...]) -> LowerGroups | None:
         """State arrays into stacks. A task of the pool that is met for the first time starts at `init_lower`, other groups at 0."""
@@ -117,12 +139,31 @@ class ShardWorker:
         for i, present in enumerate(request.with_state):
             if present:
                 rows[i] = torch.tensor(next(arrays), dtype=rows.dtype)
-        groups = {name: self._on_device(group) for name, group in unpack_tasks(PackedTasks(request.layout, rows)).items()}
+        groups = unpack_tasks(PackedTasks(request.layout, rows.to(self._device)))
         if not all(request.with_state):
             known = torch.tensor(request.with_state, device=self._device)
             for name, start in oracle.init_lower().items():
                 groups["y"][name][~known] = start[~known]
         return groups
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Torch's deterministic algorithms: some of the others add in another order each time, on a GPU and with threads.
+
+    Where there is none, torch says so once, with the operation's name. What was set before comes back: this may be a user's process.
+    """
+    memory: Any = torch.utils.deterministic
+    mode, fills, tries = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    torch.set_deterministic_debug_mode(max(mode, 1))
+    memory.fill_uninitialized_memory = False  # it costs a pass over every new tensor, and nothing reads one unwritten
+    torch.backends.cudnn.benchmark = False  # it takes what was fastest in this process
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        memory.fill_uninitialized_memory = fills
+        torch.backends.cudnn.benchmark = tries
 
 
 def _key(variant: Mapping[str, Any]) -> str:
