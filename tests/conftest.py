@@ -1,9 +1,20 @@
-"""The files that take longest come first: pytest-xdist gives whole files to its processes, in this order."""
+"""What makes the suite short: kept bytecode, and the longest files first."""
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
+# Tests start hundreds of Python processes. Where none may keep bytecode, as in many containers, each would compile torch anew, most of what
+# the suite does: here they keep it beside pytest's own cache.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    sys.dont_write_bytecode = False
+
+# pytest-xdist gives whole files to its processes, in this order.
 LONGEST = (
     "test_tune",
     "test_submit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,7 +102,7 @@ def test_an_archive_that_is_there_stays(tmp_path: Path) -> None:
     assert (tmp_path / "mnist.npz").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("name", sorted(prepare.ARCHIVES))
+@pytest.mark.parametrize("name", [*sorted(prepare.ARCHIVES), "cifar100"])
 def test_no_network_says_what_to_do(name: str, tmp_path: Path) -> None:
     failure = urllib.error.URLError("no route")
     with (
@@ -126,10 +127,22 @@ def test_pickles_need_trust_before_they_are_downloaded(tmp_path: Path) -> None:
         prepare.prepare("learn2learn/mini-imagenet", tmp_path)
 
 
+FILES_OF = [name for name in datasets.names() if getattr(datasets.get(name), "root", 0) is None and name != "glyphs"]
+
+
+@pytest.mark.parametrize("name", FILES_OF)
+def test_who_has_no_data_is_told_a_command_that_gets_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BOMEMETA_DATA", raising=False)
+    with pytest.raises(DataError) as failure:
+        datasets.get(name)().prepare()
+    (told,) = re.findall(r"`bomemeta data prepare (\S+) --root FOLDER` fills one", str(failure.value))
+    assert told in prepare.names()
+
+
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     assert "learn2learn/cifarfs" in prepare.names()
     for name in ("imagenet", "learn2learn/imagenet"):
-        with pytest.raises(DataError, match="Known: cifar10, "):
+        with pytest.raises(DataError, match="Known: cifar100, "):
             prepare.prepare(name, tmp_path)
 
 

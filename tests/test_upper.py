@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from bomemeta.core.optimizer import OptimizerName
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import OptimizerName, UpperVariable
+from bomemeta.core.upper import UpperVariable
 
 OPTIMIZERS: list[OptimizerName] = ["sgd", "momentum", "adam"]
 SHAPES: dict[str, tuple[int, ...]] = {"w": (7, 3, 3, 3), "b": (7,), "scale": (), "one": (1,), "v": (65, 5)}

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bomemeta.core import tree
+from bomemeta.core.optimizer import Optimizer, OptimizerName
 from bomemeta.core.tree import Params
 
-OptimizerName = Literal["sgd", "momentum", "adam"]
 Schedule = Literal["constant", "cosine"]
 
 
@@ -24,7 +22,7 @@ def schedule_factor(schedule: Schedule, step: int, steps: int) -> float:
 
 
 class UpperVariable:
-    """x, moved by a torch optimiser along a combined direction (not a gradient of one loss)."""
+    """x, moved by an optimiser along a combined direction (not a gradient of one loss)."""
 
     def __init__(
         self, upper: Params, steps: int, *, optimizer: OptimizerName, lr: float, momentum: float, schedule: Schedule
@@ -35,11 +33,7 @@ class UpperVariable:
         self._shapes = {name: tensor.shape for name, tensor in upper.items()}
         self.params: Params = self._views()
         self._steps, self._lr, self._schedule = steps, lr, schedule
-        self._optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam([self._flat], lr=lr, foreach=False)
-            if optimizer == "adam"
-            else torch.optim.SGD([self._flat], lr=lr, momentum=momentum if optimizer == "momentum" else 0.0, foreach=False)
-        )
+        self._optimizer = Optimizer(optimizer, momentum)
 
     def move(self, direction: Params, step: int, project: Callable[[Params], Params], lr: float | None = None) -> dict[str, float]:
         """x <- project(x - lr * optimiser(direction)). Returns what to log of it.
@@ -48,11 +42,7 @@ class UpperVariable:
         """
         before = self._flat.clone()
         lr = (self._lr if lr is None else lr) * schedule_factor(self._schedule, step, self._steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._flat.grad = tree.flatten({name: direction[name] for name in self.params})
-        self._optimizer.step()
-        self._flat.grad = None
+        self._optimizer.move(self._flat, tree.flatten({name: direction[name] for name in self.params}), lr)
         for name, tensor in project(self.params).items():
             if tensor is not self.params[name]:
                 self.params[name].copy_(tensor)
@@ -63,36 +53,22 @@ class UpperVariable:
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UpperVariable:
-        """A run copies x in every step, and torch's own way to copy an optimiser takes several times as long."""
+        """A run copies x in every step: two arrays or three, and not a view of each layer."""
         other = copy.copy(self)
         other._flat = self._flat.clone()
         other.params = other._views()
         other._optimizer = copy.copy(self._optimizer)
-        other._optimizer.param_groups = [{**group, "params": [other._flat]} for group in self._optimizer.param_groups]
-        other._optimizer.state = defaultdict(dict)
-        for state in self._optimizer.state.values():
-            other._optimizer.state[other._flat] = {
-                name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
-            }
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state: tensors, numbers, lists and dictionaries only."""
-        return self._optimizer.state_dict()
+        """The optimiser's state: tensors and numbers only."""
+        return self._optimizer.state
 
     def load(self, params: Params, state: dict[str, Any]) -> None:
         """Continues from a checkpoint."""
         for name, tensor in self.params.items():
             tensor.copy_(params[name])
-        # Older checkpoints have a state for each of x's tensors.
-        parts = [state["state"][index] for index in sorted(state["state"])]
-        joined = {
-            name: value if name == "step" or value is None else torch.cat([part[name].reshape(-1) for part in parts])
-            for part in parts[:1]
-            for name, value in part.items()
-        }
-        groups = [{**group, "params": [0]} for group in state["param_groups"]]
-        self._optimizer.load_state_dict({"state": {0: joined} if parts else {}, "param_groups": groups})
+        self._optimizer.load(state)
 
     def _views(self) -> Params:
         sizes = [shape.numel() for shape in self._shapes.values()]

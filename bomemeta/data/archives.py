@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from bomemeta.errors import DataError
 
 
-def data_folder(dataset: str, root: str | None) -> Path:
-    """`root`, or else the environment's BOMEMETA_DATA. Raises DataError where neither is given."""
+def data_folder(dataset: str, root: str | None, prepared: str | None = None) -> Path:
+    """`root`, or else the environment's BOMEMETA_DATA. Raises DataError where neither is given, which says that `bomemeta data prepare`
+    fills one, under the data set's own name or the name `prepared`.
+    """
     chosen = root or os.environ.get("BOMEMETA_DATA")
     if not chosen:
         raise DataError(
             f"{dataset}: no data folder is given. Set data.root in the config or BOMEMETA_DATA in the environment; "
-            f"`bomemeta data prepare {dataset} --root FOLDER` fills one"
+            f"`bomemeta data prepare {prepared or dataset} --root FOLDER` fills one"
         )
     return Path(chosen).expanduser()
 

@@ -109,7 +109,7 @@ class MiniImagenetImages(_ImageSet):
     trust_pickles: bool = False
 
     def _images(self) -> _Images:
-        folder = archives.data_folder("mini_imagenet", self.root)
+        folder = archives.data_folder("mini_imagenet", self.root, "learn2learn/mini-imagenet")
         if not self.trust_pickles:
             raise DataError(
                 untrusted("mini_imagenet", folder) + ". If you trust where they come from, set data.trust_pickles: true"
@@ -147,8 +147,8 @@ def _cifar100(folder: Path) -> _Images:
         parts = [torchvision.datasets.CIFAR100(str(folder), train=train, download=False) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"cifar100: torchvision finds no whole CIFAR-100 in {folder} ({error}). Unpack its cifar-100-python.tar.gz there, or point "
-            "data.root or BOMEMETA_DATA at a folder that has cifar-100-python"
+            f"cifar100: torchvision finds no whole CIFAR-100 in {folder} ({error}). Get it with `bomemeta data prepare cifar100 --root "
+            f"{folder}`, or point data.root or BOMEMETA_DATA at a folder that has cifar-100-python"
         ) from error
     (x_train, y_train), (x_test, y_test) = ((np.asarray(part.data), np.asarray(part.targets)) for part in parts)
     return _channels_last(x_train, y_train, x_test, y_test)

@@ -50,7 +50,7 @@ class CountedRows(Protocol):
 
 
 def prepare(name: str, root: Path | None, *, trust_pickles: bool = False) -> Path:
-    """Gets data set `name` into `root` and returns what was made: the archive, or `root` for learn2learn's own files.
+    """Gets data set `name` into `root` and returns what was made: the archive, torchvision's folder, or `root` for learn2learn's files.
 
     No `root`: where a run without `data.root` looks, `BOMEMETA_DATA` or, for glyphs, the cache.
 
@@ -69,6 +69,8 @@ def prepare(name: str, root: Path | None, *, trust_pickles: bool = False) -> Pat
                 with tempfile.TemporaryDirectory(dir=root, prefix="download-") as downloads:
                     archives.write(path, make(Path(downloads)), compress=True)
             return path
+        if name == "cifar100":
+            return _cifar100(root)
         if name == "glyphs":
             datasets.get(name)(root=str(root)).prepare()
             if not (rendered := glyphs.cache_path(root)).is_file():
@@ -95,7 +97,15 @@ def _root(name: str) -> Path:
 
 def names() -> list[str]:
     """All names that `prepare` knows, sorted."""
-    return sorted({*ARCHIVES, *(name for name in datasets.names() if name == "glyphs" or name.startswith("learn2learn/"))})
+    return sorted({*ARCHIVES, "cifar100", "glyphs", *(name for name in datasets.names() if name.startswith("learn2learn/"))})
+
+
+def _cifar100(root: Path) -> Path:
+    """Torchvision's own folder: its files are what `data.dataset: cifar100` reads."""
+    import torchvision
+
+    folder: str = torchvision.datasets.CIFAR100(str(root), download=True).base_folder
+    return root / folder
 
 
 def _learn2learn(name: str, root: Path, trust_pickles: bool) -> Path:
@@ -250,6 +260,6 @@ ARCHIVES: dict[str, tuple[str, Callable[[Path], Arrays]]] = {
     "omniglot": (omniglot.FILE, _omniglot),
     "mnist": ("mnist.npz", _mnist),
     "fashion_mnist": ("fashion_mnist.npz", _fashion_mnist),
-    "cifar10": ("cifar10_subset.npz", _cifar10),
+    "cifar10_subset": ("cifar10_subset.npz", _cifar10),
     "twenty_newsgroups": (newsgroups.FILE, _twenty_newsgroups),
 }

@@ -23,10 +23,11 @@ from torch import Tensor
 from bomemeta.core import tree
 from bomemeta.core.implicit import adjoint_sums, move_upper
 from bomemeta.core.inner import gradient_steps
+from bomemeta.core.optimizer import OptimizerName
 from bomemeta.core.oracle import G, Hessian, Oracle, Psi
 from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import OptimizerName, Schedule, UpperVariable
+from bomemeta.core.upper import Schedule, UpperVariable
 from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
 

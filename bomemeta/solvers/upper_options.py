@@ -7,16 +7,17 @@ from typing import Annotated
 
 from pydantic import Field
 
+from bomemeta.core.optimizer import OptimizerName
 from bomemeta.core.solver import Solver
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import OptimizerName, Schedule, UpperVariable
+from bomemeta.core.upper import Schedule, UpperVariable
 
 Positive = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpperOptions(Solver):
-    """A solver that moves x by a torch optimiser along its direction."""
+    """A solver that moves x by an optimiser along its direction."""
 
     upper_lr: Positive = 0.1  # the step of x
     upper_optimizer: OptimizerName = "sgd"
