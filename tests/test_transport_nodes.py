@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import ray
+import torch
 from ray._raylet import Config
 from ray.cluster_utils import Cluster
 
@@ -212,3 +213,16 @@ def test_too_few_nodes_are_waited_for_and_then_named(nodes):
     with pytest.raises(ClusterError, match=r"2 workers of 1 CPU .* do not fit: the cluster \(1 nodes\) has 0 CPU"):
         RayTransport(Adder, options, events.append)
     assert any("waiting for room for 2 workers" in event for event in events)
+
+
+def test_a_gpu_that_torch_does_not_see_is_named(nodes):
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a GPU here; the error is for machines where Ray has one and torch does not")
+    with_nodes(nodes, 0)
+    nodes.add_node(num_cpus=1, num_gpus=1)  # Ray believes it
+    with (
+        closing(RayTransport(Adder, RayOptions(workers=1, gpus_per_worker=1.0))) as transport,
+        pytest.raises(ClusterError, match=r"GPU 0, and torch .* sees none there\. .*gpus_per_worker=0"),
+    ):
+        transport.run(np.ones(1, np.float32), [ShardCall(Order())])
+    with_nodes(nodes, 0)

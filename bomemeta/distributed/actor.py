@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bomemeta.distributed.summation import added
 from bomemeta.distributed.transport import checked_returns
+from bomemeta.errors import ClusterError
 
 # How a call's answer is cut into objects: no share; reply and share as one, for the driver; the share for itself, to stay in the cluster.
 Form = Literal["plain", "whole", "apart"]
@@ -66,7 +67,13 @@ class ShardActor:
         torch.set_num_threads(threads)
         context = ray.get_runtime_context()
         # Not torch.cuda.is_available(): an actor without GPUs sees all of them. Ray shows an actor only its own, so 0.
-        device = "cuda:0" if context.get_accelerator_ids().get("GPU") else "cpu"
+        given = context.get_accelerator_ids().get("GPU")
+        if given and not torch.cuda.is_available():
+            raise ClusterError(
+                f"Ray gave a worker on {ray.util.get_node_ip_address()} GPU {', '.join(given)}, and torch {torch.__version__} sees none "
+                "there. Look at that machine's driver and at its torch, or compute on CPUs with gpus_per_worker=0"
+            )
+        device = "cuda:0" if given else "cpu"
         self._worker = pickle.loads(factory)(device)
         return Process(os.getpid(), birth_of(os.getpid()), context.get_node_id())
 
