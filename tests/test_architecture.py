@@ -127,6 +127,14 @@ def test_the_interface_needs_neither_ray_nor_learn2learn() -> None:
     assert {"ray", "learn2learn"}.isdisjoint(done.stdout.split())
 
 
+def test_a_run_needs_no_compiler(tmp_path: Path) -> None:
+    """Torch imports its own where one of its optimisers is made: 150 MB, and more time than all else that a short run does."""
+    check = "import sys, bomemeta; bomemeta.train('analytic_quadratic', sys.argv[1:]); print(*sys.modules)"
+    overrides = ["steps=2", "workers=0", "solver.upper_optimizer=adam", f"output_dir={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, "-c", check, *overrides], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert {"torch._dynamo", "torch._inductor", "ray", "learn2learn", "sklearn", "matplotlib"}.isdisjoint(done.stdout.split())
+
+
 def test_no_file_is_too_long() -> None:
     lengths = {path.relative_to(PACKAGE).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}

@@ -93,8 +93,8 @@ def struck(signal_name: str, mark: Path) -> list[str]:
     return ["problem.strike_step=4", f"problem.strike_signal={signal_name}", f"problem.strike_mark={mark}"]
 
 
-# Two: below, with one of them killed. Three for the other jobs: below, as many as there is room for.
-@pytest.mark.parametrize(("job", "workers"), [("few_shot", 1), ("few_shot", 3), ("stream", 3)])
+# Two: below, with one of them killed.
+@pytest.mark.parametrize(("job", "workers"), [("few_shot", 1), *((job, 3) for job in JOBS)])
 def test_same_bits_for_any_number_of_workers(job, workers, reference, ray_cluster, tmp_path):
     result = bomemeta.train(JOBS[job], [f"output_dir={tmp_path / 'run'}", f"workers={workers}", "cpus_per_worker=0.5"])
     assert result.upper_sha256 == reference[job].upper_sha256
