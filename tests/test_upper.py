@@ -95,6 +95,13 @@ def test_a_checkpoint_with_a_state_for_every_tensor_is_read(optimizer: Optimizer
     assert equal(upper.params, expected.params)
 
 
+def test_a_direction_may_hang_on_a_graph() -> None:
+    upper = variable("momentum")
+    for step in range(2):
+        upper.move({name: tensor.requires_grad_() * 2 for name, tensor in drawn(step, torch.float32).items()}, step, lambda x: x)
+    assert not any(tensor.requires_grad for tensor in [*upper.params.values(), *upper.state_dict().values()])
+
+
 def test_a_projection_may_give_new_tensors_or_write_into_x() -> None:
     def clamped(x: Params) -> Params:
         x["b"].clamp_(min=0)

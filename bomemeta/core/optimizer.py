@@ -24,6 +24,7 @@ class Optimizer:
         self._name, self._momentum = name, momentum
         self.state: dict[str, Any] = {}
 
+    @torch.no_grad()
     def move(self, x: Tensor, gradient: Tensor, lr: float) -> None:
         """One step of size `lr`, in place."""
         if self._name == "adam":

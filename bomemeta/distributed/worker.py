@@ -115,13 +115,16 @@ class ShardWorker:
         if self._device.type == "cpu":
             return dict(batch)
         tasks = asked._replace(step=0)
-        known = self._given.get(tasks)
-        again = known is not None and known.batch is batch
-        moved = (known.moved if known and again else None) or {name: tensor.to(self._device) for name, tensor in batch.items()}
-        self._given[tasks] = _Given(asked.step, batch, moved if again else None)
+        before, kept = self._given.get(tasks), None
+        if before is not None and before.batch is batch:
+            kept = before.moved or self._moved(batch)
+        self._given[tasks] = _Given(asked.step, batch, kept)
         for old in [tasks for tasks, given in self._given.items() if given.step < asked.step - 1]:
             del self._given[old]
-        return dict(moved)
+        return dict(kept or self._moved(batch))
+
+    def _moved(self, batch: tree.Params) -> tree.Params:
+        return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
     def problem(self, variant: Mapping[str, Any]) -> BilevelProblem:
         """The problem, with these fields changed."""
