@@ -45,6 +45,7 @@ WITH_RAY = {
     "distributed/cluster.py",
     "distributed/collective.py",
     "distributed/fleet.py",
+    "distributed/process_group.py",
     "distributed/ray_round.py",
     "distributed/ray_transport.py",
     "distributed/seats.py",

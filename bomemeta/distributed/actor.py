@@ -90,7 +90,7 @@ class ShardActor:
         return added(left, right)
 
     def together(self, request: Any, member: Any, broadcast: np.ndarray) -> Any:
-        from bomemeta.distributed.collective import ProcessGroup  # torch's distributed part, for those who use it
+        from bomemeta.distributed.process_group import ProcessGroup  # torch's distributed part, for those who use it
 
         self._group: ProcessGroup = getattr(self, "_group", None) or ProcessGroup()
         return request.execute(self._worker, broadcast, member.rank, member.world, self._group.join(member))
