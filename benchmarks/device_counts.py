@@ -35,17 +35,20 @@ def counted(config: str, keys: Sequence[str]) -> dict[str, Any]:
     with elsewhere() as seen, torch_threads(1):
         problem = build_problem(settings)
         with closing(open_transport(settings, print)) as transport:
-            course = Course(Job(settings, problem, build_solver(settings, problem), transport))
+            job = Job(settings, problem, build_solver(settings, problem), transport)
+            course = Course(job)
             course.go(3)
             for what in seen:
                 what.clear()
             (said,) = course.go(1)
+        blocks = problem.pool if problem.lower == "shared" else None
+        tasks = blocks or job.step_run(0).tasks
     launched = {
         op: times for op, times in seen.ran.items() if not op.is_view and op._schema.name.removeprefix("aten::") not in NOT_LAUNCHED
     }
     row = {
         "config": config,
-        "calls": int(said["reduces"]) * settings.shards,
+        "calls": int(said["reduces"]) * min(settings.shards, tasks),
         "operations": sum(launched.values()),
         "there": len(seen.sent),
         "back": len(seen.brought),

@@ -12,9 +12,12 @@ import pytest
 import torch
 from elsewhere import DEVICE, elsewhere
 from test_any_solver import NAMES
+from test_continual_meta import run_config
 from test_promises import FEW_SHOT, QUADRATIC, SHARED, STREAM
+from test_regularisation import made_up
 
 import bomemeta
+from bomemeta.data import archives, newsgroups
 from bomemeta.problems.analytic import Analytic
 from bomemeta.registry import solvers
 
@@ -59,13 +62,34 @@ def test_few_shot_heads(barrier: str, statistics: str, tmp_path: Path) -> None:
     check(FEW_SHOT, tmp_path, problem={"batch_norm": statistics}, solver={"barrier": barrier, "diagnose_every": 1})
 
 
-@pytest.mark.parametrize("name", ["maml", "anil", "reptile"])
+def test_resnet(tmp_path: Path) -> None:
+    problem = {name: value for name, value in FEW_SHOT["problem"].items() if name != "width"} | {"backbone": "resnet12"}
+    check({**FEW_SHOT, "problem": problem}, tmp_path, steps=1)
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "meta_sgd", "reptile"])
 def test_few_shot_networks(name: str, tmp_path: Path) -> None:
     check(with_solver(FEW_SHOT, name, inner_steps=1), tmp_path, problem={"form": "network"}, steps=1)
 
 
-def test_a_stream(tmp_path: Path) -> None:
-    check(STREAM, tmp_path, solver={"inner_steps": 1})
+@pytest.mark.parametrize("name", ["bome", "ctn", "agem"])
+def test_a_stream(name: str, tmp_path: Path) -> None:
+    check(with_solver(STREAM, name, inner_steps=1), tmp_path)
+
+
+@pytest.mark.parametrize("case", ["coreset", "minimax", "degenerate", "bamm_sensitive", "bamm_convex"])
+def test_analytic_cases(case: str, tmp_path: Path) -> None:
+    check({**QUADRATIC, "problem": {"name": "analytic", "case": case}, "tasks_per_step": 1, "shards": 1}, tmp_path)
+
+
+def test_continual_meta(tmp_path: Path) -> None:
+    check(run_config(tmp_path), tmp_path)
+
+
+def test_regularisation(tmp_path: Path) -> None:
+    archives.write(tmp_path / newsgroups.FILE, made_up(), compress=True)
+    data = {"dataset": "twenty_newsgroups", "root": str(tmp_path)}
+    check({**with_solver(SHARED, "bome"), "problem": {"name": "regularisation", "blocks": 3}, "data": data}, tmp_path)
 
 
 @pytest.mark.parametrize(("job", "more"), [(FEW_SHOT, 5), (SHARED, 0)])

@@ -133,7 +133,7 @@ def test_same_bits_when_a_member_of_all_workers_together_hangs(reference, ray_cl
     assert result.upper_sha256 == reference["shared"].upper_sha256
 
 
-@pytest.mark.parametrize("job", ["quadratic", "shared"])
+@pytest.mark.parametrize("job", ["few_shot", "quadratic", "shared"])
 def test_same_bits_with_as_many_workers_as_there_is_room_for(job, reference, ray_cluster, tmp_path):
     overrides = [f"output_dir={tmp_path / 'run'}", "workers=auto", "max_workers=3", "cpus_per_worker=0.5", "backup_after=1.5"]
     result = bomemeta.train(JOBS[job], overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,18 +95,21 @@ def command(place: Path, scratch: Path, *overrides: str) -> subprocess.Popen[str
     )
 
 
-def test_another_machine_goes_on_to_the_same_bits(tmp_path, reference):
-    """SIGTERM, three seconds before SIGKILL: from the last committed step. (From a checkpoint after SIGKILL alone: test_s3.py.)"""
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_another_machine_goes_on_to_the_same_bits(ending, tmp_path, reference):
+    """SIGKILL: from the last checkpoint that was due. SIGTERM, three seconds before SIGKILL: from the last committed step."""
     place, mark = tmp_path / "run", tmp_path / "mark"
     armed = struck("sleep", mark)
     process = command(place, tmp_path / "one", *armed)
     wait_for(mark.exists, process)
-    process.terminate()
-    time.sleep(3)
-    process.kill()
+    process.send_signal(ending)
+    if ending == signal.SIGTERM:
+        time.sleep(3)
+        process.kill()
     process.communicate()
-    assert load_latest(place / "checkpoints").checkpoint.step == 4
-    assert len(read_metrics(place / "metrics.jsonl")) == 4
+    step = 3 if ending == signal.SIGKILL else 4
+    assert load_latest(place / "checkpoints").checkpoint.step == step
+    assert len(read_metrics(place / "metrics.jsonl")) == step
     assert len(files(place / "checkpoints")) == 2
 
     process = command(place, tmp_path / "two", *armed)
@@ -115,7 +119,7 @@ def test_another_machine_goes_on_to_the_same_bits(tmp_path, reference):
     assert lines[0] == f"run folder: {place.as_uri()}"
     assert lines[-1] == f"done after 8 steps; run folder: {place.as_uri()}"
     result = json.loads((place / "result.json").read_text())
-    assert (result["upper_sha256"], result["first_step"]) == (reference.upper_sha256, 4)
+    assert (result["upper_sha256"], result["first_step"]) == (reference.upper_sha256, step)
     assert [line["step"] for line in read_metrics(place / "metrics.jsonl")] == list(range(8))
     assert list((tmp_path / "two").glob("bomemeta-*")) == []
 
