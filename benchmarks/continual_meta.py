@@ -1,15 +1,17 @@
-"""Which representation can a head learn on, class after class? The online pass of problem `continual_meta` on x learned in several ways.
+"""Which representation can a head learn on, class after class? The online pass of problem
+`continual_meta` on x learned in several ways.
 
     python -m benchmarks.continual_meta --method few_shot --cpu-minutes 10 --data-root DATA --json OUT.json
     python -m benchmarks.continual_meta --run runs/continual_meta_omniglot --data-root DATA --json OUT.json
 
-untrained  the network as it was drawn
-classify   plain classification of all training classes by one softmax layer
-few_shot   meta-learning with a prototype prior by BOME, `--ways` and `--shots` (problem `few_shot` as it is, on this network)
---run      the x of a finished run of `continual_meta`
+untrained  the network as it was drawn classify   plain classification of all training classes by
+one softmax layer few_shot   meta-learning with a prototype prior by BOME, `--ways` and `--shots`
+(problem `few_shot` as it is, on this network) --run      the x of a finished run of
+`continual_meta`
 
-All have the same network, without batch statistics. The pass's step is chosen for each on validation trajectories, from a grid and by the
-accuracy at the longest length, and the test trajectories are the same. Budgets are CPU time of one thread, evaluation not counted.
+All have the same network, without batch statistics. The pass's step is chosen for each on
+validation trajectories, from a grid and by the accuracy at the longest length, and the test
+trajectories are the same. Budgets are CPU time of one thread, evaluation not counted.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ FEATURE_SCALE = 16.0  # of its normalised features: few_shot's, 4 squared
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--method", choices=("untrained", "classify", "few_shot"))
     source.add_argument("--run", type=Path, help="folder of a finished run of continual_meta")
@@ -66,7 +70,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[10, 20, 50, 100, 200])
     parser.add_argument("--test-shots", type=int, default=15)
     parser.add_argument("--trajectories", type=int, default=100, help="in the test")
-    parser.add_argument("--validation", type=int, default=10, help="trajectories for the choice of the step")
+    parser.add_argument(
+        "--validation", type=int, default=10, help="trajectories for the choice of the step"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dataset", default="omniglot")
     parser.add_argument("--data-root", default=None, help="default: BOMEMETA_DATA")
@@ -93,7 +99,9 @@ class _WithRows(SampleConv):
 
 
 def train(step: Callable[[int, float], None], options: argparse.Namespace) -> tuple[int, float]:
-    """Calls `step(number, elapsed)` until the budget is used. Returns how many there were, and the CPU minutes."""
+    """Calls `step(number, elapsed)` until the budget is used. Returns how many there were, and the
+    CPU minutes.
+    """
     budget, used, steps = 60 * options.cpu_minutes, 0.0, 0
     while used < budget and steps != options.max_steps:
         before = time.process_time()
@@ -110,9 +118,13 @@ def few_shot(data: Any, options: argparse.Namespace) -> tuple[Params, int, float
         barrier="per_task", inner_steps=5, inner_lr=0.2, lower_lr=0.2, adapt_steps=5, barrier_steps=5, diagnose_every=0,
         upper_lr=UPPER_LR, upper_optimizer="adam", upper_schedule="cosine",
     )  # fmt: skip
-    transport = SerialTransport(lambda device: ShardWorker(lambda changes: variant_of(problem, changes), "auto", device))
+    transport = SerialTransport(
+        lambda device: ShardWorker(lambda changes: variant_of(problem, changes), "auto", device)
+    )
     upper = solver.start(problem.init_upper(torch.Generator().manual_seed(options.seed)), CLOCK)
-    tasks = max(1, 320 // (options.ways * (options.shots + problem.queries)))  # about as many images as continual_meta's step has
+    tasks = max(
+        1, 320 // (options.ways * (options.shots + problem.queries))
+    )  # about as many images as continual_meta's step has
 
     def step(number: int, elapsed: float) -> None:
         ids = range(number * tasks, (number + 1) * tasks)
@@ -151,12 +163,16 @@ def _all_images(data: Any) -> Tensor:
     ways = _most(lambda n: EpisodeSpec(n, 1, 1), data)
     shots = _most(lambda n: EpisodeSpec(ways, n, 1), data)
     episode = data.episode("train", EpisodeSpec(ways, shots, 1), (0,))
-    both = [images.reshape(ways, -1, *data.image_shape) for images in (episode.support, episode.query)]
+    both = [
+        images.reshape(ways, -1, *data.image_shape) for images in (episode.support, episode.query)
+    ]
     return (255 * torch.cat(both, 1)).round().to(torch.uint8)
 
 
 def _most(spec: Callable[[int], EpisodeSpec], data: Any) -> int:
-    """The largest number of which the training split has episodes: it refuses those that are too large."""
+    """The largest number of which the training split has episodes: it refuses those that are too
+    large.
+    """
     fits, does_not = 1, 1 << 20
     while does_not - fits > 1:
         middle = (fits + does_not) // 2
@@ -168,12 +184,16 @@ def _most(spec: Callable[[int], EpisodeSpec], data: Any) -> int:
     return fits
 
 
-def figures(problem: ContinualMeta, x: Params, step: float, split: Split, count: int) -> dict[str, Tensor]:
+def figures(
+    problem: ContinualMeta, x: Params, step: float, split: Split, count: int
+) -> dict[str, Tensor]:
     """Every figure of `evaluate`, one number per trajectory."""
     x = x | {LOG_STEP: torch.tensor(math.log(step))}
     found: list[dict[str, Tensor]] = []
     for task in range(count):
-        oracle = LocalOracle(problem, x, problem.load([task], 0, split), "loop", differentiable=False)
+        oracle = LocalOracle(
+            problem, x, problem.load([task], 0, split), "loop", differentiable=False
+        )
         found.append(oracle.evaluate(oracle.init_lower()))
     return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
@@ -183,7 +203,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     data = datasets.get(options.dataset)(root=options.data_root)
     data.prepare()
-    problem = ContinualMeta(lengths=options.lengths, test_shots=options.test_shots, width=options.width)
+    problem = ContinualMeta(
+        lengths=options.lengths, test_shots=options.test_shots, width=options.width
+    )
     problem.attach(seed=options.seed, dtype=torch.float32, data=data)
     start = problem.init_upper(torch.Generator().manual_seed(options.seed))
     backbone, steps, minutes = start, 0, 0.0
@@ -191,14 +213,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         saved = load_latest(options.run / "checkpoints").checkpoint
         backbone, steps = saved.upper, saved.step
     elif options.method != "untrained":
-        backbone, steps, minutes = (few_shot if options.method == "few_shot" else classify)(data, options)
-    # What x has beside the network plays no part in the choice: its own step is replaced by one of the grid.
+        backbone, steps, minutes = (few_shot if options.method == "few_shot" else classify)(
+            data, options
+        )
+    # What x has beside the network plays no part in the choice: its own step is replaced by one of
+    # the grid.
     x = start | {name: backbone[name] for name in start if name not in (LOG_STEP, LOG_SHARPNESS)}
-    chosen = {step: float(figures(problem, x, step, "validation", options.validation)["accuracy"].mean()) for step in STEPS}
+    chosen = {
+        step: float(figures(problem, x, step, "validation", options.validation)["accuracy"].mean())
+        for step in STEPS
+    }
     best = max(chosen, key=lambda step: chosen[step])
     tested = figures(problem, x, best, "test", options.trajectories)
     curves = {
-        name: {"mean": float(values.mean()), "ci95": 1.96 * float(values.std()) / math.sqrt(len(values))}
+        name: {
+            "mean": float(values.mean()),
+            "ci95": 1.96 * float(values.std()) / math.sqrt(len(values)),
+        }
         for name, values in tested.items()
         if "accuracy" in name and len(values) > 1
     }

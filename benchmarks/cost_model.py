@@ -1,12 +1,13 @@
-"""What a step costs, calculated: counts and bytes exactly, from the sizes and the solver's settings, and times from a few constants.
+"""What a step costs, calculated: counts and bytes exactly, from the sizes and the solver's
+settings, and times from a few constants.
 
     python -m benchmarks.cost_model
 
-prints what follows for hundreds of workers, the table of docs/performance.md. benchmarks/growth.py holds the model against measured steps,
-tests/test_cost_model.py against real runs of two steps.
+prints what follows for hundreds of workers, the table of docs/performance.md. benchmarks/growth.py
+holds the model against measured steps, tests/test_cost_model.py against real runs of two steps.
 
-The letters of docs/performance.md: N tasks a step in S shards on W workers, |x| and |y| numbers, T = `inner_steps`, A = `adapt_steps`,
-R = `barrier_steps`.
+The letters of docs/performance.md: N tasks a step in S shards on W workers, |x| and |y| numbers, T
+= `inner_steps`, A = `adapt_steps`, R = `barrier_steps`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from bomemeta.solvers.itd import ITD
 from bomemeta.solvers.lancbio import LancBiO
 from bomemeta.solvers.sl_bamm import SlBAMM
 
-# fresh: y is forgotten after the step; pool: it persists, one per task; shared: it persists, one for all blocks
+# fresh: y is forgotten after the step; pool: it persists, one per task; shared: it persists, one
+# for all blocks
 Where = Literal["fresh", "pool", "shared"]
 
 
@@ -104,11 +106,17 @@ def cost(solver: Solver, sizes: Sizes, step: int = 0, last: bool = False) -> Cos
 @functools.singledispatch
 def kernels_of(solver: Solver, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     """The kernels of a step, in order."""
-    raise NotImplementedError(f"no cost model of {type(solver).__name__}; benchmarks/cost_model.py wants a function for it")
+    raise NotImplementedError(
+        f"no cost model of {type(solver).__name__}; benchmarks/cost_model.py wants a function for it"
+    )
 
 
-# Numbers of a round beside vectors: losses, norms and counts. A question for a gradient in y carries its loss along.
-BOME_SCALARS, BOME_LOCAL = 7, 2  # f, g, q, <f, g>, |f|^2, |g|^2, evaluations; per-task barrier: lambda, how many are 0
+# Numbers of a round beside vectors: losses, norms and counts. A question for a gradient in y
+# carries its loss along.
+BOME_SCALARS, BOME_LOCAL = (
+    7,
+    2,
+)  # f, g, q, <f, g>, |f|^2, |g|^2, evaluations; per-task barrier: lambda, how many are 0
 ITD_SCALARS = 4  # f, g, evaluations, products
 ADJOINT_SCALARS = 5  # f, g, |v|, evaluations, products; with the residual one more
 
@@ -124,14 +132,21 @@ def _(solver: BOME, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     if sizes.where == "fresh":
         evaluations += solver.adapt_steps + 2 * solver.barrier_steps + gap
         return [Kernel(evaluations, 0, vectors, (vectors * x + scalars,), 0)]
-    groups = 1 + 2 * (not local) + (solver.lower_momentum > 0)  # y, its velocity; what waits for lambda: grad f and grad g
-    move = Kernel(0, 0, 0, (0,) if sizes.where == "pool" else (), y * (1 + (solver.lower_momentum > 0)))
+    groups = (
+        1 + 2 * (not local) + (solver.lower_momentum > 0)
+    )  # y, its velocity; what waits for lambda: grad f and grad g
+    move = Kernel(
+        0, 0, 0, (0,) if sizes.where == "pool" else (), y * (1 + (solver.lower_momentum > 0))
+    )
     moves = [] if local else [move]
     if sizes.where == "pool":
         return [Kernel(evaluations, 0, vectors, (vectors * x + scalars,), 0), *moves]
     rounds = [y + 1] * solver.inner_steps + [2 * x + 2 * y + 3] * full
     rounds += [y + 1] * (2 + gap) * local + [x + 2 * y + 3] * local
-    return [Kernel(evaluations, 0, vectors, tuple(rounds), vectors * x + scalars + groups * y), *moves]
+    return [
+        Kernel(evaluations, 0, vectors, tuple(rounds), vectors * x + scalars + groups * y),
+        *moves,
+    ]
 
 
 @kernels_of.register
@@ -155,7 +170,9 @@ def _(solver: AidCG, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
 
 @kernels_of.register
 def _(solver: LancBiO, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
-    """Where y persists: all tasks begin their epochs together, as they do without `stagger` in a pool that is taken whole."""
+    """Where y persists: all tasks begin their epochs together, as they do without `stagger` in a
+    pool that is taken whole.
+    """
     x, y, residual, m = sizes.upper, sizes.lower, _residual(solver, step, last), solver.subspace
     evaluations, scalars = solver.inner_steps + 3, ADJOINT_SCALARS + residual
     if sizes.where == "fresh":
@@ -171,7 +188,9 @@ def _(solver: LancBiO, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
 @kernels_of.register
 def _(solver: SlBAMM, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     if solver.order != "jacobi" and sizes.where != "fresh":
-        raise NotImplementedError("no cost model of sl_bamm with order: gauss_seidel; benchmarks/cost_model.py has jacobi's")
+        raise NotImplementedError(
+            "no cost model of sl_bamm with order: gauss_seidel; benchmarks/cost_model.py has jacobi's"
+        )
     x, y, terms = sizes.upper, sizes.lower, 1 + (solver.mu > 0)  # of psi
     scalars = ADJOINT_SCALARS + 1
     if sizes.where == "fresh":
@@ -206,11 +225,17 @@ def work(costs: Cost, sizes: Sizes) -> dict[str, float]:
     }
 
 
-def fitted(works: Sequence[Mapping[str, float]], seconds: Sequence[float], parts: Sequence[str]) -> dict[str, float]:
-    """Seconds of each of these parts, none negative, that come nearest to the measured times in relative terms."""
+def fitted(
+    works: Sequence[Mapping[str, float]], seconds: Sequence[float], parts: Sequence[str]
+) -> dict[str, float]:
+    """Seconds of each of these parts, none negative, that come nearest to the measured times in
+    relative terms.
+    """
     from scipy.optimize import nnls
 
-    rows = np.array([[each[part] / taken for part in parts] for each, taken in zip(works, seconds, strict=True)])
+    rows = np.array(
+        [[each[part] / taken for part in parts] for each, taken in zip(works, seconds, strict=True)]
+    )
     scale = np.where(rows.max(0) > 0, rows.max(0), 1.0)  # parts that no run has keep the constant 0
     found, _ = nnls(rows / scale, np.ones(len(rows)))
     return dict(zip(parts, (found / scale).tolist(), strict=True))
@@ -228,7 +253,10 @@ class Network(NamedTuple):
     bytes_per_s: float
 
 
-SLOW, FAST = Network(1e-3, 10e9 / 8), Network(1e-4, 100e9 / 8)  # 10 Gbit/s with 1 ms, 100 Gbit/s with 0.1 ms
+SLOW, FAST = (
+    Network(1e-3, 10e9 / 8),
+    Network(1e-4, 100e9 / 8),
+)  # 10 Gbit/s with 1 ms, 100 Gbit/s with 0.1 ms
 CONV4, RESNET12 = (
     28_192,
     12_424_320,
@@ -240,20 +268,28 @@ def depth(shards: int) -> int:
     return math.ceil(math.log2(shards))
 
 
-def reduce_seconds(size: int, shards: int, reduce: Literal["driver", "tree"], network: Network) -> float:
-    """One sum of `shards` arrays of `size` bytes: all into the driver's one network card, or level by level and one to the driver."""
+def reduce_seconds(
+    size: int, shards: int, reduce: Literal["driver", "tree"], network: Network
+) -> float:
+    """One sum of `shards` arrays of `size` bytes: all into the driver's one network card, or level
+    by level and one to the driver.
+    """
     if reduce == "driver":
         return network.latency_s + shards * size / network.bytes_per_s
     return depth(shards) * (network.latency_s + size / network.bytes_per_s)
 
 
 def broadcast_seconds(size: int, machines: int, network: Network) -> float:
-    """`size` bytes to so many machines, each of which passes them on: twice as many have them after each turn."""
+    """`size` bytes to so many machines, each of which passes them on: twice as many have them after
+    each turn.
+    """
     return math.ceil(math.log2(machines + 1)) * (network.latency_s + size / network.bytes_per_s)
 
 
 def extrapolation(workers: Sequence[int] = (8, 64, 256, 1024)) -> str:
-    """A table, calculated: a step of BOME on fresh tasks with the per-task barrier, a shard to each worker and that on its own machine."""
+    """A table, calculated: a step of BOME on fresh tasks with the per-task barrier, a shard to each
+    worker and that on its own machine.
+    """
     head = (
         "| network, numbers in x | workers = shards | levels | to the driver: driver, tree "
         "| 10 Gbit/s, 1 ms: x out; sum at the driver, in a tree | 100 Gbit/s, 0.1 ms: the same |"
@@ -264,7 +300,15 @@ def extrapolation(workers: Sequence[int] = (8, 64, 256, 1024)) -> str:
             driver, tree = (
                 cost(
                     BOME(barrier="per_task", diagnose_every=0),
-                    Sizes(where="fresh", tasks=count, shards=count, upper=upper, lower=0, workers=count, reduce=reduce),
+                    Sizes(
+                        where="fresh",
+                        tasks=count,
+                        shards=count,
+                        upper=upper,
+                        lower=0,
+                        workers=count,
+                        reduce=reduce,
+                    ),
                 ).driver_bytes
                 for reduce in ("driver", "tree")
             )
@@ -274,16 +318,30 @@ def extrapolation(workers: Sequence[int] = (8, 64, 256, 1024)) -> str:
                 for network in (SLOW, FAST)
             ]
             amounts = f"{_amount(driver)}, {_amount(tree)}"
-            lines.append(f"| {name}, {upper:,} | {count:,} | {depth(count)} | {amounts} | {times[0]} | {times[1]} |")
+            lines.append(
+                f"| {name}, {upper:,} | {count:,} | {depth(count)} | {amounts} | {times[0]} | {times[1]} |"
+            )
     return "\n".join(lines)
 
 
 def _amount(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    return (
+        f"{size / 1e9:.1f} GB"
+        if size >= 1e9
+        else f"{size / 1e6:.1f} MB"
+        if size >= 1e6
+        else f"{size / 1e3:.0f} kB"
+    )
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms" if seconds < 0.1 else f"{1000 * seconds:.0f} ms"
+    return (
+        f"{seconds:.1f} s"
+        if seconds >= 1
+        else f"{1000 * seconds:.1f} ms"
+        if seconds < 0.1
+        else f"{1000 * seconds:.0f} ms"
+    )
 
 
 if __name__ == "__main__":

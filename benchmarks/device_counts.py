@@ -1,9 +1,11 @@
-"""What a call asks of a GPU, counted without one: on the device that the tests simulate (tests/elsewhere.py).
+"""What a call asks of a GPU, counted without one: on the device that the tests simulate
+(tests/elsewhere.py).
 
     BOMEMETA_DATA=DATA python -m benchmarks.device_counts --json OUT.json
 
-A call is one shard in one round. `operations` are those that a GPU would launch, views left out. `there` and `back` are copies from and to
-the CPU, which waits for each that comes back. One step, after three others: what stays on the device is there by then.
+A call is one shard in one round. `operations` are those that a GPU would launch, views left out.
+`there` and `back` are copies from and to the CPU, which waits for each that comes back. One step,
+after three others: what stays on the device is there by then.
 """
 
 from __future__ import annotations
@@ -24,9 +26,21 @@ from bomemeta.environment import environment
 from bomemeta.files import written_whole
 from bomemeta.profile import Course
 
-CONFIGS = ("omniglot_5w1s", "omniglot_20w5s", "omniglot_5w1s_maml", "hyper_cleaning_mnist_bome", "l2_newsgroups_bome")
+CONFIGS = (
+    "omniglot_5w1s",
+    "omniglot_20w5s",
+    "omniglot_5w1s_maml",
+    "hyper_cleaning_mnist_bome",
+    "l2_newsgroups_bome",
+)
 KEYS = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1", "workers=0")
-NOT_LAUNCHED = {"detach", "lift_fresh", "alias", "empty", "_unsafe_view"}  # beside what torch calls a view
+NOT_LAUNCHED = {
+    "detach",
+    "lift_fresh",
+    "alias",
+    "empty",
+    "_unsafe_view",
+}  # beside what torch calls a view
 
 
 def counted(config: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -41,10 +55,12 @@ def counted(config: str, keys: Sequence[str]) -> dict[str, Any]:
             for what in seen:
                 what.clear()
             (said,) = course.go(1)
-        blocks = problem.pool if problem.lower == "shared" else None
+        blocks = problem.num_tasks if problem.lower == "shared" else None
         tasks = blocks or job.step_run(0).tasks
     launched = {
-        op: times for op, times in seen.ran.items() if not op.is_view and op._schema.name.removeprefix("aten::") not in NOT_LAUNCHED
+        op: times
+        for op, times in seen.ran.items()
+        if not op.is_view and op._schema.name.removeprefix("aten::") not in NOT_LAUNCHED
     }
     row = {
         "config": config,
@@ -60,13 +76,18 @@ def counted(config: str, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", nargs="+", default=[f"configs/{name}.yaml" for name in CONFIGS])
     parser.add_argument("--set", nargs="*", default=[], help="overrides for all of them")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(argv)
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
-    result = {"rows": [counted(config, options.set) for config in options.config], "environment": environment()}
+    result = {
+        "rows": [counted(config, options.set) for config in options.config],
+        "environment": environment(),
+    }
     with written_whole(options.json) as file:
         file.write(json.dumps(result, indent=1).encode())
     return result

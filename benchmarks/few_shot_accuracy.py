@@ -2,8 +2,9 @@
 
     python -m benchmarks.few_shot_accuracy --method bome --ways 5 --shots 1 --width 32 --data-root DATA --json OUT.json
 
-The budget is the process's own CPU time on one thread (20 CPU-minutes = 10 minutes on 2 cores), so other work on the machine costs a
-method little. Evaluation and the reading of the data set are not counted; drawing the training episodes is.
+The budget is the process's own CPU time on one thread (20 CPU-minutes = 10 minutes on 2 cores), so
+other work on the machine costs a method little. Evaluation and the reading of the data set are not
+counted; drawing the training episodes is.
 """
 
 from __future__ import annotations
@@ -29,24 +30,55 @@ CURVE_EPISODES = 100
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--method", choices=sorted(METHODS), required=True)
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--shots", type=int, default=1)
     parser.add_argument("--width", type=int, default=32, help="filters of the four convolutions")
     parser.add_argument("--cpu-minutes", type=float, default=20.0, help="training budget")
-    parser.add_argument("--max-steps", type=int, default=None, help="stop earlier, after so many meta-steps")
-    parser.add_argument("--tasks-per-step", type=int, default=None, help="default: 8 for 5-way, 4 for 20-way")
-    parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of Adam's step, over the budget")
-    parser.add_argument("--inner-lr", type=float, default=None, help="step of the adaptation; default: the method's own")
+    parser.add_argument(
+        "--max-steps", type=int, default=None, help="stop earlier, after so many meta-steps"
+    )
+    parser.add_argument(
+        "--tasks-per-step", type=int, default=None, help="default: 8 for 5-way, 4 for 20-way"
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=("cosine", "constant"),
+        default="cosine",
+        help="of Adam's step, over the budget",
+    )
+    parser.add_argument(
+        "--inner-lr",
+        type=float,
+        default=None,
+        help="step of the adaptation; default: the method's own",
+    )
     parser.add_argument("--upper-lr", type=float, default=UPPER_LR, help="Adam's step")
     parser.add_argument("--episodes", type=int, default=1000, help="test episodes")
-    parser.add_argument("--curve", type=float, nargs="*", default=CURVE_S, help="CPU seconds after which accuracy is measured")
-    parser.add_argument("--curve-split", choices=("validation", "test"), default="validation", help="on which classes that is")
-    parser.add_argument("--curve-episodes", type=int, default=CURVE_EPISODES, help="episodes per point")
+    parser.add_argument(
+        "--curve",
+        type=float,
+        nargs="*",
+        default=CURVE_S,
+        help="CPU seconds after which accuracy is measured",
+    )
+    parser.add_argument(
+        "--curve-split",
+        choices=("validation", "test"),
+        default="validation",
+        help="on which classes that is",
+    )
+    parser.add_argument(
+        "--curve-episodes", type=int, default=CURVE_EPISODES, help="episodes per point"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dataset", default="omniglot", help="omniglot, glyphs, ...")
-    parser.add_argument("--data-root", default=None, help="folder of the data set; default: BOMEMETA_DATA")
+    parser.add_argument(
+        "--data-root", default=None, help="folder of the data set; default: BOMEMETA_DATA"
+    )
     parser.add_argument("--json", type=Path, required=True, help="where the result goes")
     return parser.parse_args(argv)
 
@@ -61,7 +93,9 @@ def few_shot_problem(options: argparse.Namespace) -> FewShot:
 
 
 def train(method: Method, options: argparse.Namespace, tasks_per_step: int) -> dict[str, Any]:
-    """Meta-steps until the CPU time is used up; returns the steps, the CPU time, and the learning curve."""
+    """Meta-steps until the CPU time is used up; returns the steps, the CPU time, and the learning
+    curve.
+    """
     budget_s = 60 * options.cpu_minutes
     used_s, steps = 0.0, 0
     waiting = sorted(options.curve)
@@ -74,8 +108,13 @@ def train(method: Method, options: argparse.Namespace, tasks_per_step: int) -> d
         if waiting and used_s >= waiting[0]:
             waiting = [seconds for seconds in waiting if used_s < seconds]
             accuracy = method.accuracy(options.curve_split, options.curve_episodes)
-            curve.append({"cpu_s": used_s, "steps": steps, "accuracy": accuracy.mean, "ci95": accuracy.ci95})
-            print(f"{used_s:7.0f} CPU-s  step {steps:6d}  {options.curve_split} {100 * accuracy.mean:.1f} %", flush=True)
+            curve.append(
+                {"cpu_s": used_s, "steps": steps, "accuracy": accuracy.mean, "ci95": accuracy.ci95}
+            )
+            print(
+                f"{used_s:7.0f} CPU-s  step {steps:6d}  {options.curve_split} {100 * accuracy.mean:.1f} %",
+                flush=True,
+            )
     return {"steps": steps, "cpu_s": used_s, "curve": curve}
 
 
@@ -91,7 +130,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     result = {
         **{
             name: getattr(options, name)
-            for name in ("method", "dataset", "ways", "shots", "width", "seed", "schedule", "curve_split", "curve_episodes")
+            for name in (
+                "method",
+                "dataset",
+                "ways",
+                "shots",
+                "width",
+                "seed",
+                "schedule",
+                "curve_split",
+                "curve_episodes",
+            )
         },
         "accuracy": test.mean,
         "ci95": test.ci95,

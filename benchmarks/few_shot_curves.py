@@ -1,9 +1,10 @@
-"""The learning curves of `few_shot_accuracy`, side by side: a figure, and a table of what each method reached when.
+"""The learning curves of `few_shot_accuracy`, side by side: a figure, and a table of what each
+method reached when.
 
     python -m benchmarks.few_shot_curves FOLDER --figure docs/figures/few_shot_curves.png
 
-Takes every JSON file in the folder. A method that was run with several budgets has a curve for each, since its step size falls over the
-budget; the last point of a curve is the test at its end.
+Takes every JSON file in the folder. A method that was run with several budgets has a curve for
+each, since its step size falls over the budget; the last point of a curve is the test at its end.
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ def curve(result: Result) -> list[Point]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """One line per run: settings, where it ended, and the CPU seconds after which it was past second-order MAML's end."""
+    """One line per run: settings, where it ended, and the CPU seconds after which it was past
+    second-order MAML's end.
+    """
     lines = [
         "| episodes | method | seed | inner step, Adam's step | CPU minutes | meta-steps | test accuracy, % | past MAML's end after |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         h = r["hyperparameters"]
-        ends = [other for other in results if other["method"] == "maml" and other["ways"] == r["ways"]]
-        past = [point.seconds for point in curve(r) if ends and point.accuracy - point.ci95 > ends[0]["accuracy"]]
+        ends = [
+            other for other in results if other["method"] == "maml" and other["ways"] == r["ways"]
+        ]
+        past = [
+            point.seconds
+            for point in curve(r)
+            if ends and point.accuracy - point.ci95 > ends[0]["accuracy"]
+        ]
         when = "-" if r["method"] == "maml" or not past else f"{past[0]:.0f} CPU-s"
         lines.append(
             f"| {r['ways']}-way {r['shots']}-shot | {NAMES[r['method']]} | {r['seed']} | {h['inner_lr']:g}, {h['upper_lr']:g} "
@@ -80,12 +89,18 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--figure", type=Path, help="where the figure goes")
     options = parser.parse_args(argv)
-    found: list[Result] = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]
-    results = sorted(found, key=lambda r: (r["ways"], r["method"] != "bome", r["method"], r["cpu_s"]))
+    found: list[Result] = [
+        json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))
+    ]
+    results = sorted(
+        found, key=lambda r: (r["ways"], r["method"] != "bome", r["method"], r["cpu_s"])
+    )
     text = f"{table(results)}\n\n{hardware_lines(results)}"
     print(text)
     if options.figure is not None:

@@ -1,11 +1,13 @@
-"""How the cost of a step grows, in what does not wobble (counts and bytes) and in ratios to the sweep's first point (times).
+"""How the cost of a step grows, in what does not wobble (counts and bytes) and in ratios to the
+sweep's first point (times).
 
     python -m benchmarks.growth --json growth.json --figure docs/figures
 
-Beside each measured number stands what benchmarks/cost_model.py says. Counts and bytes must be equal, or the benchmark fails. Peak bytes
-of a shard (live tensors while the worker executes) and times have constants: they are fitted on the ends of the sweeps, and `difference`
-says how far the model is from each point. Times of steps in this process are CPU times on one thread, those of workers wall times, from
-rounds in which all points of a sweep take a step in turn.
+Beside each measured number stands what benchmarks/cost_model.py says. Counts and bytes must be
+equal, or the benchmark fails. Peak bytes of a shard (live tensors while the worker executes) and
+times have constants: they are fitted on the ends of the sweeps, and `difference` says how far the
+model is from each point. Times of steps in this process are CPU times on one thread, those of
+workers wall times, from rounds in which all points of a sweep take a step in turn.
 
     tasks, shards       few_shot, head form, 32 filters; BOME with the per-task barrier on fresh tasks
     steps_head          the same over T
@@ -31,9 +33,24 @@ from typing import Any
 
 from benchmarks import cost_model, growth_on_ray
 from benchmarks.cost_model import Sizes
-from benchmarks.growth_points import EPISODES, SOLVERS, Point, config_of, counted, in_turn, point, say
+from benchmarks.growth_points import (
+    EPISODES,
+    SOLVERS,
+    Point,
+    config_of,
+    counted,
+    in_turn,
+    point,
+    say,
+)
 from benchmarks.growth_report import figure, tables
-from bomemeta.assembly import BuildWorker, build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import (
+    BuildWorker,
+    build_problem,
+    build_solver,
+    open_transport,
+    torch_threads,
+)
 from bomemeta.config import Config
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.engine import Job
@@ -42,7 +59,12 @@ from bomemeta.files import written_whole
 from bomemeta.live_bytes import LiveBytes
 from bomemeta.profile import Course
 
-NETWORK = ("problem={name: few_shot, form: network, width: 16}", "data={dataset: noise}", "tasks_per_step=2", "shards=2")
+NETWORK = (
+    "problem={name: few_shot, form: network, width: 16}",
+    "data={dataset: noise}",
+    "tasks_per_step=2",
+    "shards=2",
+)
 SIZED = ("tasks_per_step=1", "shards=1")
 
 
@@ -90,7 +112,8 @@ SWEEPS: Mapping[str, Sweep] = {
     ),
     "upper": Sweep(
         SIZED, tuple(10**k for k in range(4, 9)), lambda n: [f"problem={{name: sized, upper_size: {n}, lower_size: 1000}}"],
-        lambda sizes, solver: sizes.upper, also=(10**7,),  # the last whose arrays the allocator keeps
+        # the last whose arrays the allocator keeps
+        lambda sizes, solver: sizes.upper, also=(10**7,),
     ),
     "lower": Sweep(
         SIZED, tuple(10**k for k in range(3, 8)), lambda n: [f"problem={{name: sized, upper_size: 1000, lower_size: {n}}}"],
@@ -124,16 +147,23 @@ def serial(sweep: Sweep, values: Sequence[int], rounds: int) -> list[dict[str, A
             points.append(point(solver, value, config, transport))
             rows.append({**counted(points[-1]), "peak_bytes": peak})
             say(rows[-1])
-    seconds = in_turn([functools.partial(p.course.go, 1) for p in points], rounds, time.process_time)
+    seconds = in_turn(
+        [functools.partial(p.course.go, 1) for p in points], rounds, time.process_time
+    )
     for solver in sweep.solvers:
         here = [i for i, p in enumerate(points) if p.solver == solver]
-        peaks = line([sweep.size(points[i].sizes, points[i].job.solver) for i in here], [rows[i]["peak_bytes"] for i in here])
+        peaks = line(
+            [sweep.size(points[i].sizes, points[i].job.solver) for i in here],
+            [rows[i]["peak_bytes"] for i in here],
+        )
         for i, peak in zip(here, peaks, strict=True):
             rows[i] |= {
                 "predicted_peak_bytes": peak,
                 "work": cost_model.work(points[i].predicted(2), points[i].sizes),
                 "ms": 1000 * statistics.median(seconds[i]),
-                "ratio": statistics.median(a / b for a, b in zip(seconds[i], seconds[here[0]], strict=True)),
+                "ratio": statistics.median(
+                    a / b for a, b in zip(seconds[i], seconds[here[0]], strict=True)
+                ),
                 "fitted": i in (here[0], here[-1]) or points[i].value in sweep.also,
             }
     return rows
@@ -141,7 +171,12 @@ def serial(sweep: Sweep, values: Sequence[int], rounds: int) -> list[dict[str, A
 
 # Sweeps whose times are of one kind, and what these are made of (`cost_model.work`).
 FITS = {
-    ("tasks", "shards", "steps_head"): ("step", "call", "evaluation of a stack", "pass of an image"),
+    ("tasks", "shards", "steps_head"): (
+        "step",
+        "call",
+        "evaluation of a stack",
+        "pass of an image",
+    ),
     ("steps_network",): ("step", "evaluation of a stack", "product of a stack"),
     ("upper",): ("step", "byte of x, out and back", "the same, in pages that the system clears"),
     ("lower",): ("step", "number of y in an evaluation"),
@@ -149,14 +184,18 @@ FITS = {
 
 
 def fit(result: dict[str, Any]) -> None:
-    """Beside the measured times those of the model, whose constants are fitted on the ends of the sweeps."""
+    """Beside the measured times those of the model, whose constants are fitted on the ends of the
+    sweeps.
+    """
     result["constants"] = {}
     for sweeps, parts in FITS.items():
         rows = [row for sweep in sweeps for row in result.get(sweep, [])]
         for solver in dict.fromkeys(row["solver"] for row in rows):
             own = [row for row in rows if row["solver"] == solver]
             ends = [row for row in own if row["fitted"]]
-            constants = cost_model.fitted([row["work"] for row in ends], [row["ms"] / 1000 for row in ends], parts)
+            constants = cost_model.fitted(
+                [row["work"] for row in ends], [row["ms"] / 1000 for row in ends], parts
+            )
             result["constants"][f"{', '.join(sweeps)}; {solver}"] = constants
             for row in own:
                 row["predicted_ms"] = 1000 * cost_model.seconds_of(row["work"], constants)
@@ -173,11 +212,22 @@ ON_RAY = ("workers", "sums", "shared")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=[*SWEEPS, *ON_RAY], default=[*SWEEPS, *ON_RAY])
-    parser.add_argument("--rounds", type=int, default=15, help="of the sweeps in this process; over |x| and |y| a third of them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=[*SWEEPS, *ON_RAY], default=[*SWEEPS, *ON_RAY]
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=15,
+        help="of the sweeps in this process; over |x| and |y| a third of them",
+    )
     parser.add_argument("--points", type=int, default=100, help="of a sweep, from its smallest")
-    parser.add_argument("--json", type=Path, required=True, help="parts that are there and not measured now stay")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="parts that are there and not measured now stay"
+    )
     parser.add_argument("--figure", type=Path, help="folder for growth.png")
     options = parser.parse_args(argv)
     result: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
@@ -185,14 +235,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for part in options.parts:
             if part in SWEEPS:
                 sweep = SWEEPS[part]
-                rounds = max(options.rounds // 3, 1) if part in ("upper", "lower") else options.rounds
+                rounds = (
+                    max(options.rounds // 3, 1) if part in ("upper", "lower") else options.rounds
+                )
                 result[part] = serial(sweep, sweep.values[: options.points], rounds)
         if set(options.parts) & set(ON_RAY):
             stack.enter_context(growth_on_ray.cluster_here())
         on_ray: dict[str, Callable[[], Any]] = {
-            "workers": lambda: growth_on_ray.workers((1, 2, 4)[: options.points], 2 * options.rounds),
-            "sums": lambda: growth_on_ray.sums((1, 2, 4, 8, 16)[: options.points], options.rounds, 1_000_000),
-            "shared": lambda: growth_on_ray.shared(("driver", "tree", "collective")[: options.points], 2),
+            "workers": lambda: growth_on_ray.workers(
+                (1, 2, 4)[: options.points], 2 * options.rounds
+            ),
+            "sums": lambda: growth_on_ray.sums(
+                (1, 2, 4, 8, 16)[: options.points], options.rounds, 1_000_000
+            ),
+            "shared": lambda: growth_on_ray.shared(
+                ("driver", "tree", "collective")[: options.points], 2
+            ),
         }
         for part in ON_RAY:
             if part in options.parts:

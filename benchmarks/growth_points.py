@@ -1,4 +1,6 @@
-"""The points of benchmarks/growth.py's sweeps: a run each, what its steps say that they cost, and what the cost model says."""
+"""The points of benchmarks/growth.py's sweeps: a run each, what its steps say that they cost, and
+what the cost model says.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from benchmarks.cost_model import Cost, Sizes, Where
 from bomemeta.assembly import build_problem, build_solver
 from bomemeta.config import Config, load_config
 from bomemeta.core.local_oracle import LocalOracle
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import Problem
 from bomemeta.distributed.transport import Transport
 from bomemeta.engine import Job
 from bomemeta.profile import Course
@@ -24,7 +26,12 @@ SOLVERS = {
     "itd": "{name: itd, inner_lr: 0.05, upper_lr: 0.001}",
     "aid_cg": "{name: aid_cg, inner_lr: 0.05, upper_lr: 0.001}",
 }
-EPISODES = ("problem={name: few_shot, width: 32}", "data={dataset: noise}", "tasks_per_step=16", "shards=2")
+EPISODES = (
+    "problem={name: few_shot, width: 32}",
+    "data={dataset: noise}",
+    "tasks_per_step=16",
+    "shards=2",
+)
 COMMON = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1", "steps=100000")
 
 
@@ -41,13 +48,17 @@ class Point(NamedTuple):
         return cost_model.cost(self.job.solver, self.sizes, step)
 
 
-def sizes_of(config: Config, problem: BilevelProblem) -> Sizes:
+def sizes_of(config: Config, problem: Problem) -> Sizes:
     """What the cost model wants to know of a run."""
     upper = problem.init_upper(torch.Generator().manual_seed(0))
     batch = problem.load([0], 0, "train")
     lower = LocalOracle(problem, upper, batch, "loop", differentiable=False).init_lower()
-    where: Where = "shared" if problem.lower == "shared" else "fresh" if problem.pool is None else "pool"
-    tasks = problem.pool if where == "shared" else config.tasks_per_step or problem.pool or 8
+    where: Where = (
+        "shared" if problem.lower == "shared" else "fresh" if problem.num_tasks is None else "pool"
+    )
+    tasks = (
+        problem.num_tasks if where == "shared" else config.tasks_per_step or problem.num_tasks or 8
+    )
     assert tasks is not None
     assert isinstance(config.workers, int)
     return Sizes(
@@ -63,7 +74,11 @@ def sizes_of(config: Config, problem: BilevelProblem) -> Sizes:
 
 
 def config_of(keys: Sequence[str], solver: str = BOME) -> Config:
-    base = {"imports": ["benchmarks.sized"], "problem": {"name": "sized"}, "solver": {"name": "bome"}}
+    base = {
+        "imports": ["benchmarks.sized"],
+        "problem": {"name": "sized"},
+        "solver": {"name": "bome"},
+    }
     return load_config(base, [*COMMON, f"solver={solver}", *keys])
 
 
@@ -75,18 +90,27 @@ def point(name: str, value: int, config: Config, transport: Transport) -> Point:
 
 def counted(of: Point, steps: int = 2) -> dict[str, Any]:
     """What the first steps say that they cost, and what the model says. Raises where they differ."""
-    row: dict[str, Any] = {"solver": of.solver, "value": of.value, "upper": of.sizes.upper, "lower": of.sizes.lower}
+    row: dict[str, Any] = {
+        "solver": of.solver,
+        "value": of.value,
+        "upper": of.sizes.upper,
+        "lower": of.sizes.lower,
+    }
     for step, said in enumerate(of.course.go(steps)):
         model = of.predicted(step)._asdict()
         got: dict[str, float] = {name: said.get(name, 0.0) for name in COUNTS}
         wanted = {name: float(model[name]) for name in COUNTS}
         if got != wanted:
-            raise SystemExit(f"step {step} of {of.solver} at {of.value}: measured {got}, the model says {wanted}")
+            raise SystemExit(
+                f"step {step} of {of.solver} at {of.value}: measured {got}, the model says {wanted}"
+            )
         row |= got
     return row
 
 
-def in_turn(steps: Sequence[Callable[[], object]], rounds: int, clock: Callable[[], float]) -> list[list[float]]:
+def in_turn(
+    steps: Sequence[Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> list[list[float]]:
     """Seconds of each step in each round."""
     taken: list[list[float]] = [[] for _ in steps]
     for _ in range(rounds):
@@ -98,4 +122,7 @@ def in_turn(steps: Sequence[Callable[[], object]], rounds: int, clock: Callable[
 
 
 def say(row: Mapping[str, Any]) -> None:
-    print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    print(
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()},
+        flush=True,
+    )

@@ -10,7 +10,9 @@ NAMES = {"bome": "BOME", "itd": "ITD", "aid_cg": "AID-CG"}
 
 
 def figure(result: Mapping[str, Any], path: Path) -> None:
-    """Six panels, log-log: dots are measured, lines are the model's, everything over the first point of BOME's sweep."""
+    """Six panels, log-log: dots are measured, lines are the model's, everything over the first
+    point of BOME's sweep.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -22,9 +24,22 @@ def figure(result: Mapping[str, Any], path: Path) -> None:
     def of(sweep: str, solver: str = "bome") -> list[Mapping[str, Any]]:
         return [row for row in result[sweep] if row["solver"] == solver]
 
-    def draw(axes: Any, rows: Sequence[Mapping[str, Any]], name: str, label: str, colour: str, first: float | None = None) -> None:
+    def draw(
+        axes: Any,
+        rows: Sequence[Mapping[str, Any]],
+        name: str,
+        label: str,
+        colour: str,
+        first: float | None = None,
+    ) -> None:
         values, over = [row["value"] for row in rows], first or rows[0][name]
-        axes.plot(values, [row.get(f"predicted_{name}", row[name]) / over for row in rows], "-", lw=1, color=colour)
+        axes.plot(
+            values,
+            [row.get(f"predicted_{name}", row[name]) / over for row in rows],
+            "-",
+            lw=1,
+            color=colour,
+        )
         axes.plot(values, [row[name] / over for row in rows], "o", ms=4, label=label, color=colour)
 
     for sweep, axes, label in (
@@ -36,9 +51,19 @@ def figure(result: Mapping[str, Any], path: Path) -> None:
         draw(axes, of(sweep), "peak_bytes", "peak bytes of a shard", "C0")
         axes.set_xlabel(label)
     draw(panels[1], of("upper"), "bytes_reduced", "bytes reduced", "C4")
-    for sweep, axes, label in (("lower", panels[2], "numbers in y"), ("steps_network", panels[3], "inner steps, T (y a network)")):
+    for sweep, axes, label in (
+        ("lower", panels[2], "numbers in y"),
+        ("steps_network", panels[3], "inner steps, T (y a network)"),
+    ):
         for solver, colour in colours.items():
-            draw(axes, of(sweep, solver), "peak_bytes", f"peak bytes, {NAMES[solver]}", colour, of(sweep)[0]["peak_bytes"])
+            draw(
+                axes,
+                of(sweep, solver),
+                "peak_bytes",
+                f"peak bytes, {NAMES[solver]}",
+                colour,
+                of(sweep)[0]["peak_bytes"],
+            )
         draw(axes, of(sweep), "ms", "CPU time, BOME", "C7")
         axes.set_xlabel(label)
     draw(panels[4], result["workers"], "ms", "wall time", "C7")
@@ -65,7 +90,9 @@ def figure(result: Mapping[str, Any], path: Path) -> None:
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """What docs/performance.md shows: in brackets what the model says, where it has constants; counts and bytes are equal."""
+    """What docs/performance.md shows: in brackets what the model says, where it has constants;
+    counts and bytes are equal.
+    """
     found: list[str] = []
 
     def table(head: str, rows: Sequence[Sequence[object]]) -> None:
@@ -127,10 +154,21 @@ def tables(result: Mapping[str, Any]) -> str:
     if "workers" in result:
         table(
             "| workers | kB to the driver | wall time over one worker's | model off by |",
-            [[row["value"], _kb(row["driver_bytes"]), times(row, result["workers"][0]), _off(row)] for row in result["workers"]],
+            [
+                [
+                    row["value"],
+                    _kb(row["driver_bytes"]),
+                    times(row, result["workers"][0]),
+                    _off(row),
+                ]
+                for row in result["workers"]
+            ],
         )
     if "sums" in result:
-        of = {way: [row for row in result["sums"] if row["reduce"] == way] for way in ("driver", "tree")}
+        of = {
+            way: [row for row in result["sums"] if row["reduce"] == way]
+            for way in ("driver", "tree")
+        }
         table(
             "| shards of a sum of 1,000,000 numbers | MB reduced | MB to the driver: driver, tree | wall ms: driver, tree |",
             [
@@ -147,7 +185,11 @@ def tables(result: Mapping[str, Any]) -> str:
         by: dict[str, dict[str, Mapping[str, Any]]] = {}
         for row in result["shared"]:
             short = {"inner_steps": "T", "subspace": "m", "aux_steps": "Q"}
-            said = ", ".join(f"{short[key]} = {row[key]}" for key in short if key in row and row["solver"] != "sl_bamm")
+            said = ", ".join(
+                f"{short[key]} = {row[key]}"
+                for key in short
+                if key in row and row["solver"] != "sl_bamm"
+            )
             by.setdefault(f"{row['solver']}{', ' if said else ''}{said}", {})[row["reduce"]] = row
         table(
             "| one shared y | evaluations + products | reduces | kB reduced | kB to the driver: driver, tree, collective |",

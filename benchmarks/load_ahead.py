@@ -1,10 +1,13 @@
-"""What `load_ahead` saves: steps of a config with it and without, in turn, in this process on one thread; another core draws the episodes.
+"""What `load_ahead` saves: steps of a config with it and without, in turn, in this process on one
+thread; another core draws the episodes.
 
     BOMEMETA_DATA=DATA python -m benchmarks.load_ahead --config configs/quickstart.yaml configs/omniglot_5w1s.yaml --json OUT.json
 
-`ratio` is the median, over the rounds, of wall time with over without. `load` is the share of a step without it in which the computation
-waits for its tasks, and so the most that can be saved; `waited` is that share with it. `cpu` is the ratio of the CPU times of the whole
-process: what the thread costs. `idle` says how much of a core was free beside a step without it, as the operating system counts it.
+`ratio` is the median, over the rounds, of wall time with over without. `load` is the share of a
+step without it in which the computation waits for its tasks, and so the most that can be saved;
+`waited` is that share with it. `cpu` is the ratio of the CPU times of the whole process: what the
+thread costs. `idle` says how much of a core was free beside a step without it, as the operating
+system counts it.
 """
 
 from __future__ import annotations
@@ -38,11 +41,18 @@ class Taken(NamedTuple):
 
 
 def taken(course: Course) -> Taken:
-    """One step. A step that follows others' without a pause finds its tasks as far as they are loaded by then."""
+    """One step. A step that follows others' without a pause finds its tasks as far as they are
+    loaded by then.
+    """
     idle, wall, cpu = _idle_s(), time.perf_counter(), time.process_time()
     with spans.heard() as heard:
         course.go(1)
-    return Taken(time.perf_counter() - wall, time.process_time() - cpu, heard.seconds[spans.LOAD], _idle_s() - idle)
+    return Taken(
+        time.perf_counter() - wall,
+        time.process_time() - cpu,
+        heard.seconds[spans.LOAD],
+        _idle_s() - idle,
+    )
 
 
 def _idle_s() -> float:
@@ -85,14 +95,20 @@ def measure(config: str, keys: Sequence[str], rounds: int, steps: int) -> dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="+", default=["configs/quickstart.yaml", "configs/omniglot_5w1s.yaml"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", nargs="+", default=["configs/quickstart.yaml", "configs/omniglot_5w1s.yaml"]
+    )
     parser.add_argument("--set", nargs="*", default=[], help="overrides for all of them")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=5, help="in each turn of a round")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(argv)
-    rows = [measure(config, options.set, options.rounds, options.steps) for config in options.config]
+    rows = [
+        measure(config, options.set, options.rounds, options.steps) for config in options.config
+    ]
     result = {"rows": rows, "environment": environment()}
     with written_whole(options.json) as file:
         file.write(json.dumps(result, indent=1).encode())

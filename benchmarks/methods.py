@@ -1,7 +1,8 @@
 """The methods that are compared: bomemeta's BOME on few-shot heads, learn2learn's MAML and ANIL.
 
-All three get the same `FewShot` problem, and with it the same episodes by number, the same images in [0, 1] and the same backbone with
-the same initial weights. They differ in what they do with them.
+All three get the same `FewShot` problem, and with it the same episodes by number, the same images
+in [0, 1] and the same backbone with the same initial weights. They differ in what they do with
+them.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ UPPER_LR = 3e-3  # Adam's, where nothing else is said
 ADAPT_STEPS = 5
 EPISODES_AT_ONCE = 10  # in evaluation: bounds the memory
 CLOCK = 10_000  # the ticks of a budget: how finely a step-size schedule follows it
-# The step of adaptation of MAML and ANIL, the better one of 0.1 and 0.4 on 100 validation episodes after 45 CPU-seconds of 5-way
-# 1-shot Omniglot, 32 filters: MAML 80.2 against 70.5 %, ANIL 89.1 against 85.2 %.
+# The step of adaptation of MAML and ANIL, the better one of 0.1 and 0.4 on 100 validation episodes
+# after 45 CPU-seconds of 5-way 1-shot Omniglot, 32 filters: MAML 80.2 against 70.5 %, ANIL 89.1
+# against 85.2 %.
 PEERS_INNER_LR = 0.1
 
 
@@ -57,7 +59,9 @@ class Method(Protocol):
     hyperparameters: dict[str, Any]
 
     def step(self, task_ids: Sequence[int], elapsed: float) -> None:
-        """One meta-step on these training episodes; `elapsed` in [0, 1] is how much of the budget is used."""
+        """One meta-step on these training episodes; `elapsed` in [0, 1] is how much of the budget
+        is used.
+        """
         ...
 
     def accuracy(self, split: Split, episodes: int) -> Accuracy:
@@ -66,7 +70,9 @@ class Method(Protocol):
 
 
 class Bome:
-    """bomemeta's head form: x = the backbone, y = a linear head per episode with a prototype prior; serial transport, two shards."""
+    """bomemeta's head form: x = the backbone, y = a linear head per episode with a prototype prior;
+    serial transport, two shards.
+    """
 
     shards = 2
 
@@ -74,7 +80,8 @@ class Bome:
         inner_lr = settings.inner_lr or 0.2
         self._solver = BOME(
             inner_steps=5,
-            # 1 / (4 + regularisation): 4 bounds the curvature of the support loss of normalised features of length 4, 2 classes
+            # 1 / (4 + regularisation): 4 bounds the curvature of the support loss of normalised
+            # features of length 4, 2 classes
             inner_lr=inner_lr,
             lower_lr=inner_lr,
             upper_lr=settings.upper_lr,
@@ -85,41 +92,68 @@ class Bome:
             barrier_steps=5,
             diagnose_every=0,
         )
-        self._transport = SerialTransport(lambda device: ShardWorker(lambda changes: variant_of(problem, changes), "auto", device))
-        self._upper = self._solver.start(problem.init_upper(torch.Generator().manual_seed(settings.seed)), CLOCK)
+        self._transport = SerialTransport(
+            lambda device: ShardWorker(lambda changes: variant_of(problem, changes), "auto", device)
+        )
+        self._upper = self._solver.start(
+            problem.init_upper(torch.Generator().manual_seed(settings.seed)), CLOCK
+        )
         problem_fields = {
-            name: getattr(problem, name) for name in ("form", "head", "regularisation", "feature_scale", "batch_norm")
+            name: getattr(problem, name)
+            for name in ("form", "head", "regularisation", "feature_scale", "batch_norm")
         }
         self.hyperparameters = dataclasses.asdict(self._solver) | problem_fields
 
     def step(self, task_ids: Sequence[int], elapsed: float) -> None:
-        # The schedule's step is the tick of the budget and not the number of the meta-step, which is not known beforehand.
-        run = StepRun(self._transport, task_ids, self.shards, step=int(elapsed * CLOCK), steps=CLOCK, persistent=False)
+        # The schedule's step is the tick of the budget and not the number of the meta-step, which
+        # is not known beforehand.
+        run = StepRun(
+            self._transport,
+            task_ids,
+            self.shards,
+            step=int(elapsed * CLOCK),
+            steps=CLOCK,
+            persistent=False,
+        )
         self._solver.step(self._upper, LowerStates.none(), run)
 
     def accuracy(self, split: Split, episodes: int) -> Accuracy:
         shards = math.ceil(episodes / EPISODES_AT_ONCE)
         run = StepRun(
-            self._transport, range(episodes), shards, step=0, steps=CLOCK, persistent=False, split=split, differentiable=False
+            self._transport,
+            range(episodes),
+            shards,
+            step=0,
+            steps=CLOCK,
+            persistent=False,
+            split=split,
+            differentiable=False,
         )
         sums, _ = run(evaluate, self._solver, self._upper.params, LowerStates.none(), steps=None)
         return _summary(float(sums["sum/accuracy"]), float(sums["square/accuracy"]), episodes)
 
 
 class _LearnToLearn(ABC):
-    """What MAML and ANIL share: Adam on a module, the mean of the tasks' query losses. One task after the other, as its examples do."""
+    """What MAML and ANIL share: Adam on a module, the mean of the tasks' query losses. One task
+    after the other, as its examples do.
+    """
 
     first_order = False
 
     def __init__(self, problem: FewShot, settings: Settings) -> None:
         generator = torch.Generator().manual_seed(settings.seed)
         channels, height, width = problem.data.image_shape
-        self._problem, self._schedule = problem, "cosine" if settings.schedule == "cosine" else "constant"
+        self._problem, self._schedule = (
+            problem,
+            "cosine" if settings.schedule == "cosine" else "constant",
+        )
         self._inner_lr, self._upper_lr = settings.inner_lr or PEERS_INNER_LR, settings.upper_lr
         self._backbone = build_backbone(problem.backbone, channels, problem.width, generator)
         with torch.no_grad():
             features = self._backbone(torch.zeros(1, channels, height, width)).shape[1]
-        torch.manual_seed(settings.seed)  # the linear layer draws its default initialisation from the global state
+        torch.manual_seed(
+            settings.seed
+        )  # the linear layer draws its default initialisation from the global state
         self._head = nn.Linear(features, problem.ways)
         self.hyperparameters: dict[str, Any] = {
             "inner_lr": self._inner_lr,
@@ -140,17 +174,23 @@ class _LearnToLearn(ABC):
 
     def step(self, task_ids: Sequence[int], elapsed: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._upper_lr * schedule_factor(self._schedule, int(elapsed * CLOCK), CLOCK)  # type: ignore[arg-type]
+            group["lr"] = self._upper_lr * schedule_factor(
+                self._schedule, int(elapsed * CLOCK), CLOCK
+            )  # type: ignore[arg-type]
         self._optimizer.zero_grad()
         for task in _tasks(self._problem, task_ids, "train"):
-            loss = functional.cross_entropy(self.query_logits(task, self.first_order), task["query_labels"])
+            loss = functional.cross_entropy(
+                self.query_logits(task, self.first_order), task["query_labels"]
+            )
             (loss / len(task_ids)).backward()
         self._optimizer.step()
 
     def accuracy(self, split: Split, episodes: int) -> Accuracy:
         total = squares = 0.0
         for first in range(0, episodes, EPISODES_AT_ONCE):
-            for task in _tasks(self._problem, range(first, min(first + EPISODES_AT_ONCE, episodes)), split):
+            for task in _tasks(
+                self._problem, range(first, min(first + EPISODES_AT_ONCE, episodes)), split
+            ):
                 # Adapted weights are the same to first order; their graph is not needed.
                 hits = self.query_logits(task, True).argmax(1) == task["query_labels"]
                 accuracy = float(hits.double().mean())
@@ -159,19 +199,23 @@ class _LearnToLearn(ABC):
 
 
 class Maml(_LearnToLearn):
-    """learn2learn's MAML, second order: the whole network adapts. BatchNorm statistics of the support set while adapting, then of the
-    queries: what learn2learn's examples do.
+    """learn2learn's MAML, second order: the whole network adapts. BatchNorm statistics of the
+    support set while adapting, then of the queries: what learn2learn's examples do.
     """
 
     def __init__(self, problem: FewShot, settings: Settings) -> None:
         super().__init__(problem, settings)
-        self._maml = learn2learn().algorithms.MAML(nn.Sequential(self._backbone, self._head), lr=self._inner_lr)
+        self._maml = learn2learn().algorithms.MAML(
+            nn.Sequential(self._backbone, self._head), lr=self._inner_lr
+        )
         self._start(list(self._maml.parameters()))
 
     def query_logits(self, task: Batch, first_order: bool) -> Tensor:
         learner = self._maml.clone(first_order=first_order)
         for _ in range(ADAPT_STEPS):
-            learner.adapt(functional.cross_entropy(learner(task["support"]), task["support_labels"]))
+            learner.adapt(
+                functional.cross_entropy(learner(task["support"]), task["support_labels"])
+            )
         logits: Tensor = learner(task["query"])
         return logits
 
@@ -183,7 +227,9 @@ class FirstOrderMaml(Maml):
 
 
 class Anil(_LearnToLearn):
-    """learn2learn's ANIL: features of support and queries once and together, MAML on the head alone, as in its examples."""
+    """learn2learn's ANIL: features of support and queries once and together, MAML on the head
+    alone, as in its examples.
+    """
 
     def __init__(self, problem: FewShot, settings: Settings) -> None:
         super().__init__(problem, settings)

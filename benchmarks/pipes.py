@@ -1,4 +1,6 @@
-"""A transport over plain processes and pipes: what dividing a step's work costs without Ray. It survives nothing and watches nobody."""
+"""A transport over plain processes and pipes: what dividing a step's work costs without Ray. It
+survives nothing and watches nobody.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ import numpy as np
 import torch
 
 from bomemeta.distributed.summation import TreeSum
-from bomemeta.distributed.transport import Handle, Round, ShardCall, ShardReply, WorkerFactory, nothing
+from bomemeta.distributed.transport import (
+    Handle,
+    Round,
+    ShardCall,
+    ShardReply,
+    WorkerFactory,
+    nothing,
+)
 
 
 def _serve(pipe: Connection, factory: WorkerFactory) -> None:
@@ -26,7 +35,9 @@ def _serve(pipe: Connection, factory: WorkerFactory) -> None:
 
 
 class PipeTransport:
-    """For calls that are summed and keep nothing with the tasks. Each process has one part of a round's calls, sent as one message."""
+    """For calls that are summed and keep nothing with the tasks. Each process has one part of a
+    round's calls, sent as one message.
+    """
 
     collective = False
 
@@ -41,10 +52,19 @@ class PipeTransport:
             self._pipes.append(pipe)
             self._processes.append(process)
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
-        assert all(call.summed and not call.returns for call in calls), "tasks that keep something are not for pipes"
+    def run(
+        self,
+        broadcast: np.ndarray,
+        calls: Sequence[ShardCall],
+        meanwhile: Callable[[], None] = nothing,
+    ) -> Round:
+        assert all(call.summed and not call.returns for call in calls), (
+            "tasks that keep something are not for pipes"
+        )
         started = time.monotonic()
-        for pipe, part in zip(self._pipes, np.array_split(np.arange(len(calls)), len(self._pipes)), strict=True):
+        for pipe, part in zip(
+            self._pipes, np.array_split(np.arange(len(calls)), len(self._pipes)), strict=True
+        ):
             requests = [(int(number), calls[number].request) for number in part]
             pipe.send_bytes(pickle.dumps((broadcast, requests), protocol=5))
         meanwhile()
@@ -56,7 +76,13 @@ class PipeTransport:
                 for number, (reply, share) in pickle.loads(pipe.recv_bytes()):
                     total.add(number, share)
                     replies[number] = ShardReply(reply, ())
-        return Round([replies[number] for number in range(len(calls))], 0.0, time.monotonic() - started, 0.0, total.total)
+        return Round(
+            [replies[number] for number in range(len(calls))],
+            0.0,
+            time.monotonic() - started,
+            0.0,
+            total.total,
+        )
 
     def run_together(self, broadcast: np.ndarray, request: Any, shards: int) -> Any:
         raise NotImplementedError("these processes know nothing of each other")

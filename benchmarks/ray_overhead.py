@@ -1,8 +1,10 @@
-"""What distribution itself costs: rounds with nothing to compute, sums, losses, and what stays in the object store.
+"""What distribution itself costs: rounds with nothing to compute, sums, losses, and what stays in
+the object store.
 
     python -m benchmarks.ray_overhead --json OUT [--parts null ways_out sums shared kill store] [--largest 100_000_000]
 
-Times are medians of interleaved repetitions on one machine, with ratios taken repetition by repetition; counts and bytes do not wobble.
+Times are medians of interleaved repetitions on one machine, with ratios taken repetition by
+repetition; counts and bytes do not wobble.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from bomemeta.environment import environment
 from bomemeta.files import written_whole
 
 WORKERS = (1, 2, 4, 8)
-SMALL, MIDDLE = 1_000, 113_000  # numbers in a message; the second is a four-layer backbone with 64 filters
+SMALL, MIDDLE = (
+    1_000,
+    113_000,
+)  # numbers in a message; the second is a four-layer backbone with 64 filters
 RESNET12 = 8_000_000
 
 
@@ -74,14 +79,20 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def opened(workers: int, **options: Any) -> RayTransport:
-    transport = RayTransport(Null, RayOptions(workers=workers, cpus_per_worker=0.1, step_timeout_s=120.0, **options), print)
+    transport = RayTransport(
+        Null,
+        RayOptions(workers=workers, cpus_per_worker=0.1, step_timeout_s=120.0, **options),
+        print,
+    )
     while len(transport.worker_pids()) < workers:
         transport.run(np.ones(1, np.float32), [ShardCall(0.05, summed=True)] * workers)
     return transport
 
 
 def null_rounds(repetitions: int) -> list[dict[str, Any]]:
-    """A round of W calls on W workers beside W bare actor calls with the same arrays, sent the same way, received and added."""
+    """A round of W calls on W workers beside W bare actor calls with the same arrays, sent the same
+    way, received and added.
+    """
     rows = []
     for workers in WORKERS:
         with closing(opened(workers)) as transport:
@@ -100,7 +111,12 @@ def null_rounds(repetitions: int) -> list[dict[str, Any]]:
 
                 ours, plain, ratios = [], [], []
                 for repetition in range(repetitions + 3):
-                    one, other = seconds_of(lambda x=x, calls=calls, transport=transport: transport.run(x, calls)), seconds_of(bare)
+                    one, other = (
+                        seconds_of(
+                            lambda x=x, calls=calls, transport=transport: transport.run(x, calls)
+                        ),
+                        seconds_of(bare),
+                    )
                     if repetition >= 3:
                         ours.append(one)
                         plain.append(other)
@@ -124,7 +140,9 @@ def null_rounds(repetitions: int) -> list[dict[str, Any]]:
 
 
 def ways_out(repetitions: int) -> list[dict[str, Any]]:
-    """x to W bare actors through the object store, and within their calls: what `cluster.outgoing` decides by."""
+    """x to W bare actors through the object store, and within their calls: what `cluster.outgoing`
+    decides by.
+    """
     rows = []
     actors = [ray.remote(num_cpus=0.1)(Bare).remote() for _ in range(max(WORKERS))]
     ray.get([actor.size.remote(np.ones(1)) for actor in actors])
@@ -142,7 +160,12 @@ def ways_out(repetitions: int) -> list[dict[str, Any]]:
             for _ in range(repetitions):
                 store.append(seconds_of(lambda x=x, sent=sent: sent(ray.put(x))))
                 within.append(seconds_of(lambda x=x, sent=sent: sent(x)))
-            row = {"kib": kib, "calls": workers, "store": Times.of(store)._asdict(), "within": Times.of(within)._asdict()}
+            row = {
+                "kib": kib,
+                "calls": workers,
+                "store": Times.of(store)._asdict(),
+                "within": Times.of(within)._asdict(),
+            }
             rows.append(row)
             print(
                 f"{kib} KiB to {workers}: through the store {row['store']['median_ms']:.1f} ms, within the calls "
@@ -153,12 +176,16 @@ def ways_out(repetitions: int) -> list[dict[str, Any]]:
 
 
 def sums(largest: int, repetitions: int) -> list[dict[str, Any]]:
-    """Where shards are added: bytes that come to the driver, and the time of a round that is nothing but its sum."""
+    """Where shards are added: bytes that come to the driver, and the time of a round that is
+    nothing but its sum.
+    """
     rows = []
     transports = {reduce: opened(2, reduce=reduce) for reduce in ("driver", "tree")}
     for numbers in dict.fromkeys((MIDDLE, RESNET12, largest)):
         for shards in (2, 4, 8):
-            if shards * numbers * 4 > 2.5e9:  # bytes of the shares, all in this machine's store at once
+            if (
+                shards * numbers * 4 > 2.5e9
+            ):  # bytes of the shares, all in this machine's store at once
                 continue
             x = np.ones(numbers, np.float32)
             calls = [ShardCall(None, summed=True)] * shards
@@ -173,7 +200,9 @@ def sums(largest: int, repetitions: int) -> list[dict[str, Any]]:
                     totals[reduce] = float(answer.total[0]) if answer.total is not None else 0.0
                     del answer
             row = {"numbers": numbers, "shards": shards, "driver_bytes": received}
-            row["median_ms"] = {reduce: 1000 * statistics.median(found) for reduce, found in seconds.items()}
+            row["median_ms"] = {
+                reduce: 1000 * statistics.median(found) for reduce, found in seconds.items()
+            }
             assert set(totals.values()) == {float(shards)}
             rows.append(row)
             print(row, flush=True)
@@ -183,7 +212,9 @@ def sums(largest: int, repetitions: int) -> list[dict[str, Any]]:
 
 
 def shared_steps(steps: int) -> dict[str, Any]:
-    """Hyper-cleaning with BOME, T = 20 rounds of y's size per step: each one a round of Ray, or all workers together."""
+    """Hyper-cleaning with BOME, T = 20 rounds of y's size per step: each one a round of Ray, or all
+    workers together.
+    """
     config: dict[str, Any] = {
         "problem": {"name": "hyper_cleaning", "train": 1000, "validation": 200, "selection": 200, "blocks": 4},
         "data": {"dataset": "digits"},
@@ -191,7 +222,11 @@ def shared_steps(steps: int) -> dict[str, Any]:
         "steps": steps, "shards": 4, "cpus_per_worker": 0.1, "log": {"tensorboard": False},
     }  # fmt: skip
     rows: dict[str, Any] = {}
-    for name, keys in {"serial": ["workers=0"], "driver": ["workers=2"], "collective": ["workers=2", "reduce=collective"]}.items():
+    for name, keys in {
+        "serial": ["workers=0"],
+        "driver": ["workers=2"],
+        "collective": ["workers=2", "reduce=collective"],
+    }.items():
         folder = Path(f"/tmp/bomemeta-overhead-{os.getpid()}-{name}")
         result = api.train(config, [*keys, f"output_dir={folder}"])
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -206,7 +241,9 @@ def shared_steps(steps: int) -> dict[str, Any]:
 
 
 def kill(repetitions: int) -> dict[str, Any]:
-    """SIGKILL of a worker 0.3 s into calls of 1 s, until the same round is complete; the lost call alone is 1 s of that."""
+    """SIGKILL of a worker 0.3 s into calls of 1 s, until the same round is complete; the lost call
+    alone is 1 s of that.
+    """
     after, lost = [], 0
     with closing(opened(2)) as transport:
         for _ in range(repetitions):
@@ -225,7 +262,12 @@ def kill(repetitions: int) -> dict[str, Any]:
             after.append(time.perf_counter() - killed[0])
             lost += len(answer.replies) != 2
             thread.join()
-    found = {"completed_after": Times.of(after)._asdict(), "call_s": 1.0, "rounds_lost": lost, "kills": repetitions}
+    found = {
+        "completed_after": Times.of(after)._asdict(),
+        "call_s": 1.0,
+        "rounds_lost": lost,
+        "kills": repetitions,
+    }
     print(found, flush=True)
     return found
 
@@ -255,11 +297,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "kill": lambda options: kill(5),
         "store": lambda options: store(options.rounds),
     }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--repetitions", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=2000, help="of part store")
-    parser.add_argument("--largest", type=int, default=100_000_000, help="numbers in the largest sum")
+    parser.add_argument(
+        "--largest", type=int, default=100_000_000, help="numbers in the largest sum"
+    )
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(argv)
     result: dict[str, Any] = {}

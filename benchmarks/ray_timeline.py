@@ -1,8 +1,10 @@
-"""Where a step over Ray goes, by the clocks of the driver and of the workers, which processes of one machine share.
+"""Where a step over Ray goes, by the clocks of the driver and of the workers, which processes of
+one machine share.
 
     BOMEMETA_DATA=DATA python -m benchmarks.ray_timeline --config configs/omniglot_5w1s.yaml --workers 2 --json OUT.json
 
-For solvers with one round a step. Medians and quartiles over the steps, and beside them what the same calls take in this process.
+For solvers with one round a step. Medians and quartiles over the steps, and beside them what the
+same calls take in this process.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bomemeta.assembly import BuildWorker, build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import (
+    BuildWorker,
+    build_problem,
+    build_solver,
+    open_transport,
+    torch_threads,
+)
 from bomemeta.config import Config, load_config
 from bomemeta.distributed.transport import Round, ShardCall, Transport, nothing
 from bomemeta.engine import Job
@@ -44,7 +52,9 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildClocked:
-    """Makes workers that write into a file of `folder`, one for each process, when their calls began and ended."""
+    """Makes workers that write into a file of `folder`, one for each process, when their calls
+    began and ended.
+    """
 
     build: BuildWorker
     folder: str
@@ -73,7 +83,12 @@ class ClockedRounds:
         self._transport = transport
         self.rounds: dict[int, tuple[float, float]] = {}  # by step
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
+    def run(
+        self,
+        broadcast: np.ndarray,
+        calls: Sequence[ShardCall],
+        meanwhile: Callable[[], None] = nothing,
+    ) -> Round:
         begun = time.monotonic()
         answer = self._transport.run(broadcast, calls, meanwhile)
         step = calls[0].request.step
@@ -101,12 +116,16 @@ def clocked(config: Config, steps: int) -> tuple[dict[int, tuple[float, float]],
     return {step: times for step, times in rounds.rounds.items() if step >= WARM_UP}, calls
 
 
-def parts(rounds: Mapping[int, tuple[float, float]], calls: Sequence[Call]) -> dict[str, list[float]]:
+def parts(
+    rounds: Mapping[int, tuple[float, float]], calls: Sequence[Call]
+) -> dict[str, list[float]]:
     """Milliseconds of each part of a step, over the steps."""
     found: dict[str, list[float]] = defaultdict(list)
     for step, (begun, ended) in rounds.items():
         by_worker: dict[int, list[Call]] = defaultdict(list)
-        for call in sorted((call for call in calls if call.step == step), key=lambda call: call.begun):
+        for call in sorted(
+            (call for call in calls if call.step == step), key=lambda call: call.begun
+        ):
             by_worker[call.process].append(call)
         workers = sorted(by_worker.values(), key=lambda own: own[0].begun)
         last = max(own[-1].ended for own in workers)
@@ -124,21 +143,33 @@ def parts(rounds: Mapping[int, tuple[float, float]], calls: Sequence[Call]) -> d
             found[name].append(1000 * seconds)
         for own in workers:
             found["a worker computes"].append(1000 * sum(call.ended - call.begun for call in own))
-            found["between two of its calls"] += [1000 * (b.begun - a.ended) for a, b in itertools.pairwise(own)]
-        found["all calls"].append(1000 * sum(call.ended - call.begun for own in workers for call in own))
+            found["between two of its calls"] += [
+                1000 * (b.begun - a.ended) for a, b in itertools.pairwise(own)
+            ]
+        found["all calls"].append(
+            1000 * sum(call.ended - call.begun for own in workers for call in own)
+        )
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/omniglot_5w1s.yaml")
-    parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE", help="over the config")
+    parser.add_argument(
+        "--keys", nargs="*", default=[], metavar="KEY=VALUE", help="over the config"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args(argv)
     result: dict[str, Any] = {"config": options.config, "keys": options.keys}
-    for name, workers in (("serial, before", 0), ("workers", options.workers), ("serial, after", 0)):
+    for name, workers in (
+        ("serial, before", 0),
+        ("workers", options.workers),
+        ("serial, after", 0),
+    ):
         config = load_config(options.config, [*KEYS, *options.keys, f"workers={workers}"])
         print(name)
         result[name] = {}

@@ -1,4 +1,5 @@
-"""The hash of x after the same training with different numbers of workers, deaths and interruptions: real processes, real signals.
+"""The hash of x after the same training with different numbers of workers, deaths and
+interruptions: real processes, real signals.
 
 python -m benchmarks.same_bits --config configs/quickstart.yaml --steps 30 --json OUT
 """
@@ -21,7 +22,9 @@ from bomemeta.metrics import read_metrics
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--json", type=Path)
@@ -30,14 +33,18 @@ def main() -> None:
         job = Job(arguments.config, arguments.steps, Path(folder))
         hashes = {f"workers={count}": job.undisturbed(count) for count in range(4)}
         hashes["workers=2, one killed (SIGKILL)"] = job.struck_worker(signal.SIGKILL)
-        hashes["workers=2, one stopped (SIGSTOP), step_timeout_s=5"] = job.struck_worker(signal.SIGSTOP)
+        hashes["workers=2, one stopped (SIGSTOP), step_timeout_s=5"] = job.struck_worker(
+            signal.SIGSTOP
+        )
         hashes["workers=0, driver killed (SIGKILL), resumed"] = job.struck_driver(signal.SIGKILL)
         hashes["workers=0, driver interrupted (SIGINT), resumed"] = job.struck_driver(signal.SIGINT)
     for what, value in hashes.items():
         print(f"{value}  {what}")
     print("all equal" if len(set(hashes.values())) == 1 else "NOT EQUAL")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"upper_sha256": hashes, "environment": environment()}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"upper_sha256": hashes, "environment": environment()}, indent=1)
+        )
 
 
 class Job:
@@ -53,7 +60,9 @@ class Job:
 
     def struck_worker(self, number: signal.Signals) -> str:
         run = self._new_run()
-        process = self._start("train", self._config, f"output_dir={run}", *self._keys(2), "step_timeout_s=5")
+        process = self._start(
+            "train", self._config, f"output_dir={run}", *self._keys(2), "step_timeout_s=5"
+        )
         self._until(lambda: self._committed(run) >= self._steps // 3, process)
         os.kill(_workers_below(process.pid)[0], number)
         self._wait(process)
@@ -83,7 +92,9 @@ class Job:
 
     def _start(self, *words: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "bomemeta", *words]
-        return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
 
     def _wait(self, process: subprocess.Popen[str]) -> None:
         output, _ = process.communicate()
@@ -96,7 +107,9 @@ class Job:
     def _until(self, condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         while not condition():
             if process.poll() is not None:
-                raise SystemExit(f"the run ended before it could be struck:\n{process.communicate()[0]}")
+                raise SystemExit(
+                    f"the run ended before it could be struck:\n{process.communicate()[0]}"
+                )
             time.sleep(0.02)
 
 
@@ -106,12 +119,18 @@ def _hash(run: Path) -> str:
 
 def _workers_below(ancestor: int) -> list[int]:
     """Ray's worker processes among the descendants of a process."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], text=True, capture_output=True, check=True).stdout
+    listing = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], text=True, capture_output=True, check=True
+    ).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()]
     family = {ancestor}
     for _ in range(5):  # driver, raylet, worker: a few generations at most
         family |= {int(pid) for pid, parent, *_ in rows if int(parent) in family}
-    return [int(pid) for pid, _, *args in rows if int(pid) in family and args and args[0].startswith("ray::ShardActor")]
+    return [
+        int(pid)
+        for pid, _, *args in rows
+        if int(pid) in family and args and args[0].startswith("ray::ShardActor")
+    ]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Episodes per second: bomemeta's sampler against learn2learn's `Taskset` and a torch `DataLoader`, on the same images in memory.
+"""Episodes per second: bomemeta's sampler against learn2learn's `Taskset` and a torch `DataLoader`,
+on the same images in memory.
 
     OMP_NUM_THREADS=1 python -m benchmarks.sampling --data-root DATA --json OUT.json
 
-All three give 5-way episodes of 1 support and 5 query images a class of Omniglot's training characters, as float tensors in [0, 1], in
-turn, round by round; CPU and wall time of one process, no worker processes. bomemeta's and the DataLoader's cut support from queries
-(the other does not: its users index the task's data).
+All three give 5-way episodes of 1 support and 5 query images a class of Omniglot's training
+characters, as float tensors in [0, 1], in turn, round by round; CPU and wall time of one process,
+no worker processes. bomemeta's and the DataLoader's cut support from queries (the other does not:
+its users index the task's data).
 
     bomemeta     `FewShot.load` of 8 episodes at a time, every character with its four turns; each a function of its number alone
     learn2learn  `Taskset` with NWays, KShots, LoadData, RemapLabels and ConsecutiveLabels, as its examples have it; characters upright
@@ -40,7 +42,9 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, data: OmniglotEpisodes) -> None:
         rows = data._characters().upright["train"]
-        numbers = np.concatenate([start + np.arange(count) for start, count in zip(rows.start, rows.count, strict=True)])
+        numbers = np.concatenate(
+            [start + np.arange(count) for start, count in zip(rows.start, rows.count, strict=True)]
+        )
         self.images = data._characters().images[torch.from_numpy(numbers)]
         self.labels = np.repeat(np.arange(len(rows.count)), rows.count).tolist()
 
@@ -61,7 +65,9 @@ class EpisodeRows:
     def __iter__(self) -> Iterator[list[int]]:
         while True:
             classes = self._rng.choice(len(self._rows), WAYS, replace=False)
-            drawn = np.stack([self._rng.choice(self._rows[c], SHOTS + QUERIES, replace=False) for c in classes])
+            drawn = np.stack(
+                [self._rng.choice(self._rows[c], SHOTS + QUERIES, replace=False) for c in classes]
+            )
             yield [*drawn[:, :SHOTS].ravel().tolist(), *drawn[:, SHOTS:].ravel().tolist()]
 
 
@@ -109,7 +115,9 @@ def dataloader_sampler(data: OmniglotEpisodes) -> Callable[[], None]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--data-root", default=None)
     parser.add_argument("--json", type=Path, required=True)
@@ -128,7 +136,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             clock: {name: EPISODES / statistics.median(times) for name, times in by_name.items()}
             for clock, by_name in taken.items()
         },
-        "spread": {clock: {name: spread(times) for name, times in by_name.items()} for clock, by_name in taken.items()},
+        "spread": {
+            clock: {name: spread(times) for name, times in by_name.items()}
+            for clock, by_name in taken.items()
+        },
         "images_per_episode": WAYS * (SHOTS + QUERIES),
         "rounds": options.rounds,
         "environment": environment(),

@@ -2,11 +2,13 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.shared_step --inner-steps 1 10 --data-root DATA --json OUT.json
 
-MNIST's 50,000 training and 5,000 validation images, softmax regression, configs/hyper_cleaning_mnist_bome.yaml with a barrier that moves x
-from the first step on. `bomemeta` is a whole step of a run but for logging: the data in two blocks, every question of the kernel a round
-over the serial transport. `plain` is the algorithm box on the unblocked data with autograd, as one would write it in a script. In turn,
-round by round; ratios are medians within a round. The two walk the same path: `difference` is that of x after the last round, as a share of
-how far x has come.
+MNIST's 50,000 training and 5,000 validation images, softmax regression,
+configs/hyper_cleaning_mnist_bome.yaml with a barrier that moves x from the first step on.
+`bomemeta` is a whole step of a run but for logging: the data in two blocks, every question of the
+kernel a round over the serial transport. `plain` is the algorithm box on the unblocked data with
+autograd, as one would write it in a script. In turn, round by round; ratios are medians within a
+round. The two walk the same path: `difference` is that of x after the last round, as a share of how
+far x has come.
 """
 
 from __future__ import annotations
@@ -54,17 +56,26 @@ def plain(problem: HyperCleaning, solver: BOME) -> tuple[Callable[[], None], Ten
     batch = problem.load(range(problem.blocks), 0, "train")
     real = {name: batch[f"{name}_scale"].flatten() > 0 for name in ("train", "validation")}
     train, validation = (
-        (batch[f"{name}_inputs"].flatten(0, 1)[real[name]], batch[f"{name}_labels"].flatten()[real[name]]) for name in real
+        (
+            batch[f"{name}_inputs"].flatten(0, 1)[real[name]],
+            batch[f"{name}_labels"].flatten()[real[name]],
+        )
+        for name in real
     )
     x = torch.full((problem.train,), START, requires_grad=True)
-    y = [torch.zeros(problem.data.classes, problem.data.features), torch.zeros(problem.data.classes)]
+    y = [
+        torch.zeros(problem.data.classes, problem.data.features),
+        torch.zeros(problem.data.classes),
+    ]
     velocity_x, velocity_y = torch.zeros_like(x), [torch.zeros_like(part) for part in y]
 
     def f(y: list[Tensor]) -> Tensor:
         return functional.cross_entropy(functional.linear(validation[0], *y), validation[1])
 
     def g(x: Tensor, y: list[Tensor]) -> Tensor:
-        losses = functional.cross_entropy(functional.linear(train[0], *y), train[1], reduction="none")
+        losses = functional.cross_entropy(
+            functional.linear(train[0], *y), train[1], reduction="none"
+        )
         return (x * losses).mean() + problem.ridge * sum((part**2).sum() for part in y)
 
     def step() -> None:
@@ -73,7 +84,8 @@ def plain(problem: HyperCleaning, solver: BOME) -> tuple[Callable[[], None], Ten
         for _ in range(solver.inner_steps):
             slopes = torch.autograd.grad(g(x.detach(), solved), solved)
             solved = [
-                (part - solver.inner_lr * slope).detach().requires_grad_() for part, slope in zip(solved, slopes, strict=True)
+                (part - solver.inner_lr * slope).detach().requires_grad_()
+                for part, slope in zip(solved, slopes, strict=True)
             ]
         gap = g(x, here) - g(x, [part.detach() for part in solved])
         x_q, *y_q = torch.autograd.grad(gap, [x, *here])
@@ -93,7 +105,12 @@ def plain(problem: HyperCleaning, solver: BOME) -> tuple[Callable[[], None], Ten
 
 def measure(inner_steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds and the ratio at one T."""
-    changed = ["workers=0", "solver.phi=grad_norm", f"solver.inner_steps={inner_steps}", f"threads={options.threads}"]
+    changed = [
+        "workers=0",
+        "solver.phi=grad_norm",
+        f"solver.inner_steps={inner_steps}",
+        f"threads={options.threads}",
+    ]
     changed += [f"data.root={options.data_root}"] if options.data_root else []
     config = load_config(CONFIG, [*changed, *options.set])
     problem = build_problem(config)
@@ -103,29 +120,53 @@ def measure(inner_steps: int, options: argparse.Namespace) -> dict[str, Any]:
     with torch_threads(config.threads), closing(open_transport(config, print)) as transport:
         our_step, upper = ours(Job(config, problem, solver, transport))
         plain_step, x = plain(problem, solver)
-        taken = interleaved({"bomemeta": our_step, "plain": plain_step}, options.rounds, lambda number: None)
+        taken = interleaved(
+            {"bomemeta": our_step, "plain": plain_step}, options.rounds, lambda number: None
+        )
     come = (x.detach() - START).norm()
     return {
         "inner_steps": inner_steps,
-        "over_plain": {clock: ratio(times["bomemeta"], times["plain"]) for clock, times in taken.items()},
-        "milliseconds": {c: {name: 1000 * statistics.median(t) for name, t in by_name.items()} for c, by_name in taken.items()},
-        "spread": {c: {name: spread(t) for name, t in by_name.items()} for c, by_name in taken.items()},
-        "difference": float((upper.params["weights"] - x.detach()).norm() / come) if come > 0 else 0.0,
+        "over_plain": {
+            clock: ratio(times["bomemeta"], times["plain"]) for clock, times in taken.items()
+        },
+        "milliseconds": {
+            c: {name: 1000 * statistics.median(t) for name, t in by_name.items()}
+            for c, by_name in taken.items()
+        },
+        "spread": {
+            c: {name: spread(t) for name, t in by_name.items()} for c, by_name in taken.items()
+        },
+        "difference": float((upper.params["weights"] - x.detach()).norm() / come)
+        if come > 0
+        else 0.0,
         "steps": WARM_UP + options.rounds,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 10], help="T")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--data-root", default=None)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config keys, as for bomemeta train")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="config keys, as for bomemeta train",
+    )
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(argv)
     results = [measure(inner_steps, options) for inner_steps in options.inner_steps]
-    result = {"threads": options.threads, "rounds": options.rounds, "results": results, "environment": environment()}
+    result = {
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "results": results,
+        "environment": environment(),
+    }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

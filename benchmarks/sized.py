@@ -1,4 +1,6 @@
-"""What benchmarks/growth.py varies the sizes of: a problem with any number of numbers in x and y, and a data set that costs nothing."""
+"""What benchmarks/growth.py varies the sizes of: a problem with any number of numbers in x and y,
+and a data set that costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Split
+from bomemeta.core.problem import Batch, Encoded, Problem, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.episodes import Episode, EpisodeSpec
 from bomemeta.data.episodes import Split as EpisodeSplit
@@ -22,8 +24,10 @@ Size = Annotated[int, Field(ge=1)]
 
 @problems.register("sized")
 @dataclass(kw_only=True)
-class Sized(BilevelProblem):
-    """f = |y - t|^2/2, g = y'(a*y)/2 - y'z, z = x folded or spread to y's size; a from 0.5 to 1. All tasks are alike."""
+class Sized(Problem):
+    """f = |y - t|^2/2, g = y'(a*y)/2 - y'z, z = x folded or spread to y's size; a from 0.5 to 1.
+    All tasks are alike.
+    """
 
     upper_size: Size = 1000
     lower_size: Size = 1000
@@ -40,7 +44,7 @@ class Sized(BilevelProblem):
         self._a = torch.linspace(0.5, 1, self.lower_size, dtype=self.dtype)
 
     @property
-    def pool(self) -> int | None:
+    def num_tasks(self) -> int | None:
         return self.fixed_tasks
 
     def init_upper(self, generator: torch.Generator) -> Params:
@@ -68,10 +72,14 @@ class Sized(BilevelProblem):
 @datasets.register("noise")
 @dataclass(kw_only=True)
 class Noise:
-    """Few-shot episodes of noise of Omniglot's size: the same for every key, so that drawing costs nothing."""
+    """Few-shot episodes of noise of Omniglot's size: the same for every key, so that drawing costs
+    nothing.
+    """
 
     def prepare(self) -> None:
-        self._images = torch.rand(512, *self.image_shape, generator=torch.Generator().manual_seed(0))
+        self._images = torch.rand(
+            512, *self.image_shape, generator=torch.Generator().manual_seed(0)
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -81,6 +89,8 @@ class Noise:
         pass
 
     def episode(self, split: EpisodeSplit, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
-        labels = [torch.arange(spec.ways).repeat_interleave(each) for each in (spec.shots, spec.queries)]
+        labels = [
+            torch.arange(spec.ways).repeat_interleave(each) for each in (spec.shots, spec.queries)
+        ]
         images = self._images[: sum(map(len, labels))].split([len(each) for each in labels])
         return Episode(images[0], labels[0], images[1], labels[1])

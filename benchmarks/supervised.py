@@ -1,4 +1,6 @@
-"""The floor of a few-shot step: one forward and one backward pass of the backbone over the same images, in plain PyTorch."""
+"""The floor of a few-shot step: one forward and one backward pass of the backbone over the same
+images, in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ IMAGES_LABELS = ("support", "query", "support_labels", "query_labels")
 
 
 class Preloaded(FewShot):
-    """Hands out the episodes in `batch` whatever it is asked for, so that a step's time has no data loading in it."""
+    """Hands out the episodes in `batch` whatever it is asked for, so that a step's time has no data
+    loading in it.
+    """
 
     batch: Batch
 
@@ -31,17 +35,31 @@ class Preloaded(FewShot):
 
 
 def plain_network(problem: FewShot) -> nn.Sequential:
-    """The four-layer network as its users write it, `Sequential(features, linear)`: images as they come (NCHW), biases."""
+    """The four-layer network as its users write it, `Sequential(features, linear)`: images as they
+    come (NCHW), biases.
+    """
     sizes = [problem.data.image_shape[0], *[problem.width] * 4]
     blocks: list[nn.Module] = []
     for i in range(4):
-        blocks += [nn.Conv2d(*sizes[i : i + 2], 3, padding=1), nn.BatchNorm2d(problem.width), nn.ReLU(), nn.MaxPool2d(2)]
+        blocks += [
+            nn.Conv2d(*sizes[i : i + 2], 3, padding=1),
+            nn.BatchNorm2d(problem.width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
     return _with_head(nn.Sequential(*blocks, nn.Flatten()), problem)
 
 
 def channels_last_network(problem: FewShot) -> nn.Sequential:
-    """The same with bomemeta's backbone, whose layers have the channels innermost in memory and no biases."""
-    backbone = build_backbone(problem.backbone, problem.data.image_shape[0], problem.width, torch.Generator().manual_seed(0))
+    """The same with bomemeta's backbone, whose layers have the channels innermost in memory and no
+    biases.
+    """
+    backbone = build_backbone(
+        problem.backbone,
+        problem.data.image_shape[0],
+        problem.width,
+        torch.Generator().manual_seed(0),
+    )
     return _with_head(backbone, problem)
 
 
@@ -51,11 +69,15 @@ def _with_head(features: nn.Module, problem: FewShot) -> nn.Sequential:
 
 
 def by_task(problem: Preloaded) -> Callable[[], None]:
-    """The strict floor: channels-last, task by task, so that the activations of 30 images stay near the core."""
+    """The strict floor: channels-last, task by task, so that the activations of 30 images stay near
+    the core.
+    """
     net = channels_last_network(problem)
 
     def step() -> None:
-        for support, query, *labels in zip(*(problem.batch[name] for name in IMAGES_LABELS), strict=True):
+        for support, query, *labels in zip(
+            *(problem.batch[name] for name in IMAGES_LABELS), strict=True
+        ):
             functional.cross_entropy(net(torch.cat([support, query])), torch.cat(labels)).backward()
         net.zero_grad()
 
@@ -63,7 +85,9 @@ def by_task(problem: Preloaded) -> Callable[[], None]:
 
 
 def one_batch(problem: Preloaded) -> Callable[[], None]:
-    """The usual floor: all images as one NCHW batch, as a training loop is written without thought of the caches."""
+    """The usual floor: all images as one NCHW batch, as a training loop is written without thought
+    of the caches.
+    """
     net = plain_network(problem)
 
     def step() -> None:

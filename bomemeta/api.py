@@ -1,4 +1,6 @@
-"""The three things one does with a run: train it, resume it, evaluate it. The command line and Ray Tune call these too."""
+"""The three things one does with a run: train it, resume it, evaluate it. The command line and Ray
+Tune call these too.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,17 @@ def train(
     auto_resume: bool = False,
     listener: Listener | None = None,
 ) -> Result:
-    """Trains from scratch in a new run folder, then evaluates; all seeds where the config has several.
+    """Trains from scratch in a new run folder, then evaluates; all seeds where the config has
+    several.
 
-    `config` is a file, a mapping like one, or a checked config; `overrides` are `key.sub=value` texts. Raises a BomemetaError that
-    says what to do; nothing is written before the config, the data and the solver have been checked.
+    `config` is a file, a mapping like one, or a checked config; `overrides` are `key.sub=value`
+    texts. Raises a BomemetaError that says what to do; nothing is written before the config, the
+    data and the solver have been checked.
 
-    `auto_resume`: the same call again goes on with the run in output_dir from its newest checkpoint, to the same bits, and returns what it
-    came to where it is finished. Raises ConfigError without an output_dir, and where the run there differs in a key that changes results.
+    `auto_resume`: the same call again goes on with the run in output_dir from its newest
+    checkpoint, to the same bits, and returns what it came to where it is finished. Raises
+    ConfigError without an output_dir, and where the run there differs in a key that changes
+    results.
     """
     settings = load_config(config, overrides)
     name = Path(config).stem if isinstance(config, str | Path) else settings.problem.name
@@ -43,25 +49,33 @@ def train(
     return run_seeds(settings, RunFolder.create(settings.output_dir, name, settings), listener)
 
 
-def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None) -> Result:
-    """Goes on from the folder's newest readable checkpoint, to the bits that an undisturbed run would have reached.
+def resume(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None
+) -> Result:
+    """Goes on from the folder's newest readable checkpoint, to the bits that an undisturbed run
+    would have reached.
 
-    `run_dir` may be a URI, as output_dir may. Overrides may change whatever does not change the result (workers, address, logging ...) and
-    `steps`, to train longer; a schedule over the run is then stretched from here on, and the bits are those of no undisturbed run. Raises
+    `run_dir` may be a URI, as output_dir may. Overrides may change whatever does not change the
+    result (workers, address, logging ...) and `steps`, to train longer; a schedule over the run is
+    then stretched from here on, and the bits are those of no undisturbed run. Raises
     CheckpointError where another key differs from the checkpoint's.
     """
     folder = RunFolder.open(run_dir)
     settings = load_config(folder.config_file, overrides)
     if any(override.partition("=")[0].strip() == "output_dir" for override in overrides):
-        raise ConfigError(f"output_dir: a run goes on in its own folder, {folder.place}; leave the override out")
+        raise ConfigError(
+            f"output_dir: a run goes on in its own folder, {folder.location}; leave the override out"
+        )
     return _go_on(settings, folder, listener or Quiet())
 
 
-def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None) -> Result:
+def evaluate(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None
+) -> Result:
     """Evaluates the folder's newest checkpoint and writes nothing.
 
-    `run_dir` may be a URI. Overrides may change the protocol (`evaluation.episodes=1000`, `problem.ways=20`, another data set) as long as
-    x keeps its shape.
+    `run_dir` may be a URI. Overrides may change the protocol (`evaluation.episodes=1000`,
+    `problem.ways=20`, another data set) as long as x keeps its shape.
     """
     folder = RunFolder.open(run_dir)
     settings = load_config(folder.config_file, overrides)
@@ -84,9 +98,13 @@ def _continued(settings: Config, listener: Listener) -> Result | None:
     result = finished(settings, folder)
     if result is None:
         return _go_on(settings, folder, listener)
-    listener.note(f"run folder: {folder.place}, where this run is finished")
+    listener.note(f"run folder: {folder.location}, where this run is finished")
     return result
 
 
 def _go_on(settings: Config, folder: RunFolder, listener: Listener) -> Result:
-    return resume_one(settings, folder, listener) if settings.seeds == 1 else run_seeds(settings, folder, listener)
+    return (
+        resume_one(settings, folder, listener)
+        if settings.seeds == 1
+        else run_seeds(settings, folder, listener)
+    )

@@ -1,4 +1,6 @@
-"""From a config to the parts of a run: problem, solver, transport. The engine is given these and imports none of it."""
+"""From a config to the parts of a run: problem, solver, transport. The engine is given these and
+imports none of it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 
 from bomemeta.config import Config, load_config
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import Problem
 from bomemeta.core.solver import Solver
 from bomemeta.distributed.transport import Transport, WorkerFactory
 from bomemeta.distributed.worker import ShardWorker, variant_of
@@ -18,23 +20,30 @@ from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.imports import Import, execute_imports, read_imports
 
 
-def build_problem(config: Config) -> BilevelProblem:
+def build_problem(config: Config) -> Problem:
     """The config's problem with its data, ready to be asked for tasks.
 
-    Raises ConfigError where the two do not fit together, DataError where the data is missing or too small.
+    Raises ConfigError where the two do not fit together, DataError where the data is missing or too
+    small.
     """
-    problem: BilevelProblem = config.problem.build()
+    problem: Problem = config.problem.build()
     if problem.needs_data and config.data is None:
-        raise ConfigError(f"data: missing; problem {config.problem.name} wants a `data:` section with a `dataset:`")
+        raise ConfigError(
+            f"data: missing; problem {config.problem.name} wants a `data:` section with a `dataset:`"
+        )
     if not problem.needs_data and config.data is not None:
-        raise ConfigError(f"data: problem {config.problem.name} reads no data set; take the section out")
+        raise ConfigError(
+            f"data: problem {config.problem.name} reads no data set; take the section out"
+        )
     data = config.data.build() if config.data is not None else None
     if data is not None:
         data.prepare()
     problem.attach(seed=config.seed, dtype=getattr(torch, config.dtype), data=data)
     length = problem.length
     if config.steps is None and length is None:
-        raise ConfigError(f"steps: missing; problem {config.problem.name} has no end of its own. Give a number, as in steps=1000")
+        raise ConfigError(
+            f"steps: missing; problem {config.problem.name} has no end of its own. Give a number, as in steps=1000"
+        )
     if length is not None and config.steps is not None and config.steps > length:
         raise ConfigError(
             f"steps: got {config.steps}; the stream of problem {config.problem.name} ends after {length}. Leave it out"
@@ -42,15 +51,18 @@ def build_problem(config: Config) -> BilevelProblem:
     return problem
 
 
-def build_solver(config: Config, problem: BilevelProblem) -> Solver:
+def build_solver(config: Config, problem: Problem) -> Solver:
     """The config's solver. Raises ConfigError where it cannot solve that problem."""
     solver: Solver = config.solver.build()
     solver.check(problem)
     return solver
 
 
-def open_transport(config: Config, say: Callable[[str], None], factory: WorkerFactory | None = None) -> Transport:
-    """Where the tasks are computed: this process (`workers: 0`) or Ray actors. `factory` makes the workers; None: those of a run's shards.
+def open_transport(
+    config: Config, say: Callable[[str], None], factory: WorkerFactory | None = None
+) -> Transport:
+    """Where the tasks are computed: this process (`workers: 0`) or Ray actors. `factory` makes the
+    workers; None: those of a run's shards.
 
     Raises ConfigError or ClusterError where the device or the workers cannot be had.
     """
@@ -60,9 +72,13 @@ def open_transport(config: Config, say: Callable[[str], None], factory: WorkerFa
 
         return SerialTransport(factory, threads=config.threads, device=_serial_device(config))
     if config.device == "cuda" and config.gpus_per_worker == 0:
-        raise ConfigError("device: cuda with gpus_per_worker: 0; a worker sees a GPU only where it asks for a share of one")
+        raise ConfigError(
+            "device: cuda with gpus_per_worker: 0; a worker sees a GPU only where it asks for a share of one"
+        )
     if config.device == "cpu" and config.gpus_per_worker > 0:
-        raise ConfigError(f"device: cpu with gpus_per_worker: {config.gpus_per_worker:g}; take one of the two out")
+        raise ConfigError(
+            f"device: cpu with gpus_per_worker: {config.gpus_per_worker:g}; take one of the two out"
+        )
     try:
         from bomemeta.distributed.cluster import RayOptions
         from bomemeta.distributed.ray_transport import RayTransport
@@ -89,10 +105,16 @@ def open_transport(config: Config, say: Callable[[str], None], factory: WorkerFa
 
 
 def worker_range(config: Config) -> tuple[int, int]:
-    """The least and the largest number of workers that the config allows. Raises ConfigError where the first is greater."""
+    """The least and the largest number of workers that the config allows. Raises ConfigError where
+    the first is greater.
+    """
     if config.workers != "auto":
         return config.workers, config.workers
-    most = config.max_workers if config.max_workers is not None else max(config.shards, config.min_workers)
+    most = (
+        config.max_workers
+        if config.max_workers is not None
+        else max(config.shards, config.min_workers)
+    )
     if config.min_workers > most:
         raise ConfigError(f"min_workers: got {config.min_workers}, more than max_workers: {most}")
     return config.min_workers, most
@@ -100,7 +122,9 @@ def worker_range(config: Config) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class BuildWorker:
-    """Makes a worker in whatever process it is called in; carries the config as plain values and user files as text."""
+    """Makes a worker in whatever process it is called in; carries the config as plain values and
+    user files as text.
+    """
 
     config: Mapping[str, Any]
     imports: tuple[Import, ...]
@@ -110,11 +134,18 @@ class BuildWorker:
         # The files have just been executed, and need not exist on this machine.
         config = load_config({**self.config, "imports": []})
         problem = build_problem(config)
-        return ShardWorker(lambda changes: variant_of(problem, changes), config.task_map, device, _loads_ahead(config, device))
+        return ShardWorker(
+            lambda changes: variant_of(problem, changes),
+            config.task_map,
+            device,
+            _loads_ahead(config, device),
+        )
 
 
 def _loads_ahead(config: Config, device: str) -> bool:
-    """Whether a worker loads the next step's tasks while it computes. auto: not on a CPU, whose cores have enough to do."""
+    """Whether a worker loads the next step's tasks while it computes. auto: not on a CPU, whose
+    cores have enough to do.
+    """
     return device != "cpu" if config.load_ahead == "auto" else config.load_ahead
 
 
@@ -128,7 +159,9 @@ def _serial_device(config: Config) -> str:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """This process's torch threads, for as long as a run lasts: the driver adds and squares too, and sums depend on their number."""
+    """This process's torch threads, for as long as a run lasts: the driver adds and squares too,
+    and sums depend on their number.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,4 +1,6 @@
-"""What a run needs to go on to the same bits, written whole or not at all and read without executing anything."""
+"""What a run needs to go on to the same bits, written whole or not at all and read without
+executing anything.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from bomemeta.files import written_whole
 
 
 class Checkpoint(NamedTuple):
-    """The state after `step` steps were committed. Nothing but tensors, numbers, texts, dicts and lists."""
+    """The state after `step` steps were committed. Nothing but tensors, numbers, texts, dicts and
+    lists.
+    """
 
     step: int
     upper: dict[str, Tensor]
@@ -39,16 +43,19 @@ def name_of(step: int) -> str:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes `step_00000200.pt` and removes all checkpoints but the newest `keep`, this one included.
+    """Writes `step_00000200.pt` and removes all checkpoints but the newest `keep`, this one
+    included.
 
-    Raises CheckpointError where the disk is full or cannot be written; the earlier checkpoints are then untouched.
+    Raises CheckpointError where the disk is full or cannot be written; the earlier checkpoints are
+    then untouched.
     """
     path = folder / name_of(checkpoint.step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
             torch.save(checkpoint._asdict(), file)
-        # A later step than this one is of a past that the run went back from: damaged, or never to be reached again.
+        # A later step than this one is of a past that the run went back from: damaged, or never to
+        # be reached again.
         later = [other for other in _checkpoints(folder) if other.name > path.name]
         for old in [*later, *_checkpoints(folder, before=path)[keep - 1 :]]:
             old.unlink(missing_ok=True)
@@ -57,7 +64,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if cause is None:
             raise
         good = _checkpoints(folder, before=path)
-        last = f"The last good checkpoint is {good[0]}" if good else "There is no earlier checkpoint"
+        last = (
+            f"The last good checkpoint is {good[0]}" if good else "There is no earlier checkpoint"
+        )
         raise CheckpointError(
             f"{path} could not be written: {cause.strerror or cause}. The unfinished file was removed. {last}. "
             "Make room, then `bomemeta resume` the run"
@@ -73,7 +82,8 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint to the CPU. Pickled code in it is refused, not run.
 
-    Raises CheckpointError where the file is missing, damaged or no checkpoint, naming the one before it.
+    Raises CheckpointError where the file is missing, damaged or no checkpoint, naming the one
+    before it.
     """
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
@@ -100,12 +110,17 @@ def load_latest(folder: Path) -> Loaded:
             notes.append(f"passed over a damaged checkpoint: {error}")
     if notes:
         raise CheckpointError("\n".join([f"no checkpoint in {folder} can be read:", *notes]))
-    raise CheckpointError(f"there is no checkpoint in {folder}; start the run again with `bomemeta train`")
+    raise CheckpointError(
+        f"there is no checkpoint in {folder}; start the run again with `bomemeta train`"
+    )
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises CheckpointError listing the result-changing keys in which `config` differs from the checkpoint's."""
-    # The checkpoint's config is compared as plain values: loading it would run the files that it names.
+    """Raises CheckpointError listing the result-changing keys in which `config` differs from the
+    checkpoint's.
+    """
+    # The checkpoint's config is compared as plain values: loading it would run the files that it
+    # names.
     differences = differing_keys(checkpoint.config, config)
     if differences:
         lines = [f"  {key}: checkpoint {a!r}, config {b!r}" for key, a, b in differences]
@@ -117,14 +132,17 @@ def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
 
 
 def upper_sha256(upper: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the upper variable's numbers: every tensor's contiguous little-endian bytes, in sorted key order.
+    """SHA-256 over the upper variable's numbers: every tensor's contiguous little-endian bytes, in
+    sorted key order.
 
     Names, shapes and dtypes are not hashed. Equal hashes of two runs of one config mean equal bits.
     """
     digest = hashlib.sha256()
     for key in sorted(upper):
         # As bytes first: numpy has no bfloat16. torch runs on little-endian machines only.
-        digest.update(upper[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            upper[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -135,7 +153,9 @@ def _checkpoints(folder: Path, before: Path | None = None) -> list[Path]:
 
 
 def _disk_error(error: BaseException) -> OSError | None:
-    """The OSError itself, or the one behind a RuntimeError: torch's zip writer fails over again while it is closed."""
+    """The OSError itself, or the one behind a RuntimeError: torch's zip writer fails over again
+    while it is closed.
+    """
     chain: BaseException | None = error
     while chain is not None and not isinstance(chain, OSError):
         chain = chain.__cause__ or chain.__context__

@@ -1,6 +1,8 @@
-"""What a run is made of. Sections `problem:`, `solver:` and `data:` have the fields of the registered classes as keys.
+"""What a run is made of. Sections `problem:`, `solver:` and `data:` have the fields of the
+registered classes as keys.
 
-Everything that is wrong with a config is reported at once, each line with its place, the key, what was got and wanted.
+Everything that is wrong with a config is reported at once, each line with its location, the key,
+what was got and wanted.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from bomemeta.document import (
 from bomemeta.errors import ConfigError
 from bomemeta.imports import is_file_entry, load_imports
 from bomemeta.registry import Registry, datasets, problems, solvers
-from bomemeta.validation import Problem, check
+from bomemeta.validation import ConfigIssue, check
 
 
 class SectionKind(NamedTuple):
@@ -58,8 +60,9 @@ class _Record(BaseModel):
 
 
 class Evaluation(_Record):
-    """How the result is measured: `episodes` at the end, `validation_episodes` every `every_steps` (None: never). `solve_steps`: steps on g
-    alone, after which problems whose y persists are judged once more (None: they are not).
+    """How the result is measured: `episodes` at the end, `validation_episodes` every `every_steps`
+    (None: never). `solve_steps`: steps on g alone, after which problems whose y persists are judged
+    once more (None: they are not).
     """
 
     episodes: _Positive = 600
@@ -93,7 +96,9 @@ class Settings(_Record):
     task_map: Literal["auto", "loop", "vmap"] = "auto"
     workers: Annotated[_NotNegative | Literal["auto"], _ASIDE] = 0
     min_workers: Annotated[_Positive, _ASIDE] = 1  # workers: auto
-    max_workers: Annotated[_Positive | None, _ASIDE] = None  # workers: auto; None: as many as shards
+    max_workers: Annotated[_Positive | None, _ASIDE] = (
+        None  # workers: auto; None: as many as shards
+    )
     threads: _Positive = 1  # changes the result: a sum over more threads is added in another order
     cpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 0.0
@@ -112,7 +117,9 @@ class Settings(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One validated section: `name` as registered, `fields` of the class with all defaults filled in."""
+    """One validated section: `name` as registered, `fields` of the class with all defaults filled
+    in.
+    """
 
     kind: Literal["problem", "solver", "data"]
     name: str
@@ -125,7 +132,9 @@ class Section:
     def to_dict(self) -> dict[str, Any]:
         """The section as the config file would have it: JSON values only."""
         kind = SECTIONS[self.kind]
-        fields = field_schema(kind.registry.get(self.name), kind).dump_python(self.fields, mode="json")
+        fields = field_schema(kind.registry.get(self.name), kind).dump_python(
+            self.fields, mode="json"
+        )
         return {kind.key: self.name, **fields}
 
 
@@ -158,7 +167,8 @@ class Difference(NamedTuple):
 
 
 def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys and values of everything in a `Config.to_dict()` that can change the result's bits.
+    """Dotted keys and values of everything in a `Config.to_dict()` that can change the result's
+    bits.
 
     Imported files count by name, not by folder, so that a run and its files may move together.
     """
@@ -168,25 +178,43 @@ def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         if key == "imports":
             keys[key] = [Path(entry).name if is_file_entry(entry) else entry for entry in value]
         elif key not in aside:
-            keys.update({dotted: leaf for dotted, leaf in _flat(key, value) if dotted not in _PLACES_ON_DISK})
+            keys.update(
+                {
+                    dotted: leaf
+                    for dotted, leaf in _flat(key, value)
+                    if dotted not in _PLACES_ON_DISK
+                }
+            )
     return keys
 
 
-def differing_keys(a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]) -> list[Difference]:
-    """The result-changing keys in which two configs differ, in the config's order; None where one has no such key.
+def differing_keys(
+    a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]
+) -> list[Difference]:
+    """The result-changing keys in which two configs differ, in the config's order; None where one
+    has no such key.
 
     A mapping is a `Config.to_dict()`; nothing in it is looked up, built or run.
     """
-    mine, theirs = (result_keys(config.to_dict() if isinstance(config, Config) else config) for config in (a, b))
-    return [Difference(key, mine.get(key), theirs.get(key)) for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    mine, theirs = (
+        result_keys(config.to_dict() if isinstance(config, Config) else config) for config in (a, b)
+    )
+    return [
+        Difference(key, mine.get(key), theirs.get(key))
+        for key in {**mine, **theirs}
+        if mine.get(key) != theirs.get(key)
+    ]
 
 
-def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()
+) -> Config:
     """Reads, overrides and checks a config, running its `imports:` before names are looked up.
 
-    `source` is a file (or its bare name, see `find_config`), a mapping as of `Config.to_dict()`, or a config. Where an override names
-    another solver, problem or data set, the keys of the old one that the new one does not have go with it; those that it has too stay.
-    Raises ConfigError with one line for everything that is wrong.
+    `source` is a file (or its bare name, see `find_config`), a mapping as of `Config.to_dict()`, or
+    a config. Where an override names another solver, problem or data set, the keys of the old one
+    that the new one does not have go with it; those that it has too stay. Raises ConfigError with
+    one line for everything that is wrong.
     """
     if isinstance(source, Config):
         document = document_of(source.to_dict())
@@ -198,27 +226,38 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     before = document.data
     document = apply_overrides(document, overrides)
     load_imports([entry for entry in _listed(document.data["imports"]) if isinstance(entry, str)])
-    _forget_other_classes_keys(before, document.data, {override.partition("=")[0].strip() for override in overrides})
+    _forget_other_classes_keys(
+        before, document.data, {override.partition("=")[0].strip() for override in overrides}
+    )
 
-    found: list[Problem] = []
+    found: list[ConfigIssue] = []
     sections: dict[str, Section | None] = {}
     for key in SECTIONS:
         sections[key] = _check_section(key, document, found)
     rest = {key: value for key, value in document.data.items() if key not in SECTIONS}
     settings = check(TypeAdapter(Settings), rest, (), list(Config.model_fields), found)
     if found:
-        # In the order of the file; what has no line (a missing key, an override) comes first, as it was found.
-        lines = [f"{document.place(path)}: {text}" for path, text in found]
+        # In the order of the file; what has no line (a missing key, an override) comes first, as it
+        # was found.
+        lines = [f"{document.location(path)}: {text}" for path, text in found]
         raise ConfigError("\n".join(dict.fromkeys(sorted(lines, key=_line_number))))
     parts: dict[str, Any] = {**dict(settings), **sections}
     return Config(**parts)
 
 
-def _forget_other_classes_keys(before: Mapping[str, Any], data: dict[str, Any], overridden: set[str]) -> None:
-    """Takes out of a section whose class was overridden what only the old class has. What overrides give stays, to be checked."""
+def _forget_other_classes_keys(
+    before: Mapping[str, Any], data: dict[str, Any], overridden: set[str]
+) -> None:
+    """Takes out of a section whose class was overridden what only the old class has. What overrides
+    give stays, to be checked.
+    """
     for section, kind in SECTIONS.items():
         old, new = before.get(section), data.get(section)
-        if f"{section}.{kind.key}" not in overridden or not isinstance(old, Mapping) or not isinstance(new, dict):
+        if (
+            f"{section}.{kind.key}" not in overridden
+            or not isinstance(old, Mapping)
+            or not isinstance(new, dict)
+        ):
             continue
         name = new.get(kind.key)
         if name == old.get(kind.key) or name not in kind.registry.names():
@@ -235,28 +274,38 @@ def field_schema(cls: type[Any], kind: SectionKind) -> TypeAdapter[Any]:
     Raises ConfigError where the class is no dataclass or a field's type cannot be a config key.
     """
     if not dataclasses.is_dataclass(cls):
-        raise ConfigError(f"{kind.registry.kind} {cls.__name__} is not a dataclass; its fields are to be the config's keys")
+        raise ConfigError(
+            f"{kind.registry.kind} {cls.__name__} is not a dataclass; its fields are to be the config's keys"
+        )
     try:
         hints = get_type_hints(cls, include_extras=True)
         keys: dict[str, Any] = {}
         for field in config_fields(cls):
             defaults = (field.default, field.default_factory)
             optional = any(default is not dataclasses.MISSING for default in defaults)
-            keys[field.name] = NotRequired[hints[field.name]] if optional else Required[hints[field.name]]
+            keys[field.name] = (
+                NotRequired[hints[field.name]] if optional else Required[hints[field.name]]
+            )
         make: Any = TypedDict  # mypy knows only literal field lists
         typed = make(cls.__name__, keys)
         typed.__pydantic_config__ = _Record.model_config
         return TypeAdapter(typed)
     except (NameError, TypeError, PydanticUserError) as error:
-        raise ConfigError(f"{kind.registry.kind} {cls.__name__}: a field's type cannot be a config key: {error}") from error
+        raise ConfigError(
+            f"{kind.registry.kind} {cls.__name__}: a field's type cannot be a config key: {error}"
+        ) from error
 
 
 def config_fields(cls: type[Any]) -> list[dataclasses.Field[Any]]:
-    """The fields of a registered dataclass that are keys: those its constructor takes, except private ones."""
-    return [field for field in dataclasses.fields(cls) if field.init and not field.name.startswith("_")]
+    """The fields of a registered dataclass that are keys: those its constructor takes, except
+    private ones.
+    """
+    return [
+        field for field in dataclasses.fields(cls) if field.init and not field.name.startswith("_")
+    ]
 
 
-def _check_section(key: str, document: Document, found: list[Problem]) -> Section | None:
+def _check_section(key: str, document: Document, found: list[ConfigIssue]) -> Section | None:
     kind = SECTIONS[key]
     values = document.data.get(key)
     if values is None and key == "data":
@@ -264,18 +313,20 @@ def _check_section(key: str, document: Document, found: list[Problem]) -> Sectio
     known = f"one of: {', '.join(kind.registry.names())}"
     if not isinstance(values, dict):
         got = f"got {describe(values)}, " if key in document.data else "missing; "
-        found.append(Problem((key,), f"{key}: {got}wanted a mapping with `{kind.key}:`, {known}"))
+        found.append(
+            ConfigIssue((key,), f"{key}: {got}wanted a mapping with `{kind.key}:`, {known}")
+        )
         return None
     name = values.get(kind.key)
     if not isinstance(name, str):
         got = f": got {describe(name)}, wanted" if kind.key in values else " is missing;"
-        found.append(Problem((key, kind.key), f"{key}.{kind.key}{got} {known}"))
+        found.append(ConfigIssue((key, kind.key), f"{key}.{kind.key}{got} {known}"))
         return None
     try:
         cls = kind.registry.get(name)
         schema = field_schema(cls, kind)
     except ConfigError as error:
-        found.append(Problem((key, kind.key), f"{key}.{kind.key}: {error}"))
+        found.append(ConfigIssue((key, kind.key), f"{key}.{kind.key}: {error}"))
         return None
     before = len(found)
     names = [field.name for field in config_fields(cls)]
@@ -285,10 +336,14 @@ def _check_section(key: str, document: Document, found: list[Problem]) -> Sectio
         return None
     try:
         instance = cls(**fields)
-    except (ConfigError, ValueError) as error:  # what the class itself refuses: a combination of its fields
-        found.append(Problem((key,), f"{key}: {error}"))
+    except (
+        ConfigError,
+        ValueError,
+    ) as error:  # what the class itself refuses: a combination of its fields
+        found.append(ConfigIssue((key,), f"{key}: {error}"))
         return None
-    # Read back from the instance, so that defaults, and values that the class normalises, are what is recorded.
+    # Read back from the instance, so that defaults, and values that the class normalises, are what
+    # is recorded.
     return Section(key, name, {field: getattr(instance, field) for field in names})  # type: ignore[arg-type]
 
 

@@ -1,4 +1,6 @@
-"""A config as it was written: YAML text and `key=value` overrides, merged, with the place that each key came from."""
+"""A config as it was written: YAML text and `key=value` overrides, merged, with the location that
+each key came from.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,34 @@ KeyPath = tuple[str | int, ...]
 
 
 class Document(NamedTuple):
-    """Unchecked values, and for every key the place to name in an error (`a.yaml:7`, `override 'steps=x'`)."""
+    """Unchecked values, and for every key the location to name in an error (`a.yaml:7`, `override
+    'steps=x'`).
+    """
 
     data: dict[str, Any]
-    places: dict[KeyPath, str]
+    locations: dict[KeyPath, str]
     name: str  # the file, or what stands for it in messages
     folder: Path  # relative `imports:` start here
 
-    def place(self, path: KeyPath) -> str:
+    def location(self, path: KeyPath) -> str:
         """Where the key, or else the nearest key above it, was written."""
         for length in range(len(path), 0, -1):
-            if path[:length] in self.places:
-                return self.places[path[:length]]
+            if path[:length] in self.locations:
+                return self.locations[path[:length]]
         return self.name
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader without aliases: a config says everything in place, and nested aliases grow to any size."""
+    """The safe loader without aliases: a config says everything in place, and nested aliases grow
+    to any size.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported; write the value out", problem_mark=mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not supported; write the value out", problem_mark=mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -58,39 +66,55 @@ def find_config(name: str | Path) -> Path:
     """
     given = Path(name).expanduser()
     folders = [Path(), Path("configs")] if given.parent == Path() else [Path()]
-    candidates = [folder / path for folder in folders for path in (given, given.with_name(given.name + ".yaml"))]
+    candidates = [
+        folder / path
+        for folder in folders
+        for path in (given, given.with_name(given.name + ".yaml"))
+    ]
     for path in candidates:
         if path.is_file():
             return path
     parents = dict.fromkeys(path.parent for path in candidates)
-    files = {path.stem: path for parent in parents if parent.is_dir() for path in sorted(parent.glob("*.y*ml"))}
+    files = {
+        path.stem: path
+        for parent in parents
+        if parent.is_dir()
+        for path in sorted(parent.glob("*.y*ml"))
+    }
     near = difflib.get_close_matches(given.stem, files, n=1)
     if near:
         hint = f"Did you mean {files[near[0]]}?"
     elif files:
         hint = f"There are: {', '.join(str(path) for path in files.values())}"
     else:
-        hint = f"There is no .yaml file in {' or '.join(str(parent.resolve()) for parent in parents)}"
+        hint = (
+            f"There is no .yaml file in {' or '.join(str(parent.resolve()) for parent in parents)}"
+        )
     raise ConfigError(f"no config file {given}. {hint}")
 
 
 def read_document(path: Path) -> Document:
     """Parses a YAML file with the safe loader.
 
-    Raises ConfigError naming file and line: unreadable, syntax, duplicate keys, empty, not a mapping.
+    Raises ConfigError naming file and line: unreadable, syntax, duplicate keys, empty, not a
+    mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     node, data = _parse(text, str(path))
     if data is None:
-        raise ConfigError(f"{path}: the file is empty; a config needs at least `problem:`, `solver:` and `steps:`")
+        raise ConfigError(
+            f"{path}: the file is empty; a config needs at least `problem:`, `solver:` and `steps:`"
+        )
     if not isinstance(data, dict):
         raise ConfigError(f"{path}:1: a config is a mapping of `key: value`, got {describe(data)}")
-    places: dict[KeyPath, str] = {}
-    _collect_places(node, (), str(path), places)
-    return Document(data, places, str(path), path.parent.resolve())
+    locations: dict[KeyPath, str] = {}
+    _collect_locations(node, (), str(path), locations)
+    return Document(data, locations, str(path), path.parent.resolve())
 
 
 def document_of(values: Mapping[str, Any], name: str = "config") -> Document:
@@ -104,28 +128,32 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
     Files of an overriding `imports=` start at the current folder, where they were typed.
     Raises ConfigError naming the override.
     """
-    data, places = _copy(document.data), dict(document.places)
+    data, locations = _copy(document.data), dict(document.locations)
     for override in overrides:
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
-            raise ConfigError(f"override {override!r}: wanted key=value, as in steps=100 or solver.inner_steps=5")
-        place = f"override {override!r}"
-        _, value = _parse(text, place)
+            raise ConfigError(
+                f"override {override!r}: wanted key=value, as in steps=100 or solver.inner_steps=5"
+            )
+        location = f"override {override!r}"
+        _, value = _parse(text, location)
         target = data
         for depth, part in enumerate(path[:-1], start=1):
             # `data: null` and a missing section may both be filled key by key.
             if target.get(part) is None:
                 target[part] = {}
-                places[path[:depth]] = place
+                locations[path[:depth]] = location
             target = target[part]
             if not isinstance(target, dict):
-                raise ConfigError(f"{place}: {'.'.join(path[:depth])} has no keys below it; it is {describe(target)}")
+                raise ConfigError(
+                    f"{location}: {'.'.join(path[:depth])} has no keys below it; it is {describe(target)}"
+                )
         target[path[-1]] = absolute_imports(value, Path.cwd()) if path == ("imports",) else value
-        for known in [known for known in places if known[: len(path)] == path]:
-            del places[known]
-        places[path] = place
-    return document._replace(data=data, places=places)
+        for known in [known for known in locations if known[: len(path)] == path]:
+            del locations[known]
+        locations[path] = location
+    return document._replace(data=data, locations=locations)
 
 
 def describe(value: Any) -> str:
@@ -135,17 +163,23 @@ def describe(value: Any) -> str:
 
 
 def absolute_imports(value: Any, folder: Path) -> Any:
-    """`imports:` with every file's path made absolute; anything that is not a list is left for validation to refuse."""
+    """`imports:` with every file's path made absolute; anything that is not a list is left for
+    validation to refuse.
+    """
     if not isinstance(value, list):
         return value
     return [
-        str((folder / Path(entry).expanduser()).resolve()) if isinstance(entry, str) and is_file_entry(entry) else entry
+        str((folder / Path(entry).expanduser()).resolve())
+        if isinstance(entry, str) and is_file_entry(entry)
+        else entry
         for entry in value
     ]
 
 
 def _copy(value: Any) -> Any:
-    """Dicts and lists anew, with keys as text, and dates as the text that the user wrote (no config key is a date)."""
+    """Dicts and lists anew, with keys as text, and dates as the text that the user wrote (no config
+    key is a date).
+    """
     if isinstance(value, Mapping):
         return {str(key): _copy(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -165,7 +199,9 @@ def _parse(text: str, name: str) -> tuple[yaml.Node | None, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None and not name.startswith("override") else ""
-        raise ConfigError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from error
+        raise ConfigError(
+            f"{name}{line}: not valid YAML: {error.problem or error.context}"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-45
         raise ConfigError(f"{name}: not valid YAML: {error}") from error
     finally:
@@ -184,17 +220,21 @@ def _refuse_duplicates(node: yaml.Node, name: str) -> None:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in first:
                     where = f"{name}:{line}" if not name.startswith("override") else name
-                    raise ConfigError(f"{where}: {key.value} is given twice (first in line {first[key.value]}); keep one")
+                    raise ConfigError(
+                        f"{where}: {key.value} is given twice (first in line {first[key.value]}); keep one"
+                    )
                 first[key.value] = line
             _refuse_duplicates(value, name)
 
 
-def _collect_places(node: yaml.Node | None, path: KeyPath, name: str, places: dict[KeyPath, str]) -> None:
+def _collect_locations(
+    node: yaml.Node | None, path: KeyPath, name: str, locations: dict[KeyPath, str]
+) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            places[(*path, key.value)] = f"{name}:{key.start_mark.line + 1}"
-            _collect_places(value, (*path, key.value), name, places)
+            locations[(*path, key.value)] = f"{name}:{key.start_mark.line + 1}"
+            _collect_locations(value, (*path, key.value), name, locations)
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            places[(*path, index)] = f"{name}:{item.start_mark.line + 1}"
-            _collect_places(item, (*path, index), name, places)
+            locations[(*path, index)] = f"{name}:{item.start_mark.line + 1}"
+            _collect_locations(item, (*path, index), name, locations)

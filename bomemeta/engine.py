@@ -18,7 +18,7 @@ import torch
 from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config
 from bomemeta.core.inner import evaluate, solve_lower
-from bomemeta.core.problem import BilevelProblem, Split
+from bomemeta.core.problem import Problem, Split
 from bomemeta.core.solver import LowerStates, Solver, Sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -50,7 +50,9 @@ class State:
     upper: UpperVariable
     lower: LowerStates
     memory: Params = field(default_factory=dict)  # the problem's own, beside its data
-    figures: dict[str, float] = field(default_factory=dict)  # COUNTS so far, and the last step's LATEST
+    figures: dict[str, float] = field(
+        default_factory=dict
+    )  # COUNTS so far, and the last step's LATEST
     history: list[dict[str, float]] = field(default_factory=list)  # the figures of each milestone
 
 
@@ -59,7 +61,7 @@ class Job:
     """What a run works with."""
 
     config: Config
-    problem: BilevelProblem
+    problem: Problem
     solver: Solver
     transport: Transport
 
@@ -69,15 +71,19 @@ class Job:
         return run_length(self.config, self.problem)
 
     def step_run(self, step: int, **rest: Any) -> StepRun | SharedRun:
-        """This step's tasks: fresh ids, or a draw from the pool; a function of (config, step) alone."""
-        pool, wanted = self.problem.pool, self.config.tasks_per_step
-        if pool is None:
+        """This step's tasks: fresh ids, or a draw from the pool; a function of (config, step)
+        alone.
+        """
+        num_tasks, wanted = self.problem.num_tasks, self.config.tasks_per_step
+        if num_tasks is None:
             size = wanted if wanted is not None else FRESH_TASKS_PER_STEP
             ids = range(step * size, (step + 1) * size)
-        elif wanted is None or wanted >= pool:
-            ids = range(pool)
+        elif wanted is None or wanted >= num_tasks:
+            ids = range(num_tasks)
         else:
-            drawn = np.random.default_rng([self.config.seed, step]).choice(pool, wanted, replace=False)
+            drawn = np.random.default_rng([self.config.seed, step]).choice(
+                num_tasks, wanted, replace=False
+            )
             ids = sorted(int(task) for task in drawn)  # type: ignore[assignment]
         return self.run_on(ids, self.config.shards, step=step, **rest)
 
@@ -86,7 +92,7 @@ class Job:
         return step_run(self.problem, self.transport, ids, shards, steps=self.steps, **rest)
 
 
-def run_length(config: Config, problem: BilevelProblem) -> int:
+def run_length(config: Config, problem: Problem) -> int:
     """How many steps a run has: the config's number, or else the problem's own."""
     steps = config.steps if config.steps is not None else problem.length
     assert steps is not None, "build_problem refuses a config without either"
@@ -103,8 +109,9 @@ def fit(
     stop: Callable[[], bool],
     keep: Callable[[State], None] = lambda state: None,
 ) -> None:
-    """Steps until `job.steps` or until `stop()`; moves `state` in place. Saves when due and at the end, and before each step shows `keep`
-    what is committed. `log` hears of a step while the next one's calls are computed, and before a save or an error.
+    """Steps until `job.steps` or until `stop()`; moves `state` in place. Saves when due and at the
+    end, and before each step shows `keep` what is committed. `log` hears of a step while the next
+    one's calls are computed, and before a save or an error.
 
     A step happens whole or not at all: whatever fails before its commit leaves `state` as it was.
     Raises DivergenceError naming the step where a number is not finite.
@@ -127,8 +134,8 @@ def fit(
                 lower, metrics = job.solver.step(state.upper, state.lower, run)
             finally:
                 say()  # where no round came as far
-            if isinstance(run, SharedRun) and job.problem.remembers(state.step):
-                memory = run.remember(job.solver, state.upper.params, lower)
+            if isinstance(run, SharedRun) and job.problem.memory_due(state.step):
+                memory = run.update_memory(job.solver, state.upper.params, lower)
         except DivergenceError as error:
             raise DivergenceError(f"step {state.step}: {error}") from error
         except LowerStateLost as error:
@@ -142,7 +149,11 @@ def fit(
 
         metrics |= {name: float(value) for name, value in asdict(run.traffic).items()}
         state.figures = {
-            **{name: state.figures.get(name, 0.0) + metrics[name] for name in COUNTS if name in metrics},
+            **{
+                name: state.figures.get(name, 0.0) + metrics[name]
+                for name in COUNTS
+                if name in metrics
+            },
             **{name: metrics[name] for name in LATEST if name in metrics},
         }
         metrics |= run.seconds
@@ -163,20 +174,26 @@ def fit(
 
 
 def copy_of(state: State) -> State:
-    """The state as it is now, whatever the run does next: x is moved in place, and before its step is committed."""
+    """The state as it is now, whatever the run does next: x is moved in place, and before its step
+    is committed.
+    """
     # The rest is replaced and never changed. Copying x costs about as much as moving it.
     return replace(state, upper=copy.deepcopy(state.upper), history=list(state.history))
 
 
 def final_metrics(job: Job, state: State, say: Callable[[str], None]) -> dict[str, float]:
-    """What the run is judged by: meta-test figures for problems that have test tasks, else figures at the tasks' own y."""
+    """What the run is judged by: meta-test figures for problems that have test tasks, else figures
+    at the tasks' own y.
+    """
     try:
         last = job.step_run(max(state.step - 1, 0), memory=state.memory)
         metrics = job.solver.examine(state.upper, state.lower, last)
     except DivergenceError as error:
-        say(f"no figures with many more inner steps, which diverge ({error}): solver.inner_lr is at the edge of what is stable")
+        say(
+            f"no figures with many more inner steps, which diverge ({error}): solver.inner_lr is at the edge of what is stable"
+        )
         metrics = {}
-    metrics |= state.figures | job.problem.retrospect(state.history)
+    metrics |= state.figures | job.problem.final_metrics(state.history)
     if not job.problem.meta_tests:
         own = _own_figures(job, state)
         if (steps := job.config.evaluation.solve_steps) is None:
@@ -195,49 +212,88 @@ def final_metrics(job: Job, state: State, say: Callable[[str], None]) -> dict[st
         if any(getattr(job.problem, field) != value for field, value in changes.items()):
             other = meta_test(job, state.upper, "test", episodes, changes)
             metrics |= {
-                f"{key}_{name}": value for key, value in other.items() if key in ("test_accuracy", "test_ci95", "test_loss")
+                f"{key}_{name}": value
+                for key, value in other.items()
+                if key in ("test_accuracy", "test_ci95", "test_loss")
             }
     return metrics
 
 
 def _validate(job: Job, state: State) -> dict[str, float]:
     try:
-        figures = meta_test(job, state.upper, "validation", job.config.evaluation.validation_episodes)
+        figures = meta_test(
+            job, state.upper, "validation", job.config.evaluation.validation_episodes
+        )
     except DivergenceError as error:
         raise DivergenceError(f"validation after step {state.step - 1}: {error}") from error
     return {name: value for name, value in figures.items() if not name.startswith("baseline_")}
 
 
 def meta_test(
-    job: Job, upper: UpperVariable, split: Split, episodes: int, variant: Mapping[str, Any] | None = None
+    job: Job,
+    upper: UpperVariable,
+    split: Split,
+    episodes: int,
+    variant: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Means over the split's first `episodes` tasks, y adapted on g alone; `<split>_ci95` is the 95 % half-width of the accuracy, and every
-    figure with `accuracy` in its name has one, named with `ci95` in its place.
+    """Means over the split's first `episodes` tasks, y adapted on g alone; `<split>_ci95` is the 95
+    % half-width of the accuracy, and every figure with `accuracy` in its name has one, named with
+    `ci95` in its place.
     """
     shards = math.ceil(episodes / EVALUATION_SHARD)
-    run = job.run_on(range(episodes), shards, step=0, persistent=False, split=split, variant=variant, differentiable=False)
-    sums, _ = run(evaluate, job.solver, upper.params, LowerStates.none(), steps=job.config.evaluation.inner_steps)
+    run = job.run_on(
+        range(episodes),
+        shards,
+        step=0,
+        persistent=False,
+        split=split,
+        variant=variant,
+        differentiable=False,
+    )
+    sums, _ = run(
+        evaluate,
+        job.solver,
+        upper.params,
+        LowerStates.none(),
+        steps=job.config.evaluation.inner_steps,
+    )
     means = _means(job, sums, episodes)
     # A baseline's figure is not the method's, so it does not take the split's name.
-    figures = {name if name.startswith("baseline_") else f"{split}_{name}": value for name, value in means.items()}
+    figures = {
+        name if name.startswith("baseline_") else f"{split}_{name}": value
+        for name, value in means.items()
+    }
     for name, mean in means.items():
-        if "accuracy" in name and not name.startswith("baseline_") and f"square/{name}" in sums and episodes > 1:
-            variance = (float(sums[f"square/{name}"]) / episodes - mean**2) * episodes / (episodes - 1)
-            figures[f"{split}_{name.replace('accuracy', 'ci95')}"] = 1.96 * math.sqrt(max(variance, 0.0) / episodes)
+        if (
+            "accuracy" in name
+            and not name.startswith("baseline_")
+            and f"square/{name}" in sums
+            and episodes > 1
+        ):
+            variance = (
+                (float(sums[f"square/{name}"]) / episodes - mean**2) * episodes / (episodes - 1)
+            )
+            figures[f"{split}_{name.replace('accuracy', 'ci95')}"] = 1.96 * math.sqrt(
+                max(variance, 0.0) / episodes
+            )
     return figures
 
 
 def _own_figures(job: Job, state: State, steps: int = 0) -> dict[str, float]:
-    """Figures at the lower variables that the run carries, after `steps` steps on g alone: of a pool's tasks, or of the one shared y."""
-    pool = job.problem.pool
-    if pool is None:
+    """Figures at the lower variables that the run carries, after `steps` steps on g alone: of a
+    pool's tasks, or of the one shared y.
+    """
+    num_tasks = job.problem.num_tasks
+    if num_tasks is None:
         return {}
-    lower, tasks, shards = state.lower, range(pool), job.config.shards
+    lower, tasks, shards = state.lower, range(num_tasks), job.config.shards
     if steps > 0:
         run = job.run_on(tasks, shards, step=state.step, differentiable=False, memory=state.memory)
         _, lower = run(solve_lower, job.solver, state.upper.params, lower, keeps=True, steps=steps)
     split: Split = "test" if job.problem.lower == "shared" else "train"
-    run = job.run_on(tasks, shards, step=state.step, split=split, differentiable=False, memory=state.memory)
+    run = job.run_on(
+        tasks, shards, step=state.step, split=split, differentiable=False, memory=state.memory
+    )
     sums, _ = run(evaluate, job.solver, state.upper.params, lower, steps=0)
     return _means(job, sums, run.tasks)
 
@@ -245,14 +301,20 @@ def _own_figures(job: Job, state: State, steps: int = 0) -> dict[str, float]:
 def _means(job: Job, sums: Sums, count: int) -> dict[str, float]:
     """What kernel `evaluate` summed, as the problem reports it."""
     return job.problem.summary(
-        {name.removeprefix("sum/"): float(value) / count for name, value in sums.items() if name.startswith("sum/")}
+        {
+            name.removeprefix("sum/"): float(value) / count
+            for name, value in sums.items()
+            if name.startswith("sum/")
+        }
     )
 
 
 def final_variables(job: Job, state: State) -> dict[str, Any] | None:
-    """x and y as nested lists, `{"upper": {name: ...}, "lower": {name: ...}}`, of problems small enough to be read; else None.
+    """x and y as nested lists, `{"upper": {name: ...}, "lower": {name: ...}}`, of problems small
+    enough to be read; else None.
 
-    y has a leading task axis where the problem has several tasks, and is empty where it does not persist.
+    y has a leading task axis where the problem has several tasks, and is empty where it does not
+    persist.
     """
     ids = sorted(state.lower.handles)
     each = sum(math.prod(shape) for group, _, shape in state.lower.layout if group == "y")
@@ -264,7 +326,10 @@ def final_variables(job: Job, state: State) -> dict[str, Any] | None:
     lower = unpack_tasks(PackedTasks(state.lower.layout, rows))["y"] if ids else {}
     return {
         "upper": {name: tensor.tolist() for name, tensor in state.upper.params.items()},
-        "lower": {name: (tensor[0] if len(ids) == 1 else tensor).tolist() for name, tensor in lower.items()},
+        "lower": {
+            name: (tensor[0] if len(ids) == 1 else tensor).tolist()
+            for name, tensor in lower.items()
+        },
     }
 
 

@@ -16,7 +16,8 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
     }
 
 
@@ -28,5 +29,9 @@ def environment_line(found: dict[str, Any]) -> str:
 
 def _cpu_model() -> str:
     information = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE) if information.exists() else None
+    found = (
+        re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
+        if information.exists()
+        else None
+    )
     return found[1] if found else platform.processor() or platform.machine()

@@ -1,7 +1,8 @@
 """Every error that bomemeta raises on purpose.
 
-Messages say where, what was got, what was wanted and what to do. The classes take one message and nothing else: an exception with a
-custom `__init__` loses its type on the way back from a Ray worker.
+Messages say where, what was got, what was wanted and what to do. The classes take one message and
+nothing else: an exception with a custom `__init__` loses its type on the way back from a Ray
+worker.
 """
 
 
@@ -22,7 +23,9 @@ class ClusterError(BomemetaError):
 
 
 class LowerStateLost(BomemetaError):
-    """Lower state that lived on a node which is gone. The remedy is the last checkpoint, not another try."""
+    """Lower state that lived on a node which is gone. The remedy is the last checkpoint, not
+    another try.
+    """
 
 
 class CheckpointError(BomemetaError):

@@ -18,9 +18,11 @@ def unwritten(path: Path) -> Path:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when the block ends well. OSErrors pass through and leave `path` as it was.
+    """A file that takes the place of `path` when the block ends well. OSErrors pass through and
+    leave `path` as it was.
 
-    One writer at a time: a killed writer's remains are overwritten by the next one, so none pile up.
+    One writer at a time: a killed writer's remains are overwritten by the next one, so none pile
+    up.
     """
     temporary = unwritten(path)
     try:
@@ -32,7 +34,8 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The new name is on the disk only when the folder is; without this a power cut may bring the old file back.
+    # The new name is on the disk only when the folder is; without this a power cut may bring the
+    # old file back.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -53,4 +56,6 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise BomemetaError(f"{path} could not be written: {reason}. See to the disk, then `bomemeta resume` the run") from error
+        raise BomemetaError(
+            f"{path} could not be written: {reason}. See to the disk, then `bomemeta resume` the run"
+        ) from error

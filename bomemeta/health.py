@@ -11,22 +11,27 @@ from typing import Any
 
 # A share of steps (or tasks) with lambda = 0 that leaves nothing for the lower problem to say.
 _NEARLY_ALL = 0.95
-# |x|'s share that all steps of a window together move x by; so slow a run needs 10^8 steps to renew x.
+# |x|'s share that all steps of a window together move x by; so slow a run needs 10^8 steps to renew
+# x.
 _STILL = 1e-6
 # Below this |grad q|^2 is |grad_y q|^2 to eight digits: as far as the barrier goes, x is not there.
 _NEGLIGIBLE = 1e-4
-# Neighbouring lambdas on opposite sides of their mean. Independent tasks give 0 ± 0.14 in a window of 50.
+# Neighbouring lambdas on opposite sides of their mean. Independent tasks give 0 ± 0.14 in a window
+# of 50.
 _ALTERNATING = -0.7
 # A step size this small against its largest was taken there by a schedule.
 _DECAYED = 0.01
 # Of a mean of float32 losses: a gap below this share of the loss is rounding.
 _ROUNDING = 1e-4
-# K relative to its largest value: a run that came this far is done, and stands still for that reason.
+# K relative to its largest value: a run that came this far is done, and stands still for that
+# reason.
 _SOLVED = 1e-8
 
 
 class HealthMonitor:
-    """Looks at the last `window` steps. A finding is said once, and again only after it was away for a whole window."""
+    """Looks at the last `window` steps. A finding is said once, and again only after it was away
+    for a whole window.
+    """
 
     def __init__(self, window: int = 50) -> None:
         self._window = window
@@ -40,10 +45,16 @@ class HealthMonitor:
         self._zero_share_count = 0
 
     def update(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """Takes one step's metrics, any of which may be missing; returns what is newly wrong, in words."""
-        self._recent.append({name: value for name, value in metrics.items() if math.isfinite(value)})
+        """Takes one step's metrics, any of which may be missing; returns what is newly wrong, in
+        words.
+        """
+        self._recent.append(
+            {name: value for name, value in metrics.items() if math.isfinite(value)}
+        )
         self._steps += 1
-        self.learning_rate_max = max(self.learning_rate_max, self._recent[-1].get("learning_rate", 0.0))
+        self.learning_rate_max = max(
+            self.learning_rate_max, self._recent[-1].get("learning_rate", 0.0)
+        )
         self._stationarity_max = max(self._stationarity_max, self._stationarity() or 0.0)
         if (share := self._recent[-1].get("multiplier_zero_share")) is not None:
             self._zero_share_sum += share
@@ -62,12 +73,16 @@ class HealthMonitor:
         return new
 
     def summary(self) -> dict[str, Any]:
-        """For result.json: what was found and when, and the share of lambda = 0 over all steps seen (None: no lambda)."""
+        """For result.json: what was found and when, and the share of lambda = 0 over all steps seen
+        (None: no lambda).
+        """
         share = self._zero_share_sum / self._zero_share_count if self._zero_share_count else None
         return {"steps": self._steps, "multiplier_zero_share": share, "findings": list(self._said)}
 
     def values(self, name: str) -> list[float]:
-        """The window's values of a metric, oldest first; fewer where a solver measures it now and then."""
+        """The window's values of a metric, oldest first; fewer where a solver measures it now and
+        then.
+        """
         return [metrics[name] for metrics in self._recent if name in metrics]
 
     def mean(self, name: str) -> float | None:
@@ -75,7 +90,9 @@ class HealthMonitor:
         return statistics.fmean(values) if values else None
 
     def _stationarity(self) -> float | None:
-        """K as last measured, or the squared hypergradient of solvers that have no K; None where this window has neither."""
+        """K as last measured, or the squared hypergradient of solvers that have no K; None where
+        this window has neither.
+        """
         gradients, gaps = self.values("stationarity_gradient"), self.values("stationarity_gap")
         if gradients:
             return abs(gradients[-1]) + (gaps[-1] if gaps else 0.0)
@@ -140,7 +157,8 @@ def _multiplier_oscillates(monitor: HealthMonitor) -> str | None:
         return None
     mean, spread = statistics.fmean(values), statistics.pstdev(values)
     alternates = spread > 0.3 * mean and _neighbour_correlation(values) < _ALTERNATING
-    # Spikes of several times the mean, as when lambda shoots up to its ceiling 2 / (lower_lr L_g) and falls back.
+    # Spikes of several times the mean, as when lambda shoots up to its ceiling 2 / (lower_lr L_g)
+    # and falls back.
     if mean <= 0 or not (alternates or spread > 3 * mean):
         return None
     return (
@@ -162,7 +180,10 @@ _CHECKS: dict[str, Callable[[HealthMonitor], str | None]] = {
 def _figures(monitor: HealthMonitor) -> str:
     names = {"|grad_x q|": "grad_upper_gap_norm", "|grad_y q|": "grad_lower_gap_norm", "q": "gap"}
     means = {label: monitor.mean(name) for label, name in names.items()}
-    return ", ".join(f"{label} {value:.2e}" for label, value in means.items() if value is not None) or "no figures"
+    return (
+        ", ".join(f"{label} {value:.2e}" for label, value in means.items() if value is not None)
+        or "no figures"
+    )
 
 
 def _neighbour_correlation(values: list[float]) -> float:

@@ -1,6 +1,8 @@
-"""The user's own solvers, problems and data sets: files named in a config's `imports:`, run on driver and workers.
+"""The user's own solvers, problems and data sets: files named in a config's `imports:`, run on
+driver and workers.
 
-Only here does bomemeta execute something that it was not installed with, and exactly the files named there.
+Only here does bomemeta execute something that it was not installed with, and exactly the files
+named there.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ from typing import NamedTuple
 
 from bomemeta.errors import ConfigError
 
-# The package that user files seem to live in. Ray pickles their functions by this name: the same in every process.
+# The package that user files seem to live in. Ray pickles their functions by this name: the same in
+# every process.
 USER_PACKAGE = "bomemeta_user"
 
 
 class Import(NamedTuple):
-    """One entry of `imports:`, ready to travel: a file's text, or (`source` None) a module installed everywhere."""
+    """One entry of `imports:`, ready to travel: a file's text, or (`source` None) a module
+    installed everywhere.
+    """
 
     module: str
     source: str | None
@@ -29,7 +34,9 @@ class Import(NamedTuple):
 
 
 def is_file_entry(entry: str) -> bool:
-    """Whether an entry of `imports:` names a file (`my_solver.py`), not an installed module (`my_package.solvers`)."""
+    """Whether an entry of `imports:` names a file (`my_solver.py`), not an installed module
+    (`my_package.solvers`).
+    """
     return entry.endswith(".py") or "/" in entry or "\\" in entry
 
 
@@ -52,15 +59,19 @@ def read_imports(entries: Sequence[str]) -> list[Import]:
         module = f"{USER_PACKAGE}.{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}"
         other = imports.get(module)
         if other is not None and other.file != str(path):
-            raise ConfigError(f"imports: {other.file} and {path} would both be the module {module}; rename one of them")
+            raise ConfigError(
+                f"imports: {other.file} and {path} would both be the module {module}; rename one of them"
+            )
         imports[module] = Import(module, source, str(path))
     return list(imports.values())
 
 
 def execute_imports(imports: Iterable[Import]) -> None:
-    """Makes every import's registrations known in this process. A text that already ran here is not run again.
+    """Makes every import's registrations known in this process. A text that already ran here is not
+    run again.
 
-    Raises ConfigError naming the file and line that failed, with the original exception as `__cause__`.
+    Raises ConfigError naming the file and line that failed, with the original exception as
+    `__cause__`.
     """
     for entry in imports:
         if entry.source is None:
@@ -70,7 +81,9 @@ def execute_imports(imports: Iterable[Import]) -> None:
 
 
 def load_imports(entries: Sequence[str]) -> None:
-    """Reads and executes, for a process that sees the files. Raises ConfigError as the two parts do."""
+    """Reads and executes, for a process that sees the files. Raises ConfigError as the two parts
+    do.
+    """
     execute_imports(read_imports(entries))
 
 
@@ -87,11 +100,15 @@ def _import_installed(name: str) -> None:
 
 def _execute(name: str, source: str, file: str) -> None:
     known = sys.modules.get(name)
-    if known is not None and (known.__dict__.get("__bomemeta_source__"), known.__file__) == (source, file):
+    if known is not None and (known.__dict__.get("__bomemeta_source__"), known.__file__) == (
+        source,
+        file,
+    ):
         return
     if USER_PACKAGE not in sys.modules:
         package = ModuleType(USER_PACKAGE, "The files of this run's `imports:` list.")
-        package.__path__ = []  # a package without a folder: `import bomemeta_user.x` finds x only once it was executed
+        # a package without a folder: `import bomemeta_user.x` finds x only once it was executed
+        package.__path__ = []
         sys.modules[USER_PACKAGE] = package
     module = ModuleType(name)
     module.__file__ = file
@@ -107,13 +124,19 @@ def _execute(name: str, source: str, file: str) -> None:
 
 
 def _last_line(error: Exception, file: str | None) -> str:
-    """`:12`, the last line of `file` that the error came through; with no file ` (at FILE:12)`, the innermost one."""
+    """`:12`, the last line of `file` that the error came through; with no file ` (at FILE:12)`, the
+    innermost one.
+    """
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f":{error.lineno}" if file is not None else f" (at {error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
     if file is None:
         # A module that is simply not there fails inside importlib, which is no place to point at.
-        own = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
+        own = [
+            frame
+            for frame in frames
+            if "importlib" not in frame.filename and frame.filename != __file__
+        ]
         return f" (at {own[-1].filename}:{own[-1].lineno})" if own else ""
     lines = [frame.lineno for frame in frames if frame.filename == file]
     return f":{lines[-1]}" if lines else ""

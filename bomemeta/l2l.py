@@ -1,4 +1,6 @@
-"""learn2learn (Arnold et al., 2020), imported when it is first used and not before: its import takes seconds."""
+"""learn2learn (Arnold et al., 2020), imported when it is first used and not before: its import
+takes seconds.
+"""
 
 from __future__ import annotations
 

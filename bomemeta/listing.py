@@ -16,19 +16,27 @@ _SECTION_OF = {"solvers": "solver", "problems": "problem", "datasets": "data"}
 
 
 def names_of(kinds: Sequence[str]) -> list[str]:
-    """The registered names of each kind (`solvers`, `problems`, `datasets`) with the first line of their docstring."""
+    """The registered names of each kind (`solvers`, `problems`, `datasets`) with the first line of
+    their docstring.
+    """
     lines: list[str] = []
     for kind in kinds:
         registry = SECTIONS[_SECTION_OF[kind]].registry
         names = registry.names()
         width = max((len(name) for name in names), default=0)
-        lines += [f"{kind}:", *(f"  {name:<{width}}  {_first_line(registry.get(name))}".rstrip() for name in names), ""]
+        lines += [
+            f"{kind}:",
+            *(f"  {name:<{width}}  {_first_line(registry.get(name))}".rstrip() for name in names),
+            "",
+        ]
     lines.append("Keys of one: bomemeta list KIND NAME")
     return lines
 
 
 def keys_of(kind: str, name: str) -> list[str]:
-    """A class's docstring and its keys with defaults. Raises ConfigError with the nearest name where there is none."""
+    """A class's docstring and its keys with defaults. Raises ConfigError with the nearest name
+    where there is none.
+    """
     section = _SECTION_OF[kind]
     spec = SECTIONS[section]
     cls = spec.registry.get(name)
@@ -43,7 +51,10 @@ def keys_of(kind: str, name: str) -> list[str]:
         "",
         f"{section}:",
         f"  {spec.key}: {name}",
-        *(f"  {key:<{widths[0]}} {default:<{widths[1]}}  # {wanted}" for key, default, wanted in rows),
+        *(
+            f"  {key:<{widths[0]}} {default:<{widths[1]}}  # {wanted}"
+            for key, default, wanted in rows
+        ),
     ]
 
 

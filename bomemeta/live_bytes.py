@@ -1,4 +1,6 @@
-"""Bytes of live tensors while something runs in this process: the program's own figure, the same at every run and on every machine."""
+"""Bytes of live tensors while something runs in this process: the program's own figure, the same at
+every run and on every machine.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,20 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that operations return while it is entered; `peak` is the most at any time.
+    """Counts the bytes of the tensors that operations return while it is entered; `peak` is the
+    most at any time.
 
-    A storage counts from the first operation that returns it until it is freed, but for those of `resident`. Left out is what an operation
-    uses and frees within itself, and the memory of Python and of the libraries.
+    A storage counts from the first operation that returns it until it is freed, but for those of
+    `resident`. Left out is what an operation uses and frees within itself, and the memory of Python
+    and of the libraries.
     """
 
     def __init__(self, resident: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._resident = [tensor.untyped_storage() for tensor in resident]  # held, so that their identities stay theirs
+        self._resident = [
+            tensor.untyped_storage() for tensor in resident
+        ]  # held, so that their identities stay theirs
         self._known = {id(storage) for storage in self._resident}
         self._paused = False
 
@@ -45,7 +51,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        # One Python object per storage for as long as it lives, so that its identity and its end are the storage's.
+        # One Python object per storage for as long as it lives, so that its identity and its end
+        # are the storage's.
         if id(storage) in self._known:
             return
         self._known.add(id(storage))

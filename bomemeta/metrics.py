@@ -19,7 +19,8 @@ from bomemeta.run_folder import RunFolder, finite
 
 __all__ = ["TENSORBOARD_TAGS", "MetricsLog", "RunFolder", "read_metrics"]
 
-# Where TensorBoard shows a metric. Others, as of a user's own solver, are shown under their own name.
+# Where TensorBoard shows a metric. Others, as of a user's own solver, are shown under their own
+# name.
 TENSORBOARD_TAGS = {
     "upper_loss": "loss/upper",
     "lower_loss": "loss/lower",
@@ -57,8 +58,8 @@ TENSORBOARD_TAGS = {
 class MetricsLog:
     """metrics.jsonl, one flushed line per step, and TensorBoard's event files where asked for.
 
-    Opening it for a run that goes on at `from_step` drops the lines of that step and later ones, which will be
-    computed again, and a last line that a kill cut short.
+    Opening it for a run that goes on at `from_step` drops the lines of that step and later ones,
+    which will be computed again, and a last line that a kill cut short.
     """
 
     def __init__(self, folder: RunFolder, tensorboard: bool, from_step: int = 0) -> None:
@@ -68,7 +69,9 @@ class MetricsLog:
         self._open(from_step)
 
     def go_back(self, step: int) -> None:
-        """Drops `step` and later ones while the run goes on, for a run that returns to a checkpoint."""
+        """Drops `step` and later ones while the run goes on, for a run that returns to a
+        checkpoint.
+        """
         self.close()
         self._open(step)
 
@@ -88,7 +91,9 @@ class MetricsLog:
         from PIL import Image  # a second's work that runs without TensorBoard are spared
 
         with Image.open(io.BytesIO(png)) as picture, naming(self._path):
-            self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            self._writer.add_image(
+                name, np.asarray(picture.convert("RGB")), step, dataformats="HWC"
+            )
 
     def flush(self) -> None:
         """Brings what TensorBoard's writer holds back to the disk; lines are there already."""
@@ -120,12 +125,19 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, in order; a line that was cut short is left out. [] where there is no file."""
+    """The whole lines of a metrics.jsonl, in order; a line that was cut short is left out. [] where
+    there is no file.
+    """
     return parse_metrics(path.read_bytes()) if path.exists() else []
 
 
@@ -146,8 +158,14 @@ def _summary(metrics: Mapping[str, float]) -> Any:
     """TensorBoard's form of a step's numbers, all in one."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    finite_ones = {TENSORBOARD_TAGS.get(name, name): value for name, value in metrics.items() if math.isfinite(value)}
-    return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in finite_ones.items()])
+    finite_ones = {
+        TENSORBOARD_TAGS.get(name, name): value
+        for name, value in metrics.items()
+        if math.isfinite(value)
+    }
+    return Summary(
+        value=[Summary.Value(tag=tag, simple_value=value) for tag, value in finite_ones.items()]
+    )
 
 
 def _keep_before(path: Path, step: int) -> None:
@@ -158,9 +176,11 @@ def _keep_before(path: Path, step: int) -> None:
 
 
 def _next_second(folder: Path) -> None:
-    """Waits until a new event file comes after those in the folder: TensorBoard reads them in the order of their names, which begin with
-    the second of their birth.
+    """Waits until a new event file comes after those in the folder: TensorBoard reads them in the
+    order of their names, which begin with the second of their birth.
     """
-    newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
+    newest = max(
+        (int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0
+    )
     while 0 <= newest - int(time.time()) < 2:  # a clock that was set back is not waited for
         time.sleep(0.02)

@@ -1,4 +1,6 @@
-"""`bomemeta profile`: where the time of a step goes, from a few real steps, and what moves the largest part of it."""
+"""`bomemeta profile`: where the time of a step goes, from a few real steps, and what moves the
+largest part of it.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,12 @@ class Profile:
     threads: int
     step_s: float
     parts: dict[str, float]  # of a step: STEP
-    within: dict[str, float]  # of the work of all shards, one after the other in one process: spans and REST
-    operations: dict[str, float]  # torch's operations with the most time of their own, the same work
+    within: dict[
+        str, float
+    ]  # of the work of all shards, one after the other in one process: spans and REST
+    operations: dict[
+        str, float
+    ]  # torch's operations with the most time of their own, the same work
     gradient_evaluations: float | None  # per task
     reduces: float
     bytes_reduced: float
@@ -80,10 +86,17 @@ class Profile:
             *(_line(name, taken, busy) for name, taken in self.within.items()),
             "",
             f"torch's operations in it, time of their own in {_ms(sum(self.operations.values()))}",
-            *(_line(name, taken, sum(self.operations.values())) for name, taken in self.operations.items()),
+            *(
+                _line(name, taken, sum(self.operations.values()))
+                for name, taken in self.operations.items()
+            ),
             "",
             f"to the driver: {self.reduces:.0f} reduces of {self.bytes_reduced / 2**20:.2f} MiB in all"
-            + (f"; gradient evaluations per task: {self.gradient_evaluations:.0f}" if self.gradient_evaluations else ""),
+            + (
+                f"; gradient evaluations per task: {self.gradient_evaluations:.0f}"
+                if self.gradient_evaluations
+                else ""
+            ),
             f"largest part: {self.largest}. {KNOBS[self.largest]}",
             environment_line(self.environment),
         ]
@@ -102,12 +115,15 @@ def profile(
     warm_up: int = 3,
     say: Callable[[str], None] = lambda text: None,
 ) -> Profile:
-    """Takes `warm_up` and then `steps` steps of the config from its start; nothing is written, and the run's folder is not touched.
+    """Takes `warm_up` and then `steps` steps of the config from its start; nothing is written, and
+    the run's folder is not touched.
 
-    With workers the steps run there, and then once more in this process, where the spans and torch's profiler listen. Raises
-    ConfigError where the run has too few steps for that.
+    With workers the steps run there, and then once more in this process, where the spans and
+    torch's profiler listen. Raises ConfigError where the run has too few steps for that.
     """
-    settings = load_config(config, [*overrides, "evaluation.every_steps=null"])  # a validation is no part of a step
+    settings = load_config(
+        config, [*overrides, "evaluation.every_steps=null"]
+    )  # a validation is no part of a step
     problem = build_problem(settings)
     solver = build_solver(settings, problem)
     with torch_threads(settings.threads), closing(open_transport(settings, say)) as transport:
@@ -127,7 +143,7 @@ def profile(
         within = course.within(steps)
         operations = course.operations(min(steps, 3))
     first = measured[0]
-    blocks = problem.pool if problem.lower == "shared" else None
+    blocks = problem.num_tasks if problem.lower == "shared" else None
     tasks = blocks or job.step_run(0).tasks
     return Profile(
         steps=steps,
@@ -147,7 +163,9 @@ def profile(
 
 
 class Course:
-    """A run on its way, from the config's start, or as if it stood at `step` with everything else as at the start."""
+    """A run on its way, from the config's start, or as if it stood at `step` with everything else
+    as at the start.
+    """
 
     def __init__(self, job: Job, step: int = 0) -> None:
         problem, seed = job.problem, job.config.seed
@@ -169,7 +187,9 @@ class Course:
         return said
 
     def within(self, steps: int) -> dict[str, float]:
-        """Medians over so many steps of the spans in this process, and of what of the computation is in none."""
+        """Medians over so many steps of the spans in this process, and of what of the computation
+        is in none.
+        """
         each = []
         for _ in range(steps):
             with spans.heard() as heard:
@@ -178,10 +198,16 @@ class Course:
         return {name: _median(each, name) for name in each[0]}
 
     def operations(self, steps: int) -> dict[str, float]:
-        """The longest of torch's operations per step, without those that they call. The profiler slows what it looks at."""
+        """The longest of torch's operations per step, without those that they call. The profiler
+        slows what it looks at.
+        """
         with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiled:
             self.go(steps)
-        found = {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiled.key_averages() if "::" in event.key}
+        found = {
+            event.key: event.self_cpu_time_total / 1e6 / steps
+            for event in profiled.key_averages()
+            if "::" in event.key
+        }
         longest = sorted(found, key=lambda name: -found[name])[:OPERATIONS]
         others = sum(taken for name, taken in found.items() if name not in longest)
         return {name: found[name] for name in longest} | {"all others": others}

@@ -1,4 +1,6 @@
-"""The three lists that users extend: solvers, problems and data sets, each filled by a `register("name")` decorator."""
+"""The three lists that users extend: solvers, problems and data sets, each filled by a
+`register("name")` decorator.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,18 @@ class Registry:
         self._loaded = False
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator: make the class known as `name`. Raises ConfigError where the name is taken."""
+        """Class decorator: make the class known as `name`. Raises ConfigError where the name is
+        taken.
+        """
 
         def add(cls: C) -> C:
             known = self._classes.get(name)
-            # The same file imported again (driver and worker in one process) defines the same class anew: that is no clash.
-            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            # The same file imported again (driver and worker in one process) defines the same class
+            # anew: that is no clash.
+            if known is not None and (known.__module__, known.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):
                 raise ConfigError(
                     f"{self.kind} {name!r} is already registered by {known.__module__}, now again by {cls.__module__}: "
                     "choose another name, or import a file that `imports:` names as bomemeta_user.<its name>"
@@ -39,7 +47,9 @@ class Registry:
         return add
 
     def get(self, name: str) -> type[Any]:
-        """The class registered as `name`. Raises ConfigError with the nearest name where there is none."""
+        """The class registered as `name`. Raises ConfigError with the nearest name where there is
+        none.
+        """
         self._load()
         if name in self._classes:
             return self._classes[name]

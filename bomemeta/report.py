@@ -1,4 +1,6 @@
-"""What a person sees of a run: progress, notes and the result. A bar on a terminal, plain lines everywhere else."""
+"""What a person sees of a run: progress, notes and the result. A bar on a terminal, plain lines
+everywhere else.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,30 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 
 from bomemeta.health import HealthMonitor
 
-__all__ = ["HealthMonitor", "Listener", "Outcome", "Quiet", "TerminalListener", "result_lines", "show_result"]
+__all__ = [
+    "HealthMonitor",
+    "Listener",
+    "Outcome",
+    "Quiet",
+    "TerminalListener",
+    "result_lines",
+    "show_result",
+]
 
-# What the progress line shows of a step, in this order; a solver that does not give one leaves it out.
+# What the progress line shows of a step, in this order; a solver that does not give one leaves it
+# out.
 _SHOWN = {
     "upper_loss": "upper loss",
     "lower_loss": "lower loss",
@@ -29,13 +47,15 @@ class Listener(Protocol):
     """Hears what happens while a run goes on. Steps are counted from 0."""
 
     def start(self, run_dir: Path | str, first_step: int, steps: int, every_steps: int) -> None:
-        """Called once before `first_step`; `run_dir` is a path or, as text, a URI; `steps` is the run's whole number, `every_steps` is
-        `log.every_steps`.
+        """Called once before `first_step`; `run_dir` is a path or, as text, a URI; `steps` is the
+        run's whole number, `every_steps` is `log.every_steps`.
         """
         ...
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Called for every committed step, while the next one is on its way: a stop that is asked for here comes after that one."""
+        """Called for every committed step, while the next one is on its way: a stop that is asked
+        for here comes after that one.
+        """
         ...
 
     def saved(self, checkpoint: Path) -> None:
@@ -119,7 +139,8 @@ class TerminalListener:
             self._bar = None
 
     def _print(self, text: str) -> None:
-        # Through rich, which moves a running bar out of the way; as plain text, since brackets in paths are no markup.
+        # Through rich, which moves a running bar out of the way; as plain text, since brackets in
+        # paths are no markup.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -141,7 +162,9 @@ class Outcome(Protocol):
 
 
 def result_lines(result: Outcome) -> list[str]:
-    """The result as aligned `name  value` lines, accuracies in per cent with their 95 % interval where there is one."""
+    """The result as aligned `name  value` lines, accuracies in per cent with their 95 % interval
+    where there is one.
+    """
     rows = [("steps", str(result.steps))]
     shown = {_interval_of(name) for name in result.metrics if "accuracy" in name}
     for name, value in result.metrics.items():
@@ -149,9 +172,14 @@ def result_lines(result: Outcome) -> list[str]:
             continue
         interval = result.metrics.get(_interval_of(name)) if "accuracy" in name else None
         rows.append((name.replace("_", " "), _value(name, value, interval)))
-    rows += [("upper sha256", result.upper_sha256), ("run folder", str(result.uri or result.run_dir))]
+    rows += [
+        ("upper sha256", result.upper_sha256),
+        ("run folder", str(result.uri or result.run_dir)),
+    ]
     width = max(len(name) for name, _ in rows)
-    return [f"{name:<{width}}  {value}" for name, value in rows] + [f"note: {note}" for note in result.notes]
+    return [f"{name:<{width}}  {value}" for name, value in rows] + [
+        f"note: {note}" for note in result.notes
+    ]
 
 
 def show_result(result: Outcome, console: Console | None = None) -> None:
@@ -171,7 +199,9 @@ def _value(name: str, value: float, interval: float | None) -> str:
         return str(value)
     if "accuracy" not in name:
         return f"{value:.6g}"
-    return f"{100 * value:.2f} %" + (f" ± {100 * interval:.2f} (95 %)" if interval is not None else "")
+    return f"{100 * value:.2f} %" + (
+        f" ± {100 * interval:.2f} (95 %)" if interval is not None else ""
+    )
 
 
 def _figures(metrics: Mapping[str, float]) -> str:

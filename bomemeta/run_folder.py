@@ -20,19 +20,22 @@ from bomemeta.errors import ConfigError, StorageError
 from bomemeta.files import naming, replace_text, unwritten, written_whole
 from bomemeta.storage import Mirror, is_uri
 
-# How long to wait for another process in the same run folder: longer than `ray job stop` takes to end one.
+# How long to wait for another process in the same run folder: longer than `ray job stop` takes to
+# end one.
 LOCK_PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run; `path` is absolute. Where output_dir is a URI, `mirror` is what copies `path`, a temporary folder, there."""
+    """The folder of one run; `path` is absolute. Where output_dir is a URI, `mirror` is what copies
+    `path`, a temporary folder, there.
+    """
 
     path: Path
     mirror: Mirror | None = None
 
     @property
-    def place(self) -> Path | str:
+    def location(self) -> Path | str:
         """Where the run is to be found afterwards: the path or the URI."""
         return self.path if self.mirror is None else self.mirror.uri
 
@@ -58,7 +61,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, output_dir: str | None, config_name: str, config: Config) -> RunFolder:
-        """A new folder with the config in it: `output_dir`, or the first free of runs/NAME, runs/NAME-2, ...
+        """A new folder with the config in it: `output_dir`, or the first free of runs/NAME,
+        runs/NAME-2, ...
 
         Raises ConfigError where `output_dir` holds something already or cannot be made.
         """
@@ -76,7 +80,9 @@ class RunFolder:
                 folder = cls(path.resolve())
             folder.write_config(config)
         except OSError as error:
-            raise ConfigError(f"output_dir: {error.filename} cannot be written: {error.strerror}") from error
+            raise ConfigError(
+                f"output_dir: {error.filename} cannot be written: {error.strerror}"
+            ) from error
         if folder.mirror is not None:
             try:
                 folder.mirror.send()  # what it would refuse it refuses now
@@ -91,10 +97,14 @@ class RunFolder:
         """The folder of an earlier run. Raises ConfigError where it is not one."""
         if (folder := cls.find(path)) is not None:
             return folder
-        place = path if is_uri(path) else Path(path).expanduser().resolve()
+        location = path if is_uri(path) else Path(path).expanduser().resolve()
         runs = sorted(str(file.parent) for file in Path("runs").glob("*/config.yaml"))
-        hint = f"Runs here: {', '.join(runs)}" if runs else "`bomemeta train` prints the folder of each run"
-        raise ConfigError(f"{place} is not a run's folder: it has no config.yaml. {hint}")
+        hint = (
+            f"Runs here: {', '.join(runs)}"
+            if runs
+            else "`bomemeta train` prints the folder of each run"
+        )
+        raise ConfigError(f"{location} is not a run's folder: it has no config.yaml. {hint}")
 
     @classmethod
     def find(cls, path: str | Path) -> RunFolder | None:
@@ -103,7 +113,9 @@ class RunFolder:
         if folder.config_file.is_file():
             return folder
         if folder.mirror is None and folder.path.is_dir():
-            unwritten(folder.config_file).unlink(missing_ok=True)  # of a process that was killed as it began
+            unwritten(folder.config_file).unlink(
+                missing_ok=True
+            )  # of a process that was killed as it began
         return None
 
     @classmethod
@@ -121,9 +133,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Keeps other processes on this machine out, and has everything at the URI, if there is one, at the end.
+        """Keeps other processes on this machine out, and has everything at the URI, if there is
+        one, at the end.
 
-        Raises ConfigError where another process is at work in the folder, StorageError where the URI cannot be written at the end.
+        Raises ConfigError where another process is at work in the folder, StorageError where the
+        URI cannot be written at the end.
         """
         with _locked(self.path):
             try:
@@ -135,15 +149,21 @@ class RunFolder:
                 try:
                     self.mirror.send()
                 except StorageError as error:
-                    raise StorageError(f"{error}. Nothing is lost: the run as it is now is in {self.path}") from error
+                    raise StorageError(
+                        f"{error}. Nothing is lost: the run as it is now is in {self.path}"
+                    ) from error
 
     def publish(self, say: Callable[[str], None]) -> None:
-        """Copies what is new to the URI, where there is one. What fails is said, and done the next time."""
+        """Copies what is new to the URI, where there is one. What fails is said, and done the next
+        time.
+        """
         if self.mirror is not None:
             try:
                 self.mirror.send()
             except StorageError as error:
-                say(f"{error}. Nothing is lost: the run is in {self.path}, and what is missing is sent with the next checkpoint")
+                say(
+                    f"{error}. Nothing is lost: the run is in {self.path}, and what is missing is sent with the next checkpoint"
+                )
 
     def abandon(self) -> None:
         """Takes back a folder in which nothing happened; one that holds more than the config stays."""
@@ -155,7 +175,9 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Every key with its value, so that the run does not depend on a later version's defaults."""
-        replace_text(self.config_file, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+        replace_text(
+            self.config_file, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        )
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Replaces result.json; NaN and infinite numbers, which JSON does not have, become null."""
@@ -188,7 +210,9 @@ def _first_free(path: Path) -> Path:
 
 
 def _claim(path: Path) -> bool:
-    """Makes the folder ours: True where it was not there (only one process can make it) or was there and empty."""
+    """Makes the folder ours: True where it was not there (only one process can make it) or was
+    there and empty.
+    """
     try:
         path.mkdir(parents=True)
     except FileExistsError:
@@ -196,16 +220,17 @@ def _claim(path: Path) -> bool:
     return True
 
 
-def _taken(place: Path | str, typed: Path | str) -> str:
+def _taken(location: Path | str, typed: Path | str) -> str:
     return (
-        f"output_dir: {place} exists and is not empty; a run never overwrites another. "
+        f"output_dir: {location} exists and is not empty; a run never overwrites another. "
         f"Go on with `bomemeta resume {typed}`, or choose another output_dir"
     )
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # On the folder itself, so that no file is left. The system gives it back whenever and however this process ends.
+    # On the folder itself, so that no file is left. The system gives it back whenever and however
+    # this process ends.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         deadline = time.monotonic() + LOCK_PATIENCE_S
@@ -215,7 +240,9 @@ def _locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
-                    raise ConfigError(f"output_dir: another process is at work in {path}. Wait for its end, or end it") from error
+                    raise ConfigError(
+                        f"output_dir: another process is at work in {path}. Wait for its end, or end it"
+                    ) from error
                 time.sleep(0.2)
             except OSError:  # a file system without locks
                 break

@@ -1,7 +1,9 @@
-"""One config with several seeds: independent runs, side by side where there are workers, and the mean of what they came to.
+"""One config with several seeds: independent runs, side by side where there are workers, and the
+mean of what they came to.
 
-Each seed is a run like any other, serial, in a folder of its own below the common one. A worker runs a seed from begin to end; one that is
-lost has its seed gone on with elsewhere, from the seed's last checkpoint and to the same bits.
+Each seed is a run like any other, serial, in a folder of its own below the common one. A worker
+runs a seed from begin to end; one that is lost has its seed gone on with elsewhere, from the seed's
+last checkpoint and to the same bits.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Job(NamedTuple):
     """What a worker is asked for one seed: exactly one of training, going on and evaluating."""
 
     seed: int
-    place: str  # of its folder: a path or a URI
+    location: str  # of its folder: a path or a URI
     evaluates: bool
 
 
@@ -49,14 +51,17 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildSeedWorker:
-    """Makes a worker for seeds in whatever process it is called in; carries the config as plain values and user files as text."""
+    """Makes a worker for seeds in whatever process it is called in; carries the config as plain
+    values and user files as text.
+    """
 
     config: Mapping[str, Any]
     imports: tuple[Import, ...]
 
     def __call__(self, device: str) -> SeedWorker:
         execute_imports(self.imports)
-        # Imported files have just been executed from their text, and need not exist here. Where they do, a seed's folder can be used alone.
+        # Imported files have just been executed from their text, and need not exist here. Where
+        # they do, a seed's folder can be used alone.
         files = [entry for entry in self.config["imports"] if is_file_entry(entry)]
         here = all(Path(entry).is_file() for entry in files)
         return SeedWorker({**self.config, "imports": self.config["imports"] if here else []})
@@ -69,23 +74,44 @@ class SeedWorker:
         self._config = config
 
     def execute(self, request: Job, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Answer]:
-        own = {**self._config, "seed": request.seed, "seeds": 1, "workers": 0, "output_dir": request.place}
+        own = {
+            **self._config,
+            "seed": request.seed,
+            "seeds": 1,
+            "workers": 0,
+            "output_dir": request.location,
+        }
         settings = load_config(own)
         if request.evaluates:
-            result = evaluate_one(settings, RunFolder.open(request.place), Quiet())
-        elif (begun := RunFolder.find(request.place)) is not None:  # by an earlier call, or by a worker that was lost
+            result = evaluate_one(settings, RunFolder.open(request.location), Quiet())
+        elif (
+            begun := RunFolder.find(request.location)
+        ) is not None:  # by an earlier call, or by a worker that was lost
             result = resume_one(settings, begun, Quiet())
         else:
             result = train_one(settings, "", Quiet())
         notes = [f"seed {request.seed}: {note}" for note in result.notes]
-        return (Answer(request.seed, result.steps, result.metrics, result.upper_sha256, notes, result.interrupted),)
+        return (
+            Answer(
+                request.seed,
+                result.steps,
+                result.metrics,
+                result.upper_sha256,
+                notes,
+                result.interrupted,
+            ),
+        )
 
 
-def run_seeds(config: Config, folder: RunFolder, listener: Listener, evaluates: bool = False) -> Result:
-    """All seeds of the config, begun, gone on with or evaluated, `workers` at a time; result.json unless `evaluates`.
+def run_seeds(
+    config: Config, folder: RunFolder, listener: Listener, evaluates: bool = False
+) -> Result:
+    """All seeds of the config, begun, gone on with or evaluated, `workers` at a time; result.json
+    unless `evaluates`.
 
-    `metrics` has the mean of every figure over the seeds and, as NAME_ci95, the half-width of its 95 % interval by Student's t.
-    `upper` is empty and `upper_sha256` that of the seeds' own hashes, in order.
+    `metrics` has the mean of every figure over the seeds and, as NAME_ci95, the half-width of its
+    95 % interval by Student's t. `upper` is empty and `upper_sha256` that of the seeds' own hashes,
+    in order.
     """
     with nullcontext() if evaluates else folder.held(listener.note):
         return _run(config, folder, listener, evaluates)
@@ -93,11 +119,12 @@ def run_seeds(config: Config, folder: RunFolder, listener: Listener, evaluates: 
 
 def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool) -> Result:
     started = time.perf_counter()
-    listener.note(f"run folder: {folder.place}")
+    listener.note(f"run folder: {folder.location}")
     if not evaluates:
         folder.write_config(config)
     jobs = [
-        Job(seed, str(below(folder.place, f"seed-{seed}")), evaluates) for seed in range(config.seed, config.seed + config.seeds)
+        Job(seed, str(below(folder.location, f"seed-{seed}")), evaluates)
+        for seed in range(config.seed, config.seed + config.seeds)
     ]
     answers: list[Answer] = []
     factory = BuildSeedWorker(config.to_dict(), tuple(read_imports(config.imports)))
@@ -106,7 +133,9 @@ def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool)
     with closing(open_transport(patient, listener.note, factory)) as transport:
         for first in range(0, len(jobs), at_once):
             calls = [ShardCall(job) for job in jobs[first : first + at_once]]
-            answers += [reply.reply for reply in transport.run(np.empty(0, np.float32), calls).replies]
+            answers += [
+                reply.reply for reply in transport.run(np.empty(0, np.float32), calls).replies
+            ]
             listener.note(f"{len(answers)} of {len(jobs)} seeds are done")
             if any(answer.interrupted for answer in answers):
                 break
@@ -115,16 +144,37 @@ def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool)
     digest = hashlib.sha256("".join(answer.upper_sha256 for answer in answers).encode()).hexdigest()
     notes = [note for answer in answers for note in answer.notes]
     uri = folder.mirror.uri if folder.mirror is not None else None
-    result = Result(folder.path, min(answer.steps for answer in answers), metrics, {}, digest, interrupted, notes, uri)
+    result = Result(
+        folder.path,
+        min(answer.steps for answer in answers),
+        metrics,
+        {},
+        digest,
+        interrupted,
+        notes,
+        uri,
+    )
     if not (interrupted or evaluates):
-        runs = [{"seed": answer.seed, "upper_sha256": answer.upper_sha256, "metrics": answer.metrics} for answer in answers]
-        record = {"steps": result.steps, "seed": config.seed, "upper_sha256": digest, "wall_s": time.perf_counter() - started}
-        folder.write_result(record | {"metrics": metrics, "runs": runs, "notes": notes, "config": config.to_dict()})
+        runs = [
+            {"seed": answer.seed, "upper_sha256": answer.upper_sha256, "metrics": answer.metrics}
+            for answer in answers
+        ]
+        record = {
+            "steps": result.steps,
+            "seed": config.seed,
+            "upper_sha256": digest,
+            "wall_s": time.perf_counter() - started,
+        }
+        folder.write_result(
+            record | {"metrics": metrics, "runs": runs, "notes": notes, "config": config.to_dict()}
+        )
     return result
 
 
 def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every figure that all runs have, followed by NAME_ci95; an interval has no interval of its own."""
+    """The mean of every figure that all runs have, followed by NAME_ci95; an interval has no
+    interval of its own.
+    """
     from scipy.stats import t
 
     n = len(runs)

@@ -1,4 +1,6 @@
-"""One run in its folder: begun, gone on with or evaluated, with everything that a run says and leaves behind."""
+"""One run in its folder: begun, gone on with or evaluated, with everything that a run says and
+leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ from bomemeta.config import Config, differing_keys
 from bomemeta.core.solver import LowerStates
 from bomemeta.document import read_document
 from bomemeta.engine import Job, State
-from bomemeta.errors import BomemetaError, CheckpointError, ConfigError, DivergenceError, LowerStateLost
+from bomemeta.errors import (
+    BomemetaError,
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    LowerStateLost,
+)
 from bomemeta.health import HealthMonitor
 from bomemeta.metrics import MetricsLog
 from bomemeta.report import Listener
@@ -35,7 +43,8 @@ from bomemeta.signals import stop_on_signal
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. `metrics` are the final figures, `upper` is x on the CPU, `upper_sha256` identifies its bits.
+    """What a run came to. `metrics` are the final figures, `upper` is x on the CPU, `upper_sha256`
+    identifies its bits.
 
     `uri`: where output_dir is one, the place of everything; `run_dir` was a temporary copy of it.
     """
@@ -51,7 +60,9 @@ class Result:
 
 
 def train_one(settings: Config, name: str, listener: Listener) -> Result:
-    """Trains from scratch in a new folder. Raises before anything is written where problem and solver cannot be had."""
+    """Trains from scratch in a new folder. Raises before anything is written where problem and
+    solver cannot be had.
+    """
     problem = build_problem(settings)
     solver = build_solver(settings, problem)
     folder = RunFolder.create(settings.output_dir, name, settings)
@@ -59,7 +70,9 @@ def train_one(settings: Config, name: str, listener: Listener) -> Result:
         with folder.held(listener.note):
             return _Session(settings, folder, listener).run(problem, solver, None)
     except BomemetaError:
-        if checkpoints.latest(folder.checkpoints) is None:  # it never began: the next try may have this folder
+        if (
+            checkpoints.latest(folder.checkpoints) is None
+        ):  # it never began: the next try may have this folder
             folder.abandon()
         raise
 
@@ -68,11 +81,15 @@ def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Resul
     """Goes on from the folder's newest readable checkpoint."""
     with folder.held(listener.note):
         saved = None
-        if (loaded := _where_it_was(folder)) is not None:  # else the run died before its first step: begin again
+        if (
+            loaded := _where_it_was(folder)
+        ) is not None:  # else the run died before its first step: begin again
             for note in loaded.notes:
                 listener.note(note)
             saved = loaded.checkpoint
-            check_same_run(saved._replace(config={**saved.config, "steps": settings.steps}), settings)
+            check_same_run(
+                saved._replace(config={**saved.config, "steps": settings.steps}), settings
+            )
         problem = build_problem(settings)
         solver = build_solver(settings, problem)
         folder.write_config(settings)
@@ -87,7 +104,7 @@ def check_continues(settings: Config, folder: RunFolder) -> None:
         lines.append(f"  seeds: there {there.get('seeds', 1)!r}, config {settings.seeds!r}")
     if lines:
         raise ConfigError(
-            f"output_dir: {folder.place} holds another run, which --auto-resume does not go on with:\n"
+            f"output_dir: {folder.location} holds another run, which --auto-resume does not go on with:\n"
             + "\n".join(lines)
             + "\nSet these keys back, or choose another output_dir; `bomemeta resume` with steps=N trains longer"
         )
@@ -102,19 +119,30 @@ def finished(settings: Config, folder: RunFolder) -> Result | None:
         return None
     upper: dict[str, Tensor] = {}
     notes: list[str] = record["notes"]
-    if (last := _where_it_was(folder)) is not None and upper_sha256(last.checkpoint.upper) == record["upper_sha256"]:
+    if (last := _where_it_was(folder)) is not None and upper_sha256(
+        last.checkpoint.upper
+    ) == record["upper_sha256"]:
         upper = last.checkpoint.upper
     elif settings.seeds == 1:
-        notes = [*notes, f"the final x is not in {folder.place} any more"]
+        notes = [*notes, f"the final x is not in {folder.location} any more"]
     if record["config"]["evaluation"] != settings.to_dict()["evaluation"]:
-        notes = [*notes, f"measured with another `evaluation:` than this config's; `bomemeta eval {folder.place}` measures again"]
-    metrics = {name: math.nan if value is None else value for name, value in record["metrics"].items()}
+        notes = [
+            *notes,
+            f"measured with another `evaluation:` than this config's; `bomemeta eval {folder.location}` measures again",
+        ]
+    metrics = {
+        name: math.nan if value is None else value for name, value in record["metrics"].items()
+    }
     uri = folder.mirror.uri if folder.mirror is not None else None
-    return Result(folder.path, record["steps"], metrics, upper, record["upper_sha256"], False, notes, uri)
+    return Result(
+        folder.path, record["steps"], metrics, upper, record["upper_sha256"], False, notes, uri
+    )
 
 
 def _where_it_was(folder: RunFolder) -> Loaded | None:
-    """The newest readable checkpoint; None where there is nothing to lose: no checkpoint, or only a damaged one of the start."""
+    """The newest readable checkpoint; None where there is nothing to lose: no checkpoint, or only a
+    damaged one of the start.
+    """
     newest = checkpoints.latest(folder.checkpoints)
     if newest is None:
         return None
@@ -151,14 +179,20 @@ class _Session:
         started = time.perf_counter()
         first_step = self._saved_step = saved.step if saved is not None else 0
         steps = engine.run_length(self._config, problem)
-        self._listener.start(self._folder.place, first_step, steps, self._config.log.every_steps)
-        with torch_threads(self._config.threads), closing(self), closing(open_transport(self._config, self.note)) as transport:
+        self._listener.start(self._folder.location, first_step, steps, self._config.log.every_steps)
+        with (
+            torch_threads(self._config.threads),
+            closing(self),
+            closing(open_transport(self._config, self.note)) as transport,
+        ):
             job = Job(self._config, problem, solver, transport)
             state = self._state(job, saved)
             if saved is None:
                 self._save(job, state)  # what a lost node or a kill in the first steps goes back to
             if state.step < steps:
-                self._folder.result_file.unlink(missing_ok=True)  # of a shorter run, which this one takes further
+                self._folder.result_file.unlink(
+                    missing_ok=True
+                )  # of a shorter run, which this one takes further
             self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
 
             def save_kept(kept: State) -> None:
@@ -191,10 +225,15 @@ class _Session:
         return result
 
     def evaluate(self, problem: Any, solver: Any, saved: Checkpoint) -> Result:
-        with torch_threads(self._config.threads), closing(open_transport(self._config, self.note)) as transport:
+        with (
+            torch_threads(self._config.threads),
+            closing(open_transport(self._config, self.note)) as transport,
+        ):
             job = Job(self._config, problem, solver, transport)
             state = self._state(job, saved)
-            return self._result(state, engine.final_metrics(job, state, self.note), interrupted=False)
+            return self._result(
+                state, engine.final_metrics(job, state, self.note), interrupted=False
+            )
 
     def close(self) -> None:
         self._listener.close()
@@ -203,7 +242,9 @@ class _Session:
 
     def _state(self, job: Job, saved: Checkpoint | None) -> State:
         upper = job.problem.init_upper(torch.Generator().manual_seed(self._config.seed))
-        state = State(0, job.solver.start(upper, job.steps), LowerStates.none(), job.problem.init_memory())
+        state = State(
+            0, job.solver.start(upper, job.steps), LowerStates.none(), job.problem.init_memory()
+        )
         if saved is not None:
             _check_shapes(state.upper.params, saved)
             engine.restore(state, saved)
@@ -214,13 +255,17 @@ class _Session:
             self._write(job, state)
 
     def _save_kept(self, job: Job, state: State) -> None:
-        """For a signal in the middle of a step; the loop may be saving a later state, or have saved it."""
+        """For a signal in the middle of a step; the loop may be saving a later state, or have saved
+        it.
+        """
         with self._saving:
             if state.step > self._saved_step:
                 self._write(job, state)
 
     def _write(self, job: Job, state: State) -> None:
-        path = checkpoints.save(self._folder.checkpoints, engine.to_checkpoint(job, state), self._config.checkpoint.keep)
+        path = checkpoints.save(
+            self._folder.checkpoints, engine.to_checkpoint(job, state), self._config.checkpoint.keep
+        )
         self._saved_step = state.step
         if self._log is not None:
             self._log.flush()
@@ -229,7 +274,9 @@ class _Session:
 
     def _roll_back(self, state: State, error: LowerStateLost) -> None:
         loaded = load_latest(self._folder.checkpoints)
-        self.note(f"step {state.step}: {error} Going back to the checkpoint of step {loaded.checkpoint.step}.")
+        self.note(
+            f"step {state.step}: {error} Going back to the checkpoint of step {loaded.checkpoint.step}."
+        )
         for note in loaded.notes:
             self.note(note)
         engine.restore(state, loaded.checkpoint)
@@ -250,18 +297,29 @@ class _Session:
 
     def _diverged(self, error: DivergenceError) -> str:
         last = checkpoints.latest(self._folder.checkpoints)
-        good = f"{self._folder.place}/checkpoints/{last.name}" if last is not None else None
+        good = f"{self._folder.location}/checkpoints/{last.name}" if last is not None else None
         return (
             f"{error}. The last good checkpoint is {good}. Try smaller solver.upper_lr, lower_lr or "
-            f"inner_lr in a new run; metrics.jsonl in {self._folder.place} shows which loss grew first"
+            f"inner_lr in a new run; metrics.jsonl in {self._folder.location} shows which loss grew first"
         )
 
     def _result(self, state: State, metrics: dict[str, float], interrupted: bool) -> Result:
         upper = {name: tensor.clone() for name, tensor in state.upper.params.items()}
         uri = self._folder.mirror.uri if self._folder.mirror is not None else None
-        return Result(self._folder.path, state.step, metrics, upper, upper_sha256(upper), interrupted, list(self._notes), uri)
+        return Result(
+            self._folder.path,
+            state.step,
+            metrics,
+            upper,
+            upper_sha256(upper),
+            interrupted,
+            list(self._notes),
+            uri,
+        )
 
-    def _record(self, job: Job, state: State, result: Result, first_step: int, seconds: float) -> dict[str, Any]:
+    def _record(
+        self, job: Job, state: State, result: Result, first_step: int, seconds: float
+    ) -> dict[str, Any]:
         return {
             "steps": result.steps,
             "seed": self._config.seed,
@@ -282,10 +340,18 @@ def _check_shapes(upper: Mapping[str, Tensor], saved: Checkpoint) -> None:
     got = {name: tuple(tensor.shape) for name, tensor in saved.upper.items()}
     if wanted != got:
         different = sorted(name for name in {**wanted, **got} if wanted.get(name) != got.get(name))
-        lines = [f"  {name}: checkpoint {got.get(name)}, config {wanted.get(name)}" for name in different]
-        raise CheckpointError("the checkpoint's upper variable has another shape than the config's problem:\n" + "\n".join(lines))
+        lines = [
+            f"  {name}: checkpoint {got.get(name)}, config {wanted.get(name)}" for name in different
+        ]
+        raise CheckpointError(
+            "the checkpoint's upper variable has another shape than the config's problem:\n"
+            + "\n".join(lines)
+        )
 
 
 def _versions() -> dict[str, str]:
     packages = ("bomemeta", "torch", "torchvision", "ray", "numpy", "learn2learn")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }

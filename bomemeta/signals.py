@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: a run stops after the step in hand, and what is committed is saved before SIGKILL follows."""
+"""Ctrl-C and SIGTERM: a run stops after the step in hand, and what is committed is saved before
+SIGKILL follows.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ S = TypeVar("S")
 
 
 class Stop(Generic[S]):
-    """Whether the loop was asked to stop (call it), and the last committed state, which the loop leaves here before each step."""
+    """Whether the loop was asked to stop (call it), and the last committed state, which the loop
+    leaves here before each step.
+    """
 
     def __init__(self) -> None:
         self.asked = threading.Event()
@@ -29,11 +33,14 @@ class Stop(Generic[S]):
 
 @contextmanager
 def stop_on_signal(say: Callable[[str], None], save: Callable[[S], None]) -> Iterator[Stop[S]]:
-    """Ctrl-C (or SIGTERM) asks the loop to stop after the step in hand; a second Ctrl-C stops at once.
+    """Ctrl-C (or SIGTERM) asks the loop to stop after the step in hand; a second Ctrl-C stops at
+    once.
 
-    Who sends SIGTERM often sends SIGKILL next (`ray job stop` after 3 s), and a step may take longer: SIGTERM also saves the kept state
-    while the step goes on. That happens in a thread, since Python's own handlers wait until the main thread comes back from what it
-    computes; `save` is called there, perhaps while the loop saves too. Outside the main thread signals are not ours: nothing is asked.
+    Who sends SIGTERM often sends SIGKILL next (`ray job stop` after 3 s), and a step may take
+    longer: SIGTERM also saves the kept state while the step goes on. That happens in a thread,
+    since Python's own handlers wait until the main thread comes back from what it computes; `save`
+    is called there, perhaps while the loop saves too. Outside the main thread signals are not ours:
+    nothing is asked.
     """
     stop: Stop[S] = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -79,7 +86,9 @@ def _save(kept: S | None, say: Callable[[str], None], save: Callable[[S], None])
         return
     try:
         save(kept)
-    except Exception as error:  # whatever it is, the loop saves at the end of its step, if it gets there
+    except (
+        Exception
+    ) as error:  # whatever it is, the loop saves at the end of its step, if it gets there
         say(f"SIGTERM: the state before this step could not be saved: {error}")
     else:
         say("SIGTERM: the state before this step is saved; stopping after this step")

@@ -1,5 +1,6 @@
-"""Places at a URI (s3://, gs://, abfs://, file:// ...), and run folders there: worked on in a local folder, which is copied as the run
-goes on. What is there is always a run that can be gone on with: a new checkpoint is complete before the older one is removed.
+"""Places at a URI (s3://, gs://, abfs://, file:// ...), and run folders there: worked on in a local
+folder, which is copied as the run goes on. What is there is always a run that can be gone on with:
+a new checkpoint is complete before the older one is removed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from bomemeta.errors import ConfigError, StorageError
 
-# Pauses before another try. Object stores answer "slow down" for seconds; what lasts longer is left to the next checkpoint.
+# Pauses before another try. Object stores answer "slow down" for seconds; what lasts longer is left
+# to the next checkpoint.
 PAUSES_S = (1.0, 2.0, 4.0)
 # Stores that need no folders, and in which a file appears whole when its writer closes it.
 OBJECT_STORES = {"s3", "gcs", "abfs"}
@@ -35,35 +37,44 @@ class Stamp(NamedTuple):
     modified_ns: int
 
 
-def is_uri(place: str | Path) -> bool:
-    """Whether a place is a URI and not a path."""
-    return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+def is_uri(location: str | Path) -> bool:
+    """Whether a location is a URI and not a path."""
+    return (
+        isinstance(location, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
+    )
 
 
-def below(place: str | Path, name: str) -> Path | str:
-    """The place `name` within a place: a path, or a URI, of which what it says after a question mark stays at its end."""
-    if not is_uri(place):
-        return Path(place) / name
-    whole, mark, rest = str(place).partition("?")
+def below(location: str | Path, name: str) -> Path | str:
+    """The location `name` within a location: a path, or a URI, of which what it says after a
+    question mark stays at its end.
+    """
+    if not is_uri(location):
+        return Path(location) / name
+    whole, mark, rest = str(location).partition("?")
     return f"{whole.rstrip('/')}/{name}{mark}{rest}"
 
 
 class Store:
-    """The files of a folder on a disk or at a URI, by their names below it. What fails is tried again.
+    """The files of a folder on a disk or at a URI, by their names below it. What fails is tried
+    again.
 
-    `place` is how errors call it. All methods raise StorageError.
+    `location` is how errors call it. All methods raise StorageError.
     """
 
-    def __init__(self, files: Any, root: str, place: str) -> None:
-        self._files, self._root, self.place = files, root.rstrip("/"), place
+    def __init__(self, files: Any, root: str, location: str) -> None:
+        self._files, self._root, self.location = files, root.rstrip("/"), location
 
     @classmethod
-    def at(cls, place: str | Path) -> Store:
+    def at(cls, location: str | Path) -> Store:
         """Raises ConfigError where the URI's scheme is not known."""
         from pyarrow.fs import LocalFileSystem
 
-        files, root = _filesystem(str(place)) if is_uri(place) else (LocalFileSystem(), str(Path(place).absolute()))
-        return cls(files, root, str(place))
+        files, root = (
+            _filesystem(str(location))
+            if is_uri(location)
+            else (LocalFileSystem(), str(Path(location).absolute()))
+        )
+        return cls(files, root, str(location))
 
     def names(self) -> list[str]:
         """All files that are there whole, in the order of their names; [] where there is no folder."""
@@ -80,7 +91,9 @@ class Store:
 
         def content() -> bytes | None:
             try:
-                with self._files.open_input_file(f"{self._root}/{name}") as file:  # a stream is read in small pieces
+                with self._files.open_input_file(
+                    f"{self._root}/{name}"
+                ) as file:  # a stream is read in small pieces
                     found: bytes = file.read()
             except FileNotFoundError:
                 return None
@@ -93,13 +106,18 @@ class Store:
 
         def copy() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._files.open_input_stream(f"{self._root}/{name}") as file, path.open("wb") as target:
+            with (
+                self._files.open_input_stream(f"{self._root}/{name}") as file,
+                path.open("wb") as target,
+            ):
                 shutil.copyfileobj(file, target, READ_BYTES)
 
         self._again(copy, f"cannot be read ({name})")
 
     def put(self, name: str, content: Path | bytes) -> None:
-        """Makes or replaces a file, from another one or from bytes: at any time the old one or the new one is there whole."""
+        """Makes or replaces a file, from another one or from bytes: at any time the old one or the
+        new one is there whole.
+        """
         self._again(lambda: self._put(name, content), f"cannot be written to ({name})")
 
     def remove(self, name: str) -> None:
@@ -142,20 +160,24 @@ class Store:
             except _errors() as error:
                 if pause_s is None:
                     reason = str(error).partition("\n")[0]
-                    raise StorageError(f"{self.place} {what}, in {len(PAUSES_S) + 1} tries: {reason}") from error
+                    raise StorageError(
+                        f"{self.location} {what}, in {len(PAUSES_S) + 1} tries: {reason}"
+                    ) from error
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
 
 
 class Mirror:
-    """A folder at a URI and its local copy, `folder`, in the temporary directory (TMPDIR chooses it). The copy goes with this object,
-    unless something in it could not be sent.
+    """A folder at a URI and its local copy, `folder`, in the temporary directory (TMPDIR chooses
+    it). The copy goes with this object, unless something in it could not be sent.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
         self._store = Store.at(self.uri)
-        self._sent: dict[str, Stamp] = {}  # what is there as far as we know, by its path below the folder
+        self._sent: dict[
+            str, Stamp
+        ] = {}  # what is there as far as we know, by its path below the folder
         self._lock = threading.Lock()
         self.folder = Path(tempfile.mkdtemp(prefix="bomemeta-")).resolve()
         self._cleanup = self._make_cleanup()
@@ -173,12 +195,21 @@ class Mirror:
                 self._sent[name] = _stamp(self.folder / name)
 
     def send(self) -> None:
-        """Copies what is new or has changed, then removes what is gone here. Raises StorageError; the next call does what is left."""
+        """Copies what is new or has changed, then removes what is gone here. Raises StorageError;
+        the next call does what is left.
+        """
         with self._lock:  # a SIGTERM sends from a thread of its own
             self._cleanup.detach()
-            local = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
+            local = {
+                path.relative_to(self.folder).as_posix(): path
+                for path in self.folder.rglob("*")
+                if path.is_file()
+            }
             local = {name: path for name, path in local.items() if not _unfinished(name)}
-            for name in sorted(set(local) - {"result.json"}, key=lambda name: (name.startswith("checkpoints/"), name)):
+            for name in sorted(
+                set(local) - {"result.json"},
+                key=lambda name: (name.startswith("checkpoints/"), name),
+            ):
                 self._send(name, local[name])
             for name in sorted(set(self._sent) - set(local)):
                 self._store.remove(name)
@@ -201,7 +232,9 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     try:
         from pyarrow.fs import FileSystem
     except ImportError as error:
-        raise ConfigError(f"output_dir: {uri} needs pyarrow, which cannot be imported: {error}") from error
+        raise ConfigError(
+            f"output_dir: {uri} needs pyarrow, which cannot be imported: {error}"
+        ) from error
     try:
         return FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     except _errors() as error:

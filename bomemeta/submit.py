@@ -1,7 +1,9 @@
-"""`bomemeta train` as a job on a Ray cluster: what is sent there, what is checked before, and how it is followed.
+"""`bomemeta train` as a job on a Ray cluster: what is sent there, what is checked before, and how
+it is followed.
 
-A job runs in a copy of the current folder, which is thrown away with everything that it wrote there. So whatever a run needs must be
-in that copy or on the cluster, and what it leaves must go elsewhere; both are checked here, before anything is sent.
+A job runs in a copy of the current folder, which is thrown away with everything that it wrote
+there. So whatever a run needs must be in that copy or on the cluster, and what it leaves must go
+elsewhere; both are checked here, before anything is sent.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.imports import is_file_entry
 from bomemeta.storage import is_uri
 
-# What no run needs, at the top of the folder where it begins with a slash; .gitignore and .rayignore are heeded by Ray itself.
+# What no run needs, at the top of the folder where it begins with a slash; .gitignore and
+# .rayignore are heeded by Ray itself.
 EXCLUDES = (
     ".git", ".venv", "venv", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "/runs", "/data",
     "/reproduced", "/dist",
@@ -66,7 +69,10 @@ class Upload:
 
     def biggest(self) -> list[str]:
         largest = sorted(self.sizes.items(), key=lambda item: -item[1])[:BIGGEST_SHOWN]
-        return [f"  {size / 1024**2:8.1f} MiB  {path.relative_to(self.folder)}" for path, size in largest]
+        return [
+            f"  {size / 1024**2:8.1f} MiB  {path.relative_to(self.folder)}"
+            for path, size in largest
+        ]
 
 
 def prepare(
@@ -80,8 +86,8 @@ def prepare(
 ) -> Submission:
     """Checks the config and what it needs, and says what would be sent from the current folder.
 
-    `environment`: NAME=VALUE, or NAME for its value here. `restarts`: as in `bomemeta train --restarts`. Raises ConfigError where the job
-    could not run or its results would be lost.
+    `environment`: NAME=VALUE, or NAME for its value here. `restarts`: as in `bomemeta train
+    --restarts`. Raises ConfigError where the job could not run or its results would be lost.
     """
     folder = Path.cwd()
     excluded = [*EXCLUDES, *excludes]
@@ -95,15 +101,27 @@ def prepare(
         raise ConfigError(
             f"--uv: there is no pyproject.toml in {folder}, which `uv run` on the cluster would build its environment from"
         )
-    # With it Ray finds a `uv run` among the driver's parents and gives the workers the same environment. Without: a cluster that was itself
-    # started by `uv run` would do that to every job, which then has no Ray.
+    # With it Ray finds a `uv run` among the driver's parents and gives the workers the same
+    # environment. Without: a cluster that was itself started by `uv run` would do that to every
+    # job, which then has no Ray.
     hook = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": str(int(uv))}
     relative = Path(os.path.relpath(path, folder)).as_posix()
-    words = [*(["uv", "run"] if uv else []), "bomemeta", "train", relative, *overrides, "--auto-resume"]
+    words = [
+        *(["uv", "run"] if uv else []),
+        "bomemeta",
+        "train",
+        relative,
+        *overrides,
+        "--auto-resume",
+    ]
     words += ["--restarts", str(restarts)] if restarts else []
     return Submission(
         entrypoint=shlex.join(words),
-        runtime_env={"working_dir": str(folder), "excludes": excluded, "env_vars": hook | _environment(environment)},
+        runtime_env={
+            "working_dir": str(folder),
+            "excludes": excluded,
+            "env_vars": hook | _environment(environment),
+        },
         output_dir=output_dir,
         files=len(upload.sizes),
         size=sum(upload.sizes.values()),
@@ -111,9 +129,11 @@ def prepare(
 
 
 def submit(submission: Submission, address: str, *, wait: bool, say: Say, show: Say) -> int:
-    """Sends the job; with `wait` shows its log until it ends, and returns 0 where it was done, 1 where it failed, 130 where it was stopped.
+    """Sends the job; with `wait` shows its log until it ends, and returns 0 where it was done, 1
+    where it failed, 130 where it was stopped.
 
-    Ctrl-C while waiting leaves the job alone. Raises ClusterError where there is no cluster at the address, or it refuses us.
+    Ctrl-C while waiting leaves the job alone. Raises ClusterError where there is no cluster at the
+    address, or it refuses us.
     """
     with _quiet():
         return _submit(submission, address, wait, say, show)
@@ -126,7 +146,9 @@ def _submit(submission: Submission, address: str, wait: bool, say: Say, show: Sa
     say(f"submitted: {job}")
     say(f"run folder: {submission.output_dir}")
     say(f"see it:     ray job logs --follow --address {address} {job}")
-    say(f"stop it:    ray job stop --address {address} {job}     (the same submission again goes on from its last step)")
+    say(
+        f"stop it:    ray job stop --address {address} {job}     (the same submission again goes on from its last step)"
+    )
     if not wait:
         return 0
     try:
@@ -145,13 +167,17 @@ def _submit(submission: Submission, address: str, wait: bool, say: Say, show: Sa
     if status == JobStatus.STOPPED:
         say(f"stopped: {job}; submit it again to go on. run folder: {submission.output_dir}")
         return 130
-    say(f"failed: {job}: {str(info.message).strip().splitlines()[-1] if info.message else 'no reason was given'}")
+    say(
+        f"failed: {job}: {str(info.message).strip().splitlines()[-1] if info.message else 'no reason was given'}"
+    )
     return 1
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Ray's log lines: what they say of the upload was checked or is said by us, and each of its loggers has a level of its own."""
+    """Without Ray's log lines: what they say of the upload was checked or is said by us, and each
+    of its loggers has a level of its own.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -166,7 +192,9 @@ def _send(submission: Submission, address: str) -> tuple[Any, str]:
 
     try:
         client = JobSubmissionClient(address)
-        return client, client.submit_job(entrypoint=submission.entrypoint, runtime_env=submission.runtime_env)
+        return client, client.submit_job(
+            entrypoint=submission.entrypoint, runtime_env=submission.runtime_env
+        )
     except (RayError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ClusterError(
@@ -213,29 +241,39 @@ def _check_carried(path: Path, overrides: Sequence[str], settings: Config, uploa
     """Raises ConfigError naming every file that the config reads and the job would not have."""
     wrong = []
     if not upload.has(path):
-        wrong.append(f"{path} is not sent: it is outside of {upload.folder}, or excluded. Submit from a folder that holds it")
+        wrong.append(
+            f"{path} is not sent: it is outside of {upload.folder}, or excluded. Submit from a folder that holds it"
+        )
     document = apply_overrides(read_document(path), overrides)
     for entry in _entries(document):
         if Path(entry).expanduser().is_absolute() or entry.startswith("~"):
             wrong.append(
-                f"{document.place(('imports',))}: imports: {entry} is not there on the cluster; write it relative to the config"
+                f"{document.location(('imports',))}: imports: {entry} is not there on the cluster; write it relative to the config"
             )
     for entry in settings.imports:
         if is_file_entry(entry) and not upload.has(Path(entry)):
-            wrong.append(f"imports: {entry} is not sent: it is outside of {upload.folder}, or excluded")
-    for key in ("root", "path"):
-        place = settings.data.fields.get(key) if settings.data is not None else None
-        if isinstance(place, str) and not Path(place).expanduser().is_absolute() and not upload.has(Path(place)):
             wrong.append(
-                f"data.{key}: {place} is not sent: it is excluded, or not there. Give the absolute path that it has on the cluster"
+                f"imports: {entry} is not sent: it is outside of {upload.folder}, or excluded"
+            )
+    for key in ("root", "path"):
+        location = settings.data.fields.get(key) if settings.data is not None else None
+        if (
+            isinstance(location, str)
+            and not Path(location).expanduser().is_absolute()
+            and not upload.has(Path(location))
+        ):
+            wrong.append(
+                f"data.{key}: {location} is not sent: it is excluded, or not there. Give the absolute path that it has on the cluster"
             )
     if wrong:
         raise ConfigError("\n".join(wrong))
 
 
 def _entries(document: Document) -> list[str]:
-    """The files of `imports:` as they were typed in the config; overrides' are absolute already and are judged as loaded."""
-    if document.place(("imports",)).startswith("override"):
+    """The files of `imports:` as they were typed in the config; overrides' are absolute already and
+    are judged as loaded.
+    """
+    if document.location(("imports",)).startswith("override"):
         return []
     entries = document.data.get("imports") or []
     return [entry for entry in entries if isinstance(entry, str) and is_file_entry(entry)]
@@ -256,13 +294,17 @@ def _environment(entries: Sequence[str]) -> dict[str, str]:
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals and name not in os.environ:
-            raise ConfigError(f"--env {name}: it is not set here; give its value, as in --env {name}=VALUE")
+            raise ConfigError(
+                f"--env {name}: it is not set here; give its value, as in --env {name}=VALUE"
+            )
         found[name] = value if equals else os.environ[name]
     return found
 
 
 def _files(folder: Path, excludes: Sequence[str]) -> dict[Path, int]:
-    """What Ray itself would put into the package: by its own walk, so that .gitignore and .rayignore mean the same."""
+    """What Ray itself would put into the package: by its own walk, so that .gitignore and
+    .rayignore mean the same.
+    """
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
     sizes: dict[Path, int] = {}
@@ -272,5 +314,11 @@ def _files(folder: Path, excludes: Sequence[str]) -> dict[Path, int]:
             sizes[path] = path.stat().st_size
 
     heeds_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    _dir_travel(folder, [_get_excludes(folder, list(excludes))], note, heeds_gitignore, logging.getLogger(__name__))
+    _dir_travel(
+        folder,
+        [_get_excludes(folder, list(excludes))],
+        note,
+        heeds_gitignore,
+        logging.getLogger(__name__),
+    )
     return sizes

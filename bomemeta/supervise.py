@@ -1,8 +1,10 @@
-"""`bomemeta train --auto-resume --restarts N`: the run as a child process, which is started again where a signal killed it.
+"""`bomemeta train --auto-resume --restarts N`: the run as a child process, which is started again
+where a signal killed it.
 
-What kills a driver without a word (the system short of memory, a crash in a library, kill -9) cannot be handled by the driver. So this
-small process, which imports neither torch nor Ray, waits beside it. It has no signal handlers but reads one signal after the other, so
-that nothing races with anything.
+What kills a driver without a word (the system short of memory, a crash in a library, kill -9)
+cannot be handled by the driver. So this small process, which imports neither torch nor Ray, waits
+beside it. It has no signal handlers but reads one signal after the other, so that nothing races
+with anything.
 """
 
 from __future__ import annotations
@@ -36,22 +38,28 @@ Say = Callable[[str], None]
 
 
 def same_command(config: str, overrides: Sequence[str]) -> list[str]:
-    """This process's own command without --restarts, by the interpreter and the way (script, -m) that it was called."""
+    """This process's own command without --restarts, by the interpreter and the way (script, -m)
+    that it was called.
+    """
     how = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
     return [sys.executable, *how, "train", config, *overrides, "--auto-resume"]
 
 
 def place_of(config: str, overrides: Sequence[str]) -> str | None:
-    """The config's output_dir, read without the config's imports. Raises ConfigError where the file or an override cannot be read."""
-    place = apply_overrides(read_document(find_config(config)), overrides).data.get("output_dir")
-    return None if place is None else str(place)
+    """The config's output_dir, read without the config's imports. Raises ConfigError where the file
+    or an override cannot be read.
+    """
+    location = apply_overrides(read_document(find_config(config)), overrides).data.get("output_dir")
+    return None if location is None else str(location)
 
 
-def supervise(command: Sequence[str], place: str | None, restarts: int, say: Say) -> int:
-    """Runs the command to its end and returns its exit code, 128 + N where signal N ended it, as shells do.
+def supervise(command: Sequence[str], location: str | None, restarts: int, say: Say) -> int:
+    """Runs the command to its end and returns its exit code, 128 + N where signal N ended it, as
+    shells do.
 
-    Where a signal killed it that nobody sent to stop it, it is started again; not more than `restarts` times in a row without a new
-    checkpoint in `place`. SIGTERM and SIGINT are passed on, and the command's own end is waited for. It does not outlive this process.
+    Where a signal killed it that nobody sent to stop it, it is started again; not more than
+    `restarts` times in a row without a new checkpoint in `location`. SIGTERM and SIGINT are passed
+    on, and the command's own end is waited for. It does not outlive this process.
     """
     seen: frozenset[str] | None = None
     alike = 0  # deaths in a row with the same checkpoints
@@ -64,7 +72,7 @@ def supervise(command: Sequence[str], place: str | None, restarts: int, say: Say
             if stopped or -code in ASKED:
                 say(f"interrupted: the run was ended by {killer}; go on with the same command")
                 return 128 - code
-            there = _checkpoints(place)
+            there = _checkpoints(location)
             alike = alike + 1 if there == seen else 1
             seen = there
             if alike > restarts:
@@ -75,7 +83,9 @@ def supervise(command: Sequence[str], place: str | None, restarts: int, say: Say
                 return 128 - code
             pause_s = min(FIRST_PAUSE_S * 2 ** (alike - 1), LONGEST_PAUSE_S)
             how = "begins again" if there == frozenset() else "goes on from its last checkpoint"
-            say(f"note: the run was killed by {killer}; restart {alike} of {restarts}, in {pause_s:g} s, {how}")
+            say(
+                f"note: the run was killed by {killer}; restart {alike} of {restarts}, in {pause_s:g} s, {how}"
+            )
             if signal.sigtimedwait(STOPS, pause_s) is not None:
                 say("interrupted; go on with the same command")
                 return INTERRUPTED
@@ -84,7 +94,9 @@ def supervise(command: Sequence[str], place: str | None, restarts: int, say: Say
 @contextmanager
 def _held_back() -> Iterator[set[Any]]:
     """The signals that are read one at a time wait until they are; yields the mask that was before."""
-    chld = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as it may be inherited, it would take the exit codes along
+    chld = signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # ignored, as it may be inherited, it would take the exit codes along
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPS, signal.SIGCHLD})
     try:
         yield mask
@@ -104,8 +116,9 @@ def _run(command: Sequence[str], mask: set[Any]) -> tuple[int, bool]:
         info = signal.sigwaitinfo({*STOPS, signal.SIGCHLD})
         if info.si_signo == signal.SIGCHLD:
             continue
-        # The terminal sends Ctrl-C to the child too. Others may have done so (`ray job stop` asks every process of a job), and a second
-        # SIGINT would break off the step in hand, while a SIGTERM after either changes nothing: so the first is passed on as that.
+        # The terminal sends Ctrl-C to the child too. Others may have done so (`ray job stop` asks
+        # every process of a job), and a second SIGINT would break off the step in hand, while a
+        # SIGTERM after either changes nothing: so the first is passed on as that.
         if info.si_code != SI_KERNEL:
             child.send_signal(info.si_signo if stopped else signal.SIGTERM)
         stopped = True
@@ -113,25 +126,34 @@ def _run(command: Sequence[str], mask: set[Any]) -> tuple[int, bool]:
 
 
 def _tie(prctl: Any, parent: int, mask: set[Any]) -> None:
-    """In the child, before it becomes the command: it is killed when its parent ends in whatever way, and gets its signals again."""
+    """In the child, before it becomes the command: it is killed when its parent ends in whatever
+    way, and gets its signals again.
+    """
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # which ended before it was watched
         os.kill(os.getpid(), signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _checkpoints(place: str | None) -> frozenset[str] | None:
+def _checkpoints(location: str | None) -> frozenset[str] | None:
     """Names of the checkpoints of a run, or of all its seeds; None where it cannot be seen."""
-    if place is None:
+    if location is None:
         return None
-    if not is_uri(place):
-        folder = Path(place).expanduser()
+    if not is_uri(location):
+        folder = Path(location).expanduser()
         patterns = ("checkpoints/step_*.pt", "seed-*/checkpoints/step_*.pt")
-        return frozenset(path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern))
-    # In a process of its own: what speaks to a store has threads, and this one must be able to fork.
-    words = [sys.executable, "-c", LISTING, place]
+        return frozenset(
+            path.relative_to(folder).as_posix()
+            for pattern in patterns
+            for path in folder.glob(pattern)
+        )
+    # In a process of its own: what speaks to a store has threads, and this one must be able to
+    # fork.
+    words = [sys.executable, "-c", LISTING, location]
     try:
-        listed = subprocess.run(words, capture_output=True, text=True, timeout=LISTING_S, check=True)
+        listed = subprocess.run(
+            words, capture_output=True, text=True, timeout=LISTING_S, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return frozenset(name for name in listed.stdout.splitlines() if name.endswith(".pt"))

@@ -1,4 +1,6 @@
-"""From pydantic's errors to lines that say which key, what was got, what was wanted and which key is nearest."""
+"""From pydantic's errors to lines that say which key, what was got, what was wanted and which key
+is nearest.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,23 @@ from pydantic import TypeAdapter, ValidationError
 from bomemeta.document import KeyPath, describe
 
 
-class Problem(NamedTuple):
+class ConfigIssue(NamedTuple):
     """One thing that is wrong, at one key."""
 
     path: KeyPath
     text: str
 
 
-def check(schema: TypeAdapter[Any], values: Any, above: KeyPath, keys: list[str], found: list[Problem]) -> Any:
+def check(
+    schema: TypeAdapter[Any], values: Any, above: KeyPath, keys: list[str], found: list[ConfigIssue]
+) -> Any:
     """The validated values, or None after adding to `found`.
 
     `above` is the path of these values in the config, `keys` are the valid ones at their top.
     """
     try:
-        # As JSON, where strictness keeps types apart and still takes a list for a tuple and a text for a path.
+        # As JSON, where strictness keeps types apart and still takes a list for a tuple and a text
+        # for a path.
         return schema.validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         wishes = schema.json_schema()
@@ -33,25 +38,39 @@ def check(schema: TypeAdapter[Any], values: Any, above: KeyPath, keys: list[str]
             dotted = ".".join(str(part) for part in above + path)
             wish = _at(wishes, path, wishes)
             if item["type"] == "extra_forbidden":
-                valid = list(_at(wishes, path[:-1], wishes).get("properties", {})) if len(path) > 1 else keys
+                valid = (
+                    list(_at(wishes, path[:-1], wishes).get("properties", {}))
+                    if len(path) > 1
+                    else keys
+                )
                 text = f"{dotted} is not a key. {_nearest(str(path[-1]), valid, '.'.join(map(str, above + path[:-1])))}"
             elif item["type"] == "missing" and path == item["loc"]:
                 text = f"{dotted} is missing; wanted {phrase(wish, wishes) or 'a value'}"
             else:
-                wanted = None if item["type"] in ("value_error", "assertion_error") else phrase(wish, wishes)
+                wanted = (
+                    None
+                    if item["type"] in ("value_error", "assertion_error")
+                    else phrase(wish, wishes)
+                )
                 text = f"{dotted}: got {describe(_value(values, path))}, wanted {wanted or item['msg']}"
-            found.append(Problem(above + path, text))
+            found.append(ConfigIssue(above + path, text))
         return None
 
 
 def _nearest(key: str, valid: list[str], above: str) -> str:
     near = difflib.get_close_matches(key, valid, n=1)
     prefix = f"{above}." if above else ""
-    return f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(prefix + name for name in valid)}"
+    return (
+        f"Did you mean {prefix}{near[0]}?"
+        if near
+        else f"Known: {', '.join(prefix + name for name in valid)}"
+    )
 
 
 def _trimmed(loc: KeyPath, values: Any, *, keep_last: bool) -> KeyPath:
-    """The part of pydantic's location that is the user's: it also names members of unions, which are no keys."""
+    """The part of pydantic's location that is the user's: it also names members of unions, which
+    are no keys.
+    """
     for length, part in enumerate(loc):
         if isinstance(values, dict):
             if part not in values:
@@ -90,7 +109,9 @@ def _resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
 
 
 def phrase(schema: dict[str, Any], root: dict[str, Any]) -> str | None:
-    """What a JSON schema asks for, in words: `an integer >= 1`, `one of: a, b`, `a number > 0 or null`."""
+    """What a JSON schema asks for, in words: `an integer >= 1`, `one of: a, b`, `a number > 0 or
+    null`.
+    """
     schema = _resolved(schema, root)
     if "anyOf" in schema:
         options = [phrase(option, root) for option in schema["anyOf"]]
@@ -111,4 +132,6 @@ def phrase(schema: dict[str, Any], root: dict[str, Any]) -> str | None:
     if word is None:
         return None
     inner = phrase(schema.get("items", {}), root) if schema.get("type") == "array" else None
-    return " ".join([word, *([" and ".join(limits)] if limits else []), *([f"(each {inner})"] if inner else [])])
+    return " ".join(
+        [word, *([" and ".join(limits)] if limits else []), *([f"(each {inner})"] if inner else [])]
+    )

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-# Tests start hundreds of Python processes. Where none may keep bytecode, as in many containers, each would compile torch anew: here they
-# keep it beside pytest's own cache.
+# Tests start hundreds of Python processes. Where none may keep bytecode, as in many containers,
+# each would compile torch anew: here they keep it beside pytest's own cache.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
-    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(
+        Path(__file__).parents[1] / ".pytest_cache" / "bytecode"
+    )
     sys.dont_write_bytecode = False
 
 # pytest-xdist gives whole files to its processes, in this order.

@@ -1,4 +1,5 @@
-"""A user's file for the tests of searches: a problem at whose step the trial's own process dies or stands still, and who computed.
+"""A user's file for the tests of searches: a problem at whose step the trial's own process dies or
+stands still, and who computed.
 
 `milestone` is asked where the run is driven, `load` where tasks are computed, `setup` in both.
 """
@@ -23,17 +24,25 @@ from bomemeta.registry import problems
 @problems.register("doomed_analytic")
 @dataclass(kw_only=True)
 class DoomedAnalytic(Analytic):
-    """analytic whose driving process is struck after `doom_step`, `doom_times` times in all, each time leaving a mark."""
+    """analytic whose driving process is struck after `doom_step`, `doom_times` times in all, each
+    time leaving a mark.
+    """
 
     doom_step: int | None = None
     doom: Literal["kill", "wait"] = "kill"
     doom_times: int = 1
     doom_mark: str = ""
-    group_folder: str | None = None  # every process of a trial leaves its placement group and number here, and none begins before
+    group_folder: str | None = (
+        # every process of a trial leaves its placement group and number here, and none begins
+        # before
+        None
+    )
     group_size: int = 0  # so many have
 
     def milestone(self, step: int) -> bool:
-        if step == self.doom_step and any(_made(Path(f"{self.doom_mark}.{number}")) for number in range(self.doom_times)):
+        if step == self.doom_step and any(
+            _made(Path(f"{self.doom_mark}.{number}")) for number in range(self.doom_times)
+        ):
             if self.doom == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             while True:
@@ -42,11 +51,17 @@ class DoomedAnalytic(Analytic):
 
     def setup(self) -> None:
         super().setup()
-        if self.group_folder is not None and (group := ray.get_runtime_context().get_placement_group_id()) is not None:
+        if (
+            self.group_folder is not None
+            and (group := ray.get_runtime_context().get_placement_group_id()) is not None
+        ):
             Path(self.group_folder, f"{group}-{os.getpid()}").touch()
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
-        if self.group_folder is not None and (group := ray.get_runtime_context().get_placement_group_id()) is not None:
+        if (
+            self.group_folder is not None
+            and (group := ray.get_runtime_context().get_placement_group_id()) is not None
+        ):
             # Toy tasks are done before a second worker is there.
             while len(list(Path(self.group_folder).glob(f"{group}-*"))) < self.group_size:
                 time.sleep(0.05)

@@ -1,7 +1,8 @@
 """A second device without a GPU: tensors that say that they are elsewhere, and compute on the CPU.
 
-What a GPU refuses is refused here: an operation on tensors of both devices, and an array made of a tensor that is elsewhere. The numbers
-are the CPU's, so that a run here has to end with the bits of a run there.
+What a GPU refuses is refused here: an operation on tensors of both devices, and an array made of a
+tensor that is elsewhere. The numbers are the CPU's, so that a run here has to end with the bits of
+a run there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ import bomemeta.assembly as assembly
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
 _COPIES = {aten._to_copy.default, aten.copy_.default}
-_INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+_INDEXED = {
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._index_put_impl_.default,
+}
 
 
 class Seen(NamedTuple):
@@ -40,7 +46,12 @@ class _Elsewhere(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> _Elsewhere:
         made: _Elsewhere = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=DEVICE
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
         )
         made.inner = inner
         return made
@@ -48,7 +59,13 @@ class _Elsewhere(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
 
@@ -57,10 +74,18 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     anywhere = any(isinstance(tensor, _Elsewhere) for tensor in tensors)
     if anywhere and func not in _COPIES:
         # A GPU takes numbers and indices from the CPU.
-        bound = [arg for place, arg in enumerate(args) if not (place == 1 and func in _INDEXED)]
-        here = [leaf for leaf in tree_flatten((bound, kwargs))[0] if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
+        bound = [
+            arg for location, arg in enumerate(args) if not (location == 1 and func in _INDEXED)
+        ]
+        here = [
+            leaf
+            for leaf in tree_flatten((bound, kwargs))[0]
+            if isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+        ]
         if not all(isinstance(tensor, _Elsewhere) for tensor in here):
-            raise RuntimeError(f"{func}: Expected all tensors to be on the same device, but found {DEVICE} and cpu")
+            raise RuntimeError(
+                f"{func}: Expected all tensors to be on the same device, but found {DEVICE} and cpu"
+            )
     target = kwargs.get("device") or (DEVICE if anywhere else torch.device("cpu"))
     if func is aten.copy_.default:
         target = args[0].device
@@ -68,7 +93,10 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     def bare(leaf: Any) -> Any:
         return leaf.inner if isinstance(leaf, _Elsewhere) else leaf
 
-    there = {**tree_map(bare, kwargs), **({"device": torch.device("cpu")} if "device" in kwargs else {})}
+    there = {
+        **tree_map(bare, kwargs),
+        **({"device": torch.device("cpu")} if "device" in kwargs else {}),
+    }
     there.pop("pin_memory", None)
     out = func(*tree_map(bare, args), **there)
     if torch.Tag.inplace_view in func.tags:  # the outer tensor's shape changes as well
@@ -76,7 +104,9 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             func(*args, **kwargs)
     if torch.device(target).type == "cpu":
         return out
-    known = {id(bare(tensor)): tensor for tensor in tensors}  # what works in place gives its argument back
+    known = {
+        id(bare(tensor)): tensor for tensor in tensors
+    }  # what works in place gives its argument back
 
     def outer(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -93,14 +123,22 @@ class _Dispatch(TorchDispatchMode):
         super().__init__()
         self._seen = seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         result = _run(func, args, kwargs or {})
         if any(isinstance(leaf, _Elsewhere) for leaf in tree_flatten((args, result))[0]):
             self._seen.ran[func] += 1
         if func in _COPIES:
             before = args[1] if func is aten.copy_.default else args[0]
             if isinstance(before, _Elsewhere) != isinstance(result, _Elsewhere):
-                (self._seen.brought if isinstance(before, _Elsewhere) else self._seen.sent).append(before.nbytes)
+                (self._seen.brought if isinstance(before, _Elsewhere) else self._seen.sent).append(
+                    before.nbytes
+                )
         elif func is aten._local_scalar_dense.default and isinstance(args[0], _Elsewhere):
             self._seen.brought.append(args[0].nbytes)
         return result
@@ -110,7 +148,11 @@ class _Made(TorchFunctionMode):
     """torch.tensor and its like move what they made where no dispatch mode sees it."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         keys = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor) and keys.get("device") is not None:

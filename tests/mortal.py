@@ -1,6 +1,8 @@
-"""A user's file for the fault tests: problems of all kinds whose worker dies, hangs or is slow once, in the middle of a step.
+"""A user's file for the fault tests: problems of all kinds whose worker dies, hangs or is slow
+once, in the middle of a step.
 
-The mark is made by the first worker to get there, so that only it is struck and the shard's second run goes through.
+The mark is made by the first worker to get there, so that only it is struck and the shard's second
+run goes through.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from bomemeta.registry import problems
 __all__ = ["toy"]
 
 
-# In one call into C, out of which no Python handler runs, the matrix takes longer than a minute on one core.
+# In one call into C, out of which no Python handler runs, the matrix takes longer than a minute on
+# one core.
 SLOW: dict[str, Callable[[], object]] = {
     "sleep": lambda: time.sleep(60),
     "compute": lambda: torch.linalg.eigvals(torch.rand(4000, 4000, dtype=torch.float64)),
@@ -34,7 +37,9 @@ SLOW: dict[str, Callable[[], object]] = {
 
 @dataclass(kw_only=True)
 class Strike:
-    """The process that first loads training tasks of `strike_step` gets the signal, or is SLOW there; no step: nobody does."""
+    """The process that first loads training tasks of `strike_step` gets the signal, or is SLOW
+    there; no step: nobody does.
+    """
 
     strike_step: int | None = None
     strike_signal: str = "SIGKILL"

@@ -1,4 +1,6 @@
-"""An ill-conditioned quadratic of any size, and the solvers with implicit hypergradients that tests run on it."""
+"""An ill-conditioned quadratic of any size, and the solvers with implicit hypergradients that tests
+run on it.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,19 @@ import torch
 from torch import Tensor
 from toy import Bench, attached
 
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import Problem
 from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.solvers.lancbio import LancBiO
 from bomemeta.solvers.subbio import SubBiO
 
 
 @dataclass(kw_only=True)
-class Synthetic(BilevelProblem):
-    """g_i = y'A_i y/2 - y'(B_i x + c_i), f_i = |y - t_i|^2/2 + (rho/2)|x|^2, eigenvalues of A_i in [1, condition].
+class Synthetic(Problem):
+    """g_i = y'A_i y/2 - y'(B_i x + c_i), f_i = |y - t_i|^2/2 + (rho/2)|x|^2, eigenvalues of A_i in
+    [1, condition].
 
-    `pull` scales B, and with it d2F/dx2 = mean B'A^-2 B + rho: at the default sizes from 0.25 to 11.
+    `pull` scales B, and with it d2F/dx2 = mean B'A^-2 B + rho: at the default sizes from 0.25 to
+    11.
     """
 
     tasks: int = 1
@@ -47,7 +51,7 @@ class Synthetic(BilevelProblem):
         }
 
     @property
-    def pool(self) -> int:
+    def num_tasks(self) -> int:
         return self.tasks
 
     def init_upper(self, generator: torch.Generator):
@@ -74,7 +78,9 @@ class Synthetic(BilevelProblem):
     def solution(self) -> Tensor:
         a, b, c, t = self._data.values()
         slope = torch.linalg.solve(a, b)
-        matrix = (slope.mT @ slope).mean(0) + self.rho * torch.eye(self.dim_upper, dtype=torch.float64)
+        matrix = (slope.mT @ slope).mean(0) + self.rho * torch.eye(
+            self.dim_upper, dtype=torch.float64
+        )
         right = (slope.mT @ (t - torch.linalg.solve(a, c))[..., None]).mean(0)
         return torch.linalg.solve(matrix, right)[:, 0]
 
@@ -109,12 +115,14 @@ def lancbio(**changes) -> LancBiO:
     return replace(LancBiO(subspace=10, inner_steps=5, inner_lr=0.01, upper_lr=0.02), **changes)
 
 
-def small(tasks: int = 1) -> BilevelProblem:
+def small(tasks: int = 1) -> Problem:
     return attached(Synthetic(tasks=tasks, dim_upper=4, dim_lower=12, condition=10.0, pull=2.0))
 
 
 def shared(blocks: int = 1) -> SharedSynthetic:
-    return attached(SharedSynthetic(tasks=blocks, dim_upper=4, dim_lower=12, condition=10.0, pull=2.0))
+    return attached(
+        SharedSynthetic(tasks=blocks, dim_upper=4, dim_lower=12, condition=10.0, pull=2.0)
+    )
 
 
 SOLVERS = {
@@ -126,4 +134,6 @@ SOLVERS = {
 
 def kept(bench: Bench, task: int = 0):
     """The task's lower groups, stacks of one."""
-    return unpack_tasks(PackedTasks(bench.lower.layout, torch.tensor(bench.lower.handles[task])[None]))
+    return unpack_tasks(
+        PackedTasks(bench.lower.layout, torch.tensor(bench.lower.handles[task])[None])
+    )

@@ -1,4 +1,6 @@
-"""A Ray head with its dashboard, as `ray start --head` makes it: processes, ports and a folder of its own, all gone at the end."""
+"""A Ray head with its dashboard, as `ray start --head` makes it: processes, ports and a folder of
+its own, all gone at the end.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,21 @@ def ray_head(authentication: str, cpus: int = 2) -> Iterator[Head]:
             "RAY_AUTH_MODE": authentication,
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # one machine: loopback only
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Tests run under `uv run`: the head would find it among its parents and start every job with it, in the job's folder.
+            # Tests run under `uv run`: the head would find it among its parents and start every job
+            # with it, in the job's folder.
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         if authentication == "token":
             environment["RAY_AUTH_TOKEN"] = "0123456789abcdef" * 4
-        names = ["ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent"]
+        names = [
+            "ray-client-server",
+            "dashboard-agent-listen",
+            "dashboard-agent-grpc",
+            "metrics-export",
+            "runtime-env-agent",
+        ]
         options = [f"--{name}-port={number}" for name, number in zip(names, others, strict=True)]
         log = stack.enter_context((folder / "head.log").open("w"))
         process = subprocess.Popen(
@@ -83,7 +92,9 @@ def _wait_for_jobs_server(head: Head, process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_for_agent(port: int, head: Head, process: subprocess.Popen[bytes]) -> None:
-    """Who starts the jobs: on a busy machine it comes up long after the server that takes them, which waits 10 s for it, then refuses."""
+    """Who starts the jobs: on a busy machine it comes up long after the server that takes them,
+    which waits 10 s for it, then refuses.
+    """
     deadline = time.monotonic() + START_S
     while True:
         try:
@@ -97,14 +108,18 @@ def _wait_for_agent(port: int, head: Head, process: subprocess.Popen[bytes]) -> 
 
 
 def processes_of(folder: Path) -> list[int]:
-    """All processes that have the head's folder in their command line or environment, whoever their parent is now."""
+    """All processes that have the head's folder in their command line or environment, whoever their
+    parent is now.
+    """
     found = []
     needle = os.fsencode(folder)
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if needle in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes():  # jobs have it in their environment
+            if (
+                needle in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            ):  # jobs have it in their environment
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -112,7 +127,9 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Everything goes within ten seconds; Ray itself may take a minute to drain a node on which a job was killed."""
+    """Everything goes within ten seconds; Ray itself may take a minute to drain a node on which a
+    job was killed.
+    """
     process.terminate()
     try:
         process.wait(timeout=5)

@@ -1,4 +1,5 @@
-"""Second-order products asked for one by one, as the mathematics has them: what the oracle's fused calls are compared with.
+"""Second-order products asked for one by one, as the mathematics has them: what the oracle's fused
+calls are compared with.
 
 Finite differences vouch for this function in test_oracle.py.
 """
@@ -25,20 +26,30 @@ class Curvature(NamedTuple):
 
 
 def curvature(
-    oracle: LocalOracle, at: Params, direction: Params, *terms: tuple[Literal["upper", "lower"], float | Tensor]
+    oracle: LocalOracle,
+    at: Params,
+    direction: Params,
+    *terms: tuple[Literal["upper", "lower"], float | Tensor],
 ) -> Curvature:
-    """grad_y, Hessian and cross product of psi = sum of `(loss, weight)` terms at y = `at`, along u = `direction`.
+    """grad_y, Hessian and cross product of psi = sum of `(loss, weight)` terms at y = `at`, along u
+    = `direction`.
 
-    One double backward of <grad_y psi, u> gives both second-order products; the cross product costs one pull-back more.
+    One double backward of <grad_y psi, u> gives both second-order products; the cross product costs
+    one pull-back more.
     """
     encoded = tree.leaves(oracle.encoded) if oracle._encodes else oracle._leaves
     leaf = tree.leaves(at)
     values = [oracle._values(loss, encoded, leaf) for loss, _ in terms]
-    psi = torch.stack([(value * weight).sum() for value, (_, weight) in zip(values, terms, strict=True)]).sum()
+    psi = torch.stack(
+        [(value * weight).sum() for value, (_, weight) in zip(values, terms, strict=True)]
+    ).sum()
     grads = torch.autograd.grad(psi, list(leaf.values()), create_graph=True, materialize_grads=True)
-    along = torch.stack([(grad * direction[name]).sum() for name, grad in zip(leaf, grads, strict=True)]).sum()
+    along = torch.stack(
+        [(grad * direction[name]).sum() for name, grad in zip(leaf, grads, strict=True)]
+    ).sum()
     inputs = [*leaf.values(), *encoded.values()]
-    # A loss that is linear in y has no second derivative at all, and torch no graph to go back through.
+    # A loss that is linear in y has no second derivative at all, and torch no graph to go back
+    # through.
     products = (
         torch.autograd.grad(along, inputs, materialize_grads=True)
         if along.requires_grad

@@ -1,4 +1,6 @@
-"""Every shipped config with persistent lower variables runs with every solver, by `solver.name=` alone."""
+"""Every shipped config with persistent lower variables runs with every solver, by `solver.name=`
+alone.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,23 @@ CHOICES = {
 NAMES = [
     name
     for name in solvers.names()
-    if solvers.get(name).__module__.startswith("bomemeta.") and not issubclass(solvers.get(name), LearnerOptions)
+    if solvers.get(name).__module__.startswith("bomemeta.")
+    and not issubclass(solvers.get(name), LearnerOptions)
 ]
 
 
 @pytest.mark.parametrize("config", CHOICES)
 @pytest.mark.parametrize("name", NAMES)
 def test_config_runs_with_any_solver(config: str, name: str, tmp_path: Path) -> None:
-    # Two steps with the other solver's step sizes: what is tested is that the keys fit, not that it learns.
-    overrides = [f"solver.name={name}", "steps=2", "workers=0", "log.tensorboard=false", f"output_dir={tmp_path / 'run'}"]
+    # Two steps with the other solver's step sizes: what is tested is that the keys fit, not that it
+    # learns.
+    overrides = [
+        f"solver.name={name}",
+        "steps=2",
+        "workers=0",
+        "log.tensorboard=false",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     if "upper_lr" in solvers.get(name).__dataclass_fields__:
         overrides.append("solver.upper_lr=0.01")
     result = bomemeta.train(CONFIGS / f"{config}.yaml", [*CHOICES[config], *overrides])
@@ -47,7 +57,12 @@ def test_config_runs_with_any_solver(config: str, name: str, tmp_path: Path) -> 
     assert all(math.isfinite(value) for value in result.metrics.values())
 
 
-@pytest.mark.parametrize("name", sorted(set(solvers.names()) & {"maml", "fomaml", "anil", "meta_sgd", "reptile"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(solvers.names()) & {"maml", "fomaml", "anil", "meta_sgd", "reptile"})
+)
 def test_solvers_that_adapt_networks_say_that_they_need_one(name: str, tmp_path: Path) -> None:
     with pytest.raises(bomemeta.errors.ConfigError, match="use problem few_shot"):
-        bomemeta.train(CONFIGS / "analytic_bamm_convex.yaml", [f"solver.name={name}", f"output_dir={tmp_path / 'run'}"])
+        bomemeta.train(
+            CONFIGS / "analytic_bamm_convex.yaml",
+            [f"solver.name={name}", f"output_dir={tmp_path / 'run'}"],
+        )

@@ -1,4 +1,6 @@
-"""The same command again goes on by itself, and a SIGTERM loses no committed step, however long the step in hand takes."""
+"""The same command again goes on by itself, and a SIGTERM loses no committed step, however long the
+step in hand takes.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ KILLED_AFTER_S = 3.0  # by `ray job stop`, after its SIGTERM
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bomemeta.Result]:
     """Undisturbed serial runs."""
     folder = tmp_path_factory.mktemp("reference")
-    return {name: bomemeta.train(JOBS[name], [f"output_dir={folder / name}"]) for name in ("quadratic", "stream", "few_shot")}
+    return {
+        name: bomemeta.train(JOBS[name], [f"output_dir={folder / name}"])
+        for name in ("quadratic", "stream", "few_shot")
+    }
 
 
 def go(job: dict[str, Any], folder: Path, *overrides: str) -> bomemeta.Result:
@@ -42,7 +47,9 @@ def record(folder: Path) -> dict[str, Any]:
     return written
 
 
-def stopped_after(steps: int, job: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped_after(
+    steps: int, job: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a kill in the middle of step `steps` leaves."""
 
     def strike(self: Any, task_ids: Any, step: int, split: str) -> Any:
@@ -71,13 +78,21 @@ def test_it_begins_goes_on_and_shows_what_is_finished(reference, tmp_path, monke
     assert record(folder)["first_step"] == 6
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     again = go(QUADRATIC, folder)
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before  # nothing was run
-    assert (again.upper_sha256, again.metrics, again.steps) == (result.upper_sha256, result.metrics, result.steps)
+    assert {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*")
+    } == before  # nothing was run
+    assert (again.upper_sha256, again.metrics, again.steps) == (
+        result.upper_sha256,
+        result.metrics,
+        result.steps,
+    )
     assert all(torch.equal(again.upper[name], result.upper[name]) for name in result.upper)
 
 
 def test_an_output_dir_is_required_and_an_empty_one_will_do(tmp_path):
-    with pytest.raises(ConfigError, match=r"output_dir: missing; --auto-resume finds the run again by it"):
+    with pytest.raises(
+        ConfigError, match=r"output_dir: missing; --auto-resume finds the run again by it"
+    ):
         bomemeta.train(QUADRATIC, auto_resume=True)
     (tmp_path / "empty").mkdir()
     assert go(QUADRATIC, tmp_path / "empty").steps == 8
@@ -100,26 +115,37 @@ def test_another_run_is_refused_with_the_keys(reference, tmp_path, monkeypatch, 
     }
     assert f"output_dir: {folder} holds another run" in lines[0]
     (folder / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match="exists and is not empty; a run never overwrites another"):
+    with pytest.raises(
+        ConfigError, match="exists and is not empty; a run never overwrites another"
+    ):
         go(QUADRATIC, folder)
 
 
 def test_what_a_crash_may_leave_is_gone_on_with(reference, tmp_path, monkeypatch):
     wanted = reference["quadratic"].upper_sha256
-    # A config that was half written, one without anything else, one with a start that cannot be read.
+    # A config that was half written, one without anything else, one with a start that cannot be
+    # read.
     for number, leave in enumerate(
         (
             lambda folder: (folder / "config.yaml").rename(folder / ".config.yaml.tmp"),
             lambda folder: None,
-            lambda folder: ((folder / "checkpoints").mkdir(), (folder / "checkpoints/step_00000000.pt").write_bytes(b"half")),
+            lambda folder: (
+                (folder / "checkpoints").mkdir(),
+                (folder / "checkpoints/step_00000000.pt").write_bytes(b"half"),
+            ),
         )
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        bomemeta.run_folder.RunFolder(folder).write_config(bomemeta.config.load_config(QUADRATIC, [f"output_dir={folder}"]))
+        bomemeta.run_folder.RunFolder(folder).write_config(
+            bomemeta.config.load_config(QUADRATIC, [f"output_dir={folder}"])
+        )
         leave(folder)
         assert go(QUADRATIC, folder).upper_sha256 == wanted
-        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000006.pt", "step_00000008.pt"]
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+            "step_00000006.pt",
+            "step_00000008.pt",
+        ]
 
     folder = tmp_path / "torn"
     stopped_after(7, QUADRATIC, folder, monkeypatch)
@@ -143,7 +169,9 @@ def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(reference, tmp_
     folder = tmp_path / "run"
     go(job, folder)
     config = bomemeta.config.load_config(job, [f"output_dir={folder}", "steps=12"])
-    bomemeta.run_folder.RunFolder(folder).write_config(config)  # `bomemeta resume` with steps=12, killed here
+    bomemeta.run_folder.RunFolder(folder).write_config(
+        config
+    )  # `bomemeta resume` with steps=12, killed here
     assert go(job, folder, "steps=12").upper_sha256 == straight.upper_sha256
 
 
@@ -156,7 +184,11 @@ def test_seeds_go_on_too(tmp_path, monkeypatch):
     assert (result.upper_sha256, result.metrics) == (whole.upper_sha256, whole.metrics)
     assert record(folder / "seed-0")["first_step"] == 3
     again = go(QUADRATIC, folder, "seeds=2")
-    assert (again.upper_sha256, again.metrics, again.upper) == (whole.upper_sha256, whole.metrics, {})
+    assert (again.upper_sha256, again.metrics, again.upper) == (
+        whole.upper_sha256,
+        whole.metrics,
+        {},
+    )
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
@@ -165,7 +197,10 @@ def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.0)
     folder = tmp_path / "run"
     go(QUADRATIC, folder, "steps=2")
-    with run_folder.RunFolder.open(folder).held(print), pytest.raises(ConfigError, match="another process is at work"):
+    with (
+        run_folder.RunFolder.open(folder).held(print),
+        pytest.raises(ConfigError, match="another process is at work"),
+    ):
         bomemeta.resume(folder, ["steps=4"])
     assert bomemeta.resume(folder, ["steps=4"]).steps == 4
 
@@ -178,7 +213,13 @@ def command(job: dict[str, Any], folder: Path, how: str, *overrides: str) -> sub
     config = folder.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(job))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    arguments = ["train", str(config), f"output_dir={folder}", *struck(how, folder.with_suffix(".mark")), *overrides]
+    arguments = [
+        "train",
+        str(config),
+        f"output_dir={folder}",
+        *struck(how, folder.with_suffix(".mark")),
+        *overrides,
+    ]
     return subprocess.Popen(
         [sys.executable, "-m", "bomemeta", *arguments, "--auto-resume"],
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -194,7 +235,9 @@ def terminate_then_kill(process: subprocess.Popen[str]) -> str:
     in_time.start()
     for line in process.stdout:
         lines.append(line)
-        if line.endswith("SIGTERM: the state before this step is saved; stopping after this step\n"):
+        if line.endswith(
+            "SIGTERM: the state before this step is saved; stopping after this step\n"
+        ):
             process.kill()
     in_time.cancel()
     process.communicate()
@@ -240,7 +283,7 @@ def test_sigterm_in_a_short_step_ends_well(reference, tmp_path):
 
 
 def test_sigterm_while_the_loop_saves_is_no_step_back(tmp_path, monkeypatch):
-    """The kept state is older than what the loop has just saved, and must not take its place."""
+    """The kept state is older than what the loop has just saved, and must not take its location."""
     saved = []
     save = checkpoint.save
 

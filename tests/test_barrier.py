@@ -8,7 +8,9 @@ from bomemeta.core.barrier import barrier, control, stationarity
 SHAPES = [(), (6,)]
 
 
-def drawn(shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def drawn(
+    shape: tuple[int, ...], seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A gap and vectors f, q (last axis) with their inner products."""
     generator = torch.Generator().manual_seed(seed)
     f, q = (torch.randn(*shape, 5, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -59,7 +61,9 @@ def test_no_force_where_grad_q_is_zero():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_stationarity_is_the_least_norm_over_multipliers(seed):
-    """|grad f + c grad q|^2 minimised over c >= 0 on a fine grid, an independent way to the same number."""
+    """|grad f + c grad q|^2 minimised over c >= 0 on a fine grid, an independent way to the same
+    number.
+    """
     gap, f, q, inner = drawn((), seed)
     k = stationarity(f @ f, gap, inner, q @ q)
     grid = torch.linspace(0, 20, 200_001, dtype=torch.float64)[:, None]

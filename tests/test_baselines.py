@@ -1,4 +1,6 @@
-"""The baselines against closed forms, against their equations written out plainly, and against each other's identities."""
+"""The baselines against closed forms, against their equations written out plainly, and against each
+other's identities.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from bomemeta.core.implicit import linear_system
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Oracle
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import Problem
 from bomemeta.core.solver import Solver
 from bomemeta.errors import ConfigError, DivergenceError
 from bomemeta.problems.analytic import Analytic
@@ -60,7 +62,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Constants(NamedTuple):
-    """g_i = y'A_i y/2 - y'(B_i x + c_i), f_i = |y - t_i|^2/2 + (RIDGE/2)|x|^2, stacks over the tasks."""
+    """g_i = y'A_i y/2 - y'(B_i x + c_i), f_i = |y - t_i|^2/2 + (RIDGE/2)|x|^2, stacks over the
+    tasks.
+    """
 
     a: Tensor
     b: Tensor
@@ -72,13 +76,26 @@ class Constants(NamedTuple):
         return torch.linalg.solve(self.a, self.b @ x + self.c)
 
     def series(self, terms: int, lr: float) -> Tensor:
-        """I - (I - lr A)^terms: what a Neumann series of so many terms, or so many gradient steps, leave of A^-1 A."""
+        """I - (I - lr A)^terms: what a Neumann series of so many terms, or so many gradient steps,
+        leave of A^-1 A.
+        """
         return EYE - torch.linalg.matrix_power(EYE - lr * self.a, terms)
 
 
 def quadratic(**changes: Any) -> Analytic:
     """Curvatures of g in [1/2, 1], of the whole problem in [1, 4]: tens of steps are enough."""
-    return attached(Analytic(**{"case": "quadratic", "tasks": 3, "dim_upper": 2, "condition": 2.0, "ridge": RIDGE, **changes}))
+    return attached(
+        Analytic(
+            **{
+                "case": "quadratic",
+                "tasks": 3,
+                "dim_upper": 2,
+                "condition": 2.0,
+                "ridge": RIDGE,
+                **changes,
+            }
+        )
+    )
 
 
 def lancbio_synthetic() -> Analytic:
@@ -106,7 +123,9 @@ def root(left: Tensor, pull: Tensor, c: Tensor, t: Tensor) -> Tensor:
 
 
 def truncated(problem: Analytic, terms: int | None, lr: float) -> Tensor:
-    """Where x ends if y solves g and A^-1 in the hypergradient is cut to `terms` terms of its Neumann series; None: x*."""
+    """Where x ends if y solves g and A^-1 in the hypergradient is cut to `terms` terms of its
+    Neumann series; None: x*.
+    """
     a, b, c, t = constants(problem)
     slope, shift = torch.linalg.solve(a, b), torch.linalg.solve(a, c)
     cut = EYE if terms is None else constants(problem).series(terms, lr)
@@ -114,7 +133,9 @@ def truncated(problem: Analytic, terms: int | None, lr: float) -> Tensor:
 
 
 def unrolled_solution(problem: Analytic, steps: int, lr: float) -> Tensor:
-    """argmin_x mean_i f_i(x, y_iT(x)), y_iT after T steps from 0: y_T = K A^-1 (B x + c), K = I - (I - lr A)^T."""
+    """argmin_x mean_i f_i(x, y_iT(x)), y_iT after T steps from 0: y_T = K A^-1 (B x + c), K = I -
+    (I - lr A)^T.
+    """
     a, b, c, t = constants(problem)
     cut = constants(problem).series(steps, lr)
     slope = cut @ torch.linalg.solve(a, b)
@@ -124,7 +145,8 @@ def unrolled_solution(problem: Analytic, steps: int, lr: float) -> Tensor:
 def penalised_solution(problem: Analytic, penalty: float) -> Tensor:
     """argmin_x mean_i min_y [f_i + l g_i] - l min_z g_i, with l B'(z - y) + RIDGE x its gradient.
 
-    y = (I + l A)^-1 (t + l (B x + c)) and z = A^-1 (B x + c), so that l (z - y) = l (I + l A)^-1 (z - t).
+    y = (I + l A)^-1 (t + l (B x + c)) and z = A^-1 (B x + c), so that l (z - y) = l (I + l A)^-1 (z
+    - t).
     """
     a, b, c, t = constants(problem)
     left = penalty * torch.linalg.solve(EYE + penalty * a, b)
@@ -158,7 +180,9 @@ def test_implicit_solvers_reach_the_solution(case, name):
     torch.testing.assert_close(truncated(problem, None, 0.0), problem.solution())
     # 1e-7: 60 contractions by 0.75 or better, measured below 3e-9
     torch.testing.assert_close(bench.x(), problem.solution(), atol=1e-7, rtol=0)
-    torch.testing.assert_close(bench.y(), constants(problem).solved(bench.x())[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        bench.y(), constants(problem).solved(bench.x())[0], atol=1e-6, rtol=0
+    )
     assert metrics["residual"] < 1e-6
     assert metrics["hypergradient_norm"] < 1e-6
 
@@ -166,7 +190,9 @@ def test_implicit_solvers_reach_the_solution(case, name):
 @pytest.mark.parametrize("name", ["aid_neumann", "stocbio", "itd"])
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_series_of_finite_length_reach_the_biased_solution(case, name):
-    """Three terms in each of them. ITD's y goes on from step to step, so that it solves g and the cut series alone is what is wrong."""
+    """Three terms in each of them. ITD's y goes on from step to step, so that it solves g and the
+    cut series alone is what is wrong.
+    """
     problem, lr = PROBLEMS[case][0](), PROBLEMS[case][1] / 3
     solver: Solver = {
         "aid_neumann": AidNeumann(inner_steps=8, inner_lr=lr, aux_steps=3, aux_lr=lr, upper_lr=0.3),
@@ -185,11 +211,15 @@ def test_series_of_finite_length_reach_the_biased_solution(case, name):
 def test_itd_from_its_start_minimises_the_unrolled_objective():
     """Another point than with `warm_start`: y_T is not the lower solution either."""
     problem = lancbio_synthetic()
-    bench = Bench(problem, ITD(inner_steps=3, inner_lr=0.2, upper_lr=0.3, warm_start=False), 60, shards=1)
+    bench = Bench(
+        problem, ITD(inner_steps=3, inner_lr=0.2, upper_lr=0.3, warm_start=False), 60, shards=1
+    )
     bench.finish()
     torch.testing.assert_close(bench.x(), unrolled_solution(problem, 3, 0.2), atol=1e-7, rtol=0)
     assert (bench.x() - truncated(problem, 3, 0.2)).norm() > 1e-2
-    y = (constants(problem).series(3, 0.2) @ constants(problem).solved(bench.x())[:, :, None])[0, :, 0]
+    y = (constants(problem).series(3, 0.2) @ constants(problem).solved(bench.x())[:, :, None])[
+        0, :, 0
+    ]
     torch.testing.assert_close(bench.y(), y, atol=1e-7, rtol=0)
 
 
@@ -214,7 +244,10 @@ def test_penalty_solvers_reach_the_penalised_solution(name, case):
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_error_of_a_penalty_falls_as_one_over_it(case):
     problem = PROBLEMS[case][0]()
-    errors = [float((penalised_solution(problem, 1000.0 * 2**k) - problem.solution()).norm()) for k in range(3)]
+    errors = [
+        float((penalised_solution(problem, 1000.0 * 2**k) - problem.solution()).norm())
+        for k in range(3)
+    ]
     assert errors[0] > 1e-6
     assert [errors[0] / errors[1], errors[1] / errors[2]] == pytest.approx([2, 2], rel=0.01)
 
@@ -223,18 +256,28 @@ def test_f2sas_growing_penalty_leads_on_to_the_solution():
     """lower_lr would not be stable beyond l = 3, and l grows to 80: y's step has to shrink with it."""
     problem = quadratic()
     # penalty lower_lr = inner_lr: y and z lag alike behind x
-    solver = F2SA(penalty=2.0, penalty_growth=0.3, inner_steps=4, inner_lr=1.0, lower_lr=0.5, upper_lr=0.15)
+    solver = F2SA(
+        penalty=2.0, penalty_growth=0.3, inner_steps=4, inner_lr=1.0, lower_lr=0.5, upper_lr=0.15
+    )
     bench = Bench(problem, solver, 260, shards=1)
     penalties = [bench.advance().metrics["penalty"] for _ in range(bench.steps)]
     assert penalties == pytest.approx([2 + 0.3 * step for step in range(bench.steps)])
     error = (bench.x() - problem.solution()).norm()
     assert error < 0.1 * (penalised_solution(problem, 2.0) - problem.solution()).norm()
-    # The target moves by the last l's change, 0.4 % of an error of 7e-4; x follows within tens of steps.
-    torch.testing.assert_close(bench.x(), penalised_solution(problem, penalties[-1]), atol=1e-4, rtol=0)
+    # The target moves by the last l's change, 0.4 % of an error of 7e-4; x follows within tens of
+    # steps.
+    torch.testing.assert_close(
+        bench.x(), penalised_solution(problem, penalties[-1]), atol=1e-4, rtol=0
+    )
 
 
 def test_itd_solves_the_minimax_toy_inside_its_box():
-    bench = Bench(attached(Analytic(case="minimax")), ITD(inner_steps=10, inner_lr=0.05, upper_lr=0.5), 150, shards=1)
+    bench = Bench(
+        attached(Analytic(case="minimax")),
+        ITD(inner_steps=10, inner_lr=0.05, upper_lr=0.5),
+        150,
+        shards=1,
+    )
     bench.finish()
     assert max(bench.x().abs().max(), bench.y().abs().max()) < 1e-6
 
@@ -276,7 +319,9 @@ def test_penalty_solvers_steps_are_the_papers(name):
 def test_conjugate_gradients_of_as_many_steps_as_numbers_solve_the_system():
     problem = quadratic()
     a, b, c, t = constants(problem)
-    bench = Bench(problem, AidCG(inner_steps=1, inner_lr=0.7, aux_steps=4, upper_lr=1.0), 2, shards=1)
+    bench = Bench(
+        problem, AidCG(inner_steps=1, inner_lr=0.7, aux_steps=4, upper_lr=1.0), 2, shards=1
+    )
     x = bench.x()
     y = 0.7 * (b @ x + c)  # one step from 0
     direction, metrics = moved(bench)
@@ -302,16 +347,28 @@ def of_sl_bamm(**changes: Any) -> SlBAMM:
 SINGLE = {"inner_lr": 0.2, "upper_lr": 0.05}
 SL_BAMM = {
     "soba": (SOBA(aux_lr=0.3, **SINGLE), of_sl_bamm()),
-    "amigo_gd": (AmigoGD(inner_steps=1, aux_steps=1, aux_lr=0.3, **SINGLE), of_sl_bamm(order="gauss_seidel")),
-    "amigo_cg": (AmigoCG(inner_steps=1, aux_steps=1, **SINGLE), of_sl_bamm(order="gauss_seidel", aux_step="cauchy")),
+    "amigo_gd": (
+        AmigoGD(inner_steps=1, aux_steps=1, aux_lr=0.3, **SINGLE),
+        of_sl_bamm(order="gauss_seidel"),
+    ),
+    "amigo_cg": (
+        AmigoCG(inner_steps=1, aux_steps=1, **SINGLE),
+        of_sl_bamm(order="gauss_seidel", aux_step="cauchy"),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SL_BAMM)
 @pytest.mark.parametrize("problem", ["quadratic", "few_shot"])
 def test_one_step_each_is_sl_bamm_at_mu_zero(problem, name):
-    """SOBA its Jacobi order; AmIGO with one step of y and of v its Gauss-Seidel order, CG's first step being Cauchy's."""
-    made = quadratic() if problem == "quadratic" else attached(FewShot(ways=3, queries=2, width=4, fixed_tasks=3))
+    """SOBA its Jacobi order; AmIGO with one step of y and of v its Gauss-Seidel order, CG's first
+    step being Cauchy's.
+    """
+    made = (
+        quadratic()
+        if problem == "quadratic"
+        else attached(FewShot(ways=3, queries=2, width=4, fixed_tasks=3))
+    )
     a, b = (Bench(made, solver, 6) for solver in SL_BAMM[name])
     a.finish(), b.finish()
     for mine, theirs in zip(state(a), state(b), strict=True):
@@ -324,7 +381,10 @@ def test_one_step_each_is_sl_bamm_at_mu_zero(problem, name):
 def test_stocbio_is_aid_neumann_with_a_term_more(problem):
     made = quadratic() if problem == "quadratic" else attached(FewShot(ways=3, queries=2, width=4))
     common = {"inner_steps": 2, "inner_lr": 0.2, "aux_lr": 0.2}
-    a, b = (Bench(made, solver(aux_steps=steps, **common), 4) for solver, steps in ((StocBiO, 3), (AidNeumann, 4)))
+    a, b = (
+        Bench(made, solver(aux_steps=steps, **common), 4)
+        for solver, steps in ((StocBiO, 3), (AidNeumann, 4))
+    )
     a.finish(), b.finish()
     assert torch.equal(a.x(), b.x())
 
@@ -333,13 +393,21 @@ def test_exact_solves_agree():
     exact = {
         "aid_cg": {"aux_steps": 4},
         "amigo_cg": {"aux_steps": 4},
-        "amigo_gd": {"aux_steps": 90, "aux_lr": 1.3},  # contracts by 0.35: rounding is reached long before
+        "amigo_gd": {
+            "aux_steps": 90,
+            "aux_lr": 1.3,
+        },  # contracts by 0.35: rounding is reached long before
         "aid_neumann": {"aux_steps": 90, "aux_lr": 1.3},
     }
-    benches = [Bench(quadratic(), replace(SOLVERS[name], **changes), 3, shards=1) for name, changes in exact.items()]
+    benches = [
+        Bench(quadratic(), replace(SOLVERS[name], **changes), 3, shards=1)
+        for name, changes in exact.items()
+    ]
     for bench in benches:
         bench.finish()
-        torch.testing.assert_close((bench.x(), bench.y(2)), (benches[0].x(), benches[0].y(2)), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            (bench.x(), bench.y(2)), (benches[0].x(), benches[0].y(2)), rtol=1e-10, atol=1e-12
+        )
 
 
 def test_warm_starts_differ_from_cold_ones_from_the_second_step_on():
@@ -361,7 +429,10 @@ def test_fresh_tasks_make_gradient_steps_in_v_a_neumann_series():
 
 def test_fresh_tasks_make_f2sa_without_growth_vpbgd():
     problem = attached(FewShot(ways=3, queries=2, width=4))
-    a, b = (Bench(problem, solver, 2) for solver in (replace(SOLVERS["f2sa"], penalty_growth=0.0), SOLVERS["vpbgd"]))
+    a, b = (
+        Bench(problem, solver, 2)
+        for solver in (replace(SOLVERS["f2sa"], penalty_growth=0.0), SOLVERS["vpbgd"])
+    )
     a.finish(), b.finish()
     assert torch.equal(a.x(), b.x())
 
@@ -390,13 +461,19 @@ UNROLLED = {
 }
 
 
-def located(problem: BilevelProblem, task_map: str = "loop", seed: int = 1) -> LocalOracle:
+def located(problem: Problem, task_map: str = "loop", seed: int = 1) -> LocalOracle:
     upper = problem.init_upper(torch.Generator().manual_seed(seed))
-    return LocalOracle(problem, upper, problem.load(range(problem.pool or 3), 0, "train"), task_map)
+    return LocalOracle(
+        problem, upper, problem.load(range(problem.num_tasks or 3), 0, "train"), task_map
+    )
 
 
-def by_hand(oracle: LocalOracle, start: tree.Params, steps: int, lr: float) -> tuple[tree.Params, tree.Params]:
-    """(y_T, sum_i d f_i(x, y_iT(x)) / dx) task after task, x through `encode` and the steps in one graph, nothing of the oracle's."""
+def by_hand(
+    oracle: LocalOracle, start: tree.Params, steps: int, lr: float
+) -> tuple[tree.Params, tree.Params]:
+    """(y_T, sum_i d f_i(x, y_iT(x)) / dx) task after task, x through `encode` and the steps in one
+    graph, nothing of the oracle's.
+    """
     problem, x = oracle.problem, tree.leaves(oracle.x)
     ends, total = [], torch.zeros((), dtype=torch.float64)
     for task in range(oracle.tasks):
@@ -404,8 +481,13 @@ def by_hand(oracle: LocalOracle, start: tree.Params, steps: int, lr: float) -> t
         encoded = problem.encode(x, batch)
         y = {name: tensor[task].detach().requires_grad_() for name, tensor in start.items()}
         for _ in range(steps):
-            grads = torch.autograd.grad(problem.lower_loss(encoded, y, batch), list(y.values()), create_graph=True)
-            y = {name: tensor - lr * grad for (name, tensor), grad in zip(y.items(), grads, strict=True)}
+            grads = torch.autograd.grad(
+                problem.lower_loss(encoded, y, batch), list(y.values()), create_graph=True
+            )
+            y = {
+                name: tensor - lr * grad
+                for (name, tensor), grad in zip(y.items(), grads, strict=True)
+            }
         total = total + problem.upper_loss(encoded, y, batch)
         ends.append(y)
     stacked = {name: torch.stack([end[name].detach() for end in ends]) for name in ends[0]}
@@ -418,7 +500,10 @@ def by_hand(oracle: LocalOracle, start: tree.Params, steps: int, lr: float) -> t
 def test_unrolled_is_autograd_through_a_plain_loop_and_the_recursion(name, task_map):
     oracle = located(UNROLLED[name](), task_map)
     lr = 0.01 if name == "span" else 0.1
-    start = {key: tensor + 0.1 * normal(*tensor.shape, seed=3) for key, tensor in oracle.init_lower().items()}
+    start = {
+        key: tensor + 0.1 * normal(*tensor.shape, seed=3)
+        for key, tensor in oracle.init_lower().items()
+    }
     graph, recursion = oracle.unrolled(start, 4, lr), Oracle.unrolled(oracle, start, 4, lr)
     at, upper = by_hand(oracle, start, 4, lr)
     for found in (graph, recursion):
@@ -445,15 +530,20 @@ def test_unrolled_gradient_is_the_slope_of_the_unrolled_objective(name):
     for seed in (1, 2):
         direction = {key: normal(*tensor.shape, seed=seed) for key, tensor in x.items()}
         eps = 1e-6 / float(tree.dot(direction, direction).sqrt())
-        slope = (objective(tree.axpy(eps, direction, x)) - objective(tree.axpy(-eps, direction, x))) / (2 * eps)
-        # Central differences of step 1e-6: rounding of f leaves nine digits, a kink of the backbone some of them.
+        slope = (
+            objective(tree.axpy(eps, direction, x)) - objective(tree.axpy(-eps, direction, x))
+        ) / (2 * eps)
+        # Central differences of step 1e-6: rounding of f leaves nine digits, a kink of the backbone
+        # some of them.
         assert slope == pytest.approx(float(tree.dot(gradient, direction)), rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_itds_step_is_that_gradient_from_where_y_is_or_from_its_start(warm):
     problem = lancbio_synthetic()
-    bench = Bench(problem, ITD(inner_steps=3, inner_lr=0.2, upper_lr=1.0, warm_start=warm), 5, shards=1)
+    bench = Bench(
+        problem, ITD(inner_steps=3, inner_lr=0.2, upper_lr=1.0, warm_start=warm), 5, shards=1
+    )
     y = torch.zeros(1, 4, dtype=torch.float64)
     for _ in range(3):
         oracle = LocalOracle(problem, {"x": bench.x()}, problem.load([0], 0, "train"), "loop")
@@ -464,18 +554,27 @@ def test_itds_step_is_that_gradient_from_where_y_is_or_from_its_start(warm):
 
 
 def test_projection_that_is_at_work_has_the_identitys_derivative_both_ways():
-    """minimax at the edge: y_T = 10 from the first step on; each step's share of d y_T / dx, lr, is there nevertheless."""
+    """minimax at the edge: y_T = 10 from the first step on; each step's share of d y_T / dx, lr, is
+    there nevertheless.
+    """
     problem = attached(Analytic(case="minimax", start=[9.9]))
     oracle = located(problem)  # x = 4
-    for found in (oracle.unrolled(oracle.init_lower(), 3, 0.05), Oracle.unrolled(oracle, oracle.init_lower(), 3, 0.05)):
+    for found in (
+        oracle.unrolled(oracle.init_lower(), 3, 0.05),
+        Oracle.unrolled(oracle, oracle.init_lower(), 3, 0.05),
+    ):
         assert found.at["y"].tolist() == [[10.0]]
-        torch.testing.assert_close(found.upper["x"], torch.tensor([10 + 3 * 0.05 * 4], dtype=torch.float64))
+        torch.testing.assert_close(
+            found.upper["x"], torch.tensor([10 + 3 * 0.05 * 4], dtype=torch.float64)
+        )
         assert float(found.upper_value) == pytest.approx(40)
 
 
 @dataclass(kw_only=True)
 class Boxed(Synthetic):
-    """|y_j| <= 0.3, of which steps overshoot by much: y + (0.3 - y) is then not 0.3 in floating point."""
+    """|y_j| <= 0.3, of which steps overshoot by much: y + (0.3 - y) is then not 0.3 in floating
+    point.
+    """
 
     def setup(self):
         super().setup()
@@ -499,7 +598,8 @@ def test_every_y_that_is_kept_is_admissible(name):
 # Episodes: costs, and the hypergradient that many steps approach
 
 
-# What docs/metrics.md says, at SOLVERS' numbers: Hessian products and gradients, where y persists and for fresh tasks.
+# What docs/metrics.md says, at SOLVERS' numbers: Hessian products and gradients, where y persists
+# and for fresh tasks.
 COSTS = {
     "aid_cg": ((4, 3 + 3), (4, 3 + 3)),
     "amigo_cg": ((4 + 1, 3 + 3), (4, 3 + 3)),
@@ -520,7 +620,9 @@ def test_episodes_move_x_at_the_documented_cost(name, fixed):
     bench = Bench(problem, replace(SOLVERS[name], upper_lr=0.01), 2)
     for _ in range(2):
         direction, metrics = moved(bench, range(3))
-        assert (metrics.get("hessian_products"), metrics["gradient_evaluations"]) == COSTS[name][fixed is None]
+        assert (metrics.get("hessian_products"), metrics["gradient_evaluations"]) == COSTS[name][
+            fixed is None
+        ]
         assert 0 < direction.norm() < 0.1
         assert 0.01 * metrics.get("hypergradient_norm", 0) == pytest.approx(float(direction.norm()))
     assert sorted(bench.lower.handles) == ([0, 1, 2] if fixed else [])
@@ -534,7 +636,9 @@ def hyper_objective(problem: FewShot, upper: tree.Params, ids: range) -> float:
 
 @pytest.fixture(scope="module")
 def hypergradient() -> Tensor:
-    """d/dx mean_i f_i(x, argmin g_i(x, .)) of three episodes as one vector: every Hessian a dense matrix, by plain autograd."""
+    """d/dx mean_i f_i(x, argmin g_i(x, .)) of three episodes as one vector: every Hessian a dense
+    matrix, by plain autograd.
+    """
     with one_thread():
         problem = attached(FewShot(**SMALL))
         oracle = located(problem, seed=0)
@@ -544,22 +648,34 @@ def hypergradient() -> Tensor:
         for task in range(3):
             batch = {name: tensor[task] for name, tensor in oracle.batch.items()}
             encoded, y = problem.encode(x, batch), solved[task].clone().requires_grad_()
-            f, g = (loss(encoded, {"head": y}, batch) for loss in (problem.upper_loss, problem.lower_loss))
+            f, g = (
+                loss(encoded, {"head": y}, batch)
+                for loss in (problem.upper_loss, problem.lower_loss)
+            )
             slope = torch.autograd.grad(g, y, create_graph=True)[0].reshape(-1)
-            rows = [torch.autograd.grad(number, y, retain_graph=True)[0].reshape(-1) for number in slope]
+            rows = [
+                torch.autograd.grad(number, y, retain_graph=True)[0].reshape(-1) for number in slope
+            ]
             right = torch.autograd.grad(f, y, retain_graph=True)[0].reshape(-1)
             v = torch.linalg.solve(torch.stack(rows), right)
             total = total + (f - slope @ v) / 3
         gradient = dict(zip(x, torch.autograd.grad(total, list(x.values())), strict=True))
         base = tree.detached(x)
         eps = 1e-5 / float(tree.dot(gradient, gradient).sqrt())
-        values = [hyper_objective(problem, tree.axpy(sign * eps, gradient, base), range(3)) for sign in (1, -1)]
+        values = [
+            hyper_objective(problem, tree.axpy(sign * eps, gradient, base), range(3))
+            for sign in (1, -1)
+        ]
         # Finite differences along it vouch for the reference itself.
-        assert (values[0] - values[1]) / (2 * eps) == pytest.approx(float(tree.dot(gradient, gradient)), rel=1e-4)
+        assert (values[0] - values[1]) / (2 * eps) == pytest.approx(
+            float(tree.dot(gradient, gradient)), rel=1e-4
+        )
         return tree.flatten(gradient)
 
 
-MANY: dict[str, tuple[dict[str, Any], float]] = {  # changes, and the relative error: what is left of a penalty, or rounding
+MANY: dict[
+    str, tuple[dict[str, Any], float]
+] = {  # changes, and the relative error: what is left of a penalty, or rounding
     "itd": ({"inner_steps": 80}, 1e-6),
     "aid_cg": ({"inner_steps": 150, "aux_steps": 30}, 1e-6),
     "amigo_cg": ({"inner_steps": 150, "aux_steps": 30}, 1e-6),
@@ -576,15 +692,23 @@ MANY: dict[str, tuple[dict[str, Any], float]] = {  # changes, and the relative e
 def test_direction_of_fresh_episodes_approaches_the_hypergradient(name, hypergradient):
     changes, tolerance = MANY[name]
     problem = attached(FewShot(**SMALL))
-    few, many = (Bench(problem, replace(solver, upper_lr=1.0), 1) for solver in (SOLVERS[name], replace(SOLVERS[name], **changes)))
-    errors = [float((moved(bench, range(3))[0] - hypergradient).norm() / hypergradient.norm()) for bench in (few, many)]
+    few, many = (
+        Bench(problem, replace(solver, upper_lr=1.0), 1)
+        for solver in (SOLVERS[name], replace(SOLVERS[name], **changes))
+    )
+    errors = [
+        float((moved(bench, range(3))[0] - hypergradient).norm() / hypergradient.norm())
+        for bench in (few, many)
+    ]
     assert errors[1] < tolerance
     assert errors[0] > 10 * tolerance  # and few steps are another direction
 
 
 @pytest.mark.parametrize("name", ["f2sa", "vpbgd"])
 def test_penalty_solvers_direction_is_the_slope_of_the_penalised_objective(name):
-    """h(x) = min_y [f + l g] - l min_z g, with a penalty at which this is far from the hypergradient."""
+    """h(x) = min_y [f + l g] - l min_z g, with a penalty at which this is far from the
+    hypergradient.
+    """
     problem = attached(FewShot(**SMALL))
     solver = replace(SOLVERS[name], adapt_steps=300, lower_lr=0.1, upper_lr=1.0, penalty=1.0)
     bench = Bench(problem, solver, 1)
@@ -601,7 +725,9 @@ def test_penalty_solvers_direction_is_the_slope_of_the_penalised_objective(name)
         return float((oracle.upper(y).value + oracle.lower(y).value - oracle.lower(z).value).mean())
 
     eps = 1e-5 / float(tree.dot(direction, direction).sqrt())
-    slope = (objective(tree.axpy(eps, direction, before)) - objective(tree.axpy(-eps, direction, before))) / (2 * eps)
+    slope = (
+        objective(tree.axpy(eps, direction, before)) - objective(tree.axpy(-eps, direction, before))
+    ) / (2 * eps)
     assert slope == pytest.approx(float(tree.dot(direction, direction)), rel=1e-4)
 
 
@@ -617,23 +743,31 @@ def test_shards_and_task_map_change_rounding_only(name):
     ]
     for bench in benches:
         bench.finish()
-        torch.testing.assert_close((bench.x(), bench.y(4)), (benches[0].x(), benches[0].y(4)), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            (bench.x(), bench.y(4)), (benches[0].x(), benches[0].y(4)), rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_task_met_for_the_first_time_does_not_depend_on_its_neighbours(name):
-    """y starts at the class means here, not at 0: what else is kept of a task has to start right in any company."""
+    """y starts at the class means here, not at 0: what else is kept of a task has to start right in
+    any company.
+    """
     problem = attached(FewShot(**SMALL, fixed_tasks=4))
     together, apart = (Bench(problem, SOLVERS[name], 3, shards=shards) for shards in (1, 2))
     for bench in (together, apart):
         bench.advance([0, 1])
         bench.advance([1, 3])
-    torch.testing.assert_close((apart.x(), apart.y(3)), (together.x(), together.y(3)), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        (apart.x(), apart.y(3)), (together.x(), together.y(3)), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["amigo_cg", "soba", "itd", "f2sa", "vpbgd"])
 def test_resumed_run_has_the_same_bits(name, tmp_path):
-    """v, and z's distance from y, are in the checkpoint, and a draw from the pool leaves some tasks without."""
+    """v, and z's distance from y, are in the checkpoint, and a draw from the pool leaves some tasks
+    without.
+    """
     job = {
         "problem": {"name": "analytic", "case": "quadratic", "tasks": 5},
         "solver": {"name": name, "upper_optimizer": "momentum", "upper_lr": 0.01},
@@ -656,7 +790,9 @@ def test_linear_system_on_flat_vectors_is_the_quadratics():
     y, v = normal(3, 4, seed=2), normal(3, 4, seed=3)
     system = linear_system(oracle, {"y": y}, v)
     image = (a @ v[:, :, None])[:, :, 0]
-    torch.testing.assert_close((system.right, system.image, system.product(v)), (y - t, image, image))
+    torch.testing.assert_close(
+        (system.right, system.image, system.product(v)), (y - t, image, image)
+    )
 
 
 @pytest.mark.parametrize("name", ["amigo_gd", "itd", "f2sa", "vpbgd"])
@@ -683,6 +819,10 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("name", "key", "value"), IMPOSSIBLE)
 def test_impossible_values_are_refused_with_their_key(name, key, value):
-    job = {"problem": {"name": "analytic", "case": "quadratic"}, "solver": {"name": name, key: value}, "steps": 1}
+    job = {
+        "problem": {"name": "analytic", "case": "quadratic"},
+        "solver": {"name": name, key: value},
+        "steps": 1,
+    }
     with pytest.raises(ConfigError, match=rf"solver\.{key}"):
         load_config(job)

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with an Omniglot archive of random images: 8 characters of 20 drawings in each split."""
+    """A folder with an Omniglot archive of random images: 8 characters of 20 drawings in each
+    split.
+    """
     rng = np.random.default_rng(0)
     classes = 24
     folder = tmp_path_factory.mktemp("data")
@@ -41,13 +43,35 @@ def run(module: str, *arguments: str) -> Any:
 
 
 def accuracy(method: str, data_root: str, out: Path) -> dict[str, Any]:
-    small = ("--max-steps", "2", "--width", "4", "--tasks-per-step", "2", "--episodes", "3", "--curve-episodes", "2")
-    result: dict[str, Any] = run("few_shot_accuracy", "--method", method, *small, "--data-root", data_root, "--json", str(out))
+    small = (
+        "--max-steps",
+        "2",
+        "--width",
+        "4",
+        "--tasks-per-step",
+        "2",
+        "--episodes",
+        "3",
+        "--curve-episodes",
+        "2",
+    )
+    result: dict[str, Any] = run(
+        "few_shot_accuracy",
+        "--method",
+        method,
+        *small,
+        "--data-root",
+        data_root,
+        "--json",
+        str(out),
+    )
     return result
 
 
 @pytest.mark.parametrize("method", ["bome", "maml", "fomaml", "anil"])
-def test_a_method_takes_its_steps_and_writes_its_result(method: str, data_root: str, tmp_path: Path) -> None:
+def test_a_method_takes_its_steps_and_writes_its_result(
+    method: str, data_root: str, tmp_path: Path
+) -> None:
     out = tmp_path / "out.json"
     result = accuracy(method, data_root, out)
     assert json.loads(out.read_text()) == result
@@ -56,7 +80,9 @@ def test_a_method_takes_its_steps_and_writes_its_result(method: str, data_root: 
     assert data_root not in out.read_text()
 
 
-def test_the_learning_curve_is_measured_when_its_share_of_the_budget_is_used(data_root: str, tmp_path: Path) -> None:
+def test_the_learning_curve_is_measured_when_its_share_of_the_budget_is_used(
+    data_root: str, tmp_path: Path
+) -> None:
     few_shot_accuracy = importlib.import_module("benchmarks.few_shot_accuracy")
 
     class Instant:
@@ -71,20 +97,46 @@ def test_the_learning_curve_is_measured_when_its_share_of_the_budget_is_used(dat
         def accuracy(self, split: str, episodes: int) -> Any:
             return importlib.import_module("benchmarks.methods").Accuracy(0.5, 0.0)
 
-    keys = ["--cpu-minutes", "0.001", "--curve", "0.01", "0.02", "0.03", "9", "--json", str(tmp_path / "x")]
+    keys = [
+        "--cpu-minutes",
+        "0.001",
+        "--curve",
+        "0.01",
+        "0.02",
+        "0.03",
+        "9",
+        "--json",
+        str(tmp_path / "x"),
+    ]
     options = few_shot_accuracy.arguments(["--method", "bome", *keys])
     method = Instant()
     trained = few_shot_accuracy.train(method, options, 2)
     assert method.elapsed == sorted(method.elapsed)
     assert 0 <= method.elapsed[-1] < 1
     assert len(method.elapsed) == trained["steps"]
-    assert [point["cpu_s"] >= at for point, at in zip(trained["curve"], (0.01, 0.02, 0.03), strict=True)] == [True] * 3
+    assert [
+        point["cpu_s"] >= at for point, at in zip(trained["curve"], (0.01, 0.02, 0.03), strict=True)
+    ] == [True] * 3
 
 
 def test_the_step_and_the_table(data_root: str, tmp_path: Path) -> None:
     few_shot_step = importlib.import_module("benchmarks.few_shot_step")
-    small = ("--filters", "4", "--rounds", "2", "--tasks", "2", "--inner-steps", "1", "3", "--peers", "learn2learn")
-    result = run("few_shot_step", *small, "--data-root", data_root, "--json", str(tmp_path / "step.json"))
+    small = (
+        "--filters",
+        "4",
+        "--rounds",
+        "2",
+        "--tasks",
+        "2",
+        "--inner-steps",
+        "1",
+        "3",
+        "--peers",
+        "learn2learn",
+    )
+    result = run(
+        "few_shot_step", *small, "--data-root", data_root, "--json", str(tmp_path / "step.json")
+    )
     assert json.loads((tmp_path / "step.json").read_text()) == result
     at_top = (
         "per_task_over_floor",
@@ -104,8 +156,14 @@ def test_the_step_and_the_table(data_root: str, tmp_path: Path) -> None:
         "learn2learn_first_order_last",
         "learn2learn_anil",
     }
-    assert names < set(result["milliseconds"]["cpu"]) == set(result["milliseconds"]["wall"]) == set(result["peak_bytes"])
-    # MAML keeps the graphs of 5 inner steps of the whole network; heads keep nothing from one inner step to the next
+    assert (
+        names
+        < set(result["milliseconds"]["cpu"])
+        == set(result["milliseconds"]["wall"])
+        == set(result["peak_bytes"])
+    )
+    # MAML keeps the graphs of 5 inner steps of the whole network; heads keep nothing from one inner
+    # step to the next
     assert result["peak_bytes"]["learn2learn_maml_last"] > 1.2 * result["peak_bytes"]["floor"]
     assert result["peak_bytes"]["per_task_3"] - result["peak_bytes"]["per_task_1"] <= 64
     times = {
@@ -115,7 +173,10 @@ def test_the_step_and_the_table(data_root: str, tmp_path: Path) -> None:
         "global_1": [1.0, 1.0],
         "global_3": [2.0, 2.0],
     }
-    assert few_shot_step.headline(times, [1, 3]) == {"per_task_over_floor": 2.5, "global_over_floor": 1.25}
+    assert few_shot_step.headline(times, [1, 3]) == {
+        "per_task_over_floor": 2.5,
+        "global_over_floor": 1.25,
+    }
 
     accuracy("bome", data_root, tmp_path / "bome.json")
     text = run("table", str(tmp_path))
@@ -149,25 +210,56 @@ def test_bomes_memory_does_not_grow_with_the_inner_steps_and_itds_does(tmp_path:
     found = {(r["form"], r["solver"]): r for r in result["results"]}
     for form in ("head", "network"):
         peaks = found[form, "bome"]["peak_bytes"].values()
-        assert max(peaks) - min(peaks) <= 64  # a few numbers of bookkeeping; y of the network form has 2,100 bytes
-    # Of each inner step the graph keeps at least what the first layer's images became: 5 images, 4 filters of 28 x 28 floats.
+        assert (
+            max(peaks) - min(peaks) <= 64
+        )  # a few numbers of bookkeeping; y of the network form has 2,100 bytes
+    # Of each inner step the graph keeps at least what the first layer's images became: 5 images, 4
+    # filters of 28 x 28 floats.
     assert found["network", "itd"]["bytes_per_inner_step"] > 5 * 4 * 28 * 28 * 4
 
 
 def test_sampling_counts_the_same_episodes_for_all(data_root: str, tmp_path: Path) -> None:
-    result = run("sampling", "--rounds", "2", "--data-root", data_root, "--json", str(tmp_path / "sampling.json"))
+    result = run(
+        "sampling",
+        "--rounds",
+        "2",
+        "--data-root",
+        data_root,
+        "--json",
+        str(tmp_path / "sampling.json"),
+    )
     assert json.loads((tmp_path / "sampling.json").read_text()) == result
     for clock in ("cpu", "wall"):
-        assert set(result["episodes_per_second"][clock]) == {"bomemeta", "learn2learn", "dataloader"}
+        assert set(result["episodes_per_second"][clock]) == {
+            "bomemeta",
+            "learn2learn",
+            "dataloader",
+        }
         assert all(rate > 0 for rate in result["episodes_per_second"][clock].values())
 
 
 def test_plain_hyper_cleaning_walks_the_same_path(tmp_path: Path) -> None:
-    small = ("data.dataset=digits", "problem.train=301", "problem.validation=100", "problem.selection=0", "dtype=float32")
-    arguments = ("--inner-steps", "2", "--rounds", "3", "--json", str(tmp_path / "shared.json"), "--set", *small)
+    small = (
+        "data.dataset=digits",
+        "problem.train=301",
+        "problem.validation=100",
+        "problem.selection=0",
+        "dtype=float32",
+    )
+    arguments = (
+        "--inner-steps",
+        "2",
+        "--rounds",
+        "3",
+        "--json",
+        str(tmp_path / "shared.json"),
+        "--set",
+        *small,
+    )
     (result,) = run("shared_step", *arguments)["results"]
     assert set(result["over_plain"]) == {"cpu", "wall"}
-    # x moves far within 6 steps of size 500; float32 and another order of additions leave some 1e-6 of it
+    # x moves far within 6 steps of size 500; float32 and another order of additions leave some 1e-6
+    # of it
     assert 0 < result["difference"] < 1e-4
 
 
@@ -189,29 +281,57 @@ def test_steps_of_a_stream_in_turn(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == result
     rows = result["rows"]
     assert [row["task"] for row in rows] == [0, 1, 3]
-    assert [row["in_f"] for row in rows] == sorted({row["in_f"] for row in rows})  # some of every task so far
+    assert [row["in_f"] for row in rows] == sorted(
+        {row["in_f"] for row in rows}
+    )  # some of every task so far
     assert rows[0]["in_g"] < rows[1]["in_g"] <= rows[2]["in_g"]
     assert rows[1]["over_second"] == 1
 
 
 def test_curves_say_when_a_method_was_past_mamls_end(tmp_path: Path) -> None:
-    common = {"ways": 5, "shots": 1, "seed": 0, "steps": 9, "hyperparameters": {"inner_lr": 0.1, "upper_lr": 0.003}}
+    common = {
+        "ways": 5,
+        "shots": 1,
+        "seed": 0,
+        "steps": 9,
+        "hyperparameters": {"inner_lr": 0.1, "upper_lr": 0.003},
+    }
     environment = {"cores": 2, "cpu": "one", "versions": {"torch": "2"}}
-    ends = {"maml": (0.8, 100.0, []), "bome": (0.95, 20.0, [(5.0, 0.79), (10.0, 0.805), (15.0, 0.83)]), "anil": (0.7, 50.0, [])}
+    ends = {
+        "maml": (0.8, 100.0, []),
+        "bome": (0.95, 20.0, [(5.0, 0.79), (10.0, 0.805), (15.0, 0.83)]),
+        "anil": (0.7, 50.0, []),
+    }
     for method, (accuracy, seconds, points) in ends.items():
         points = [{"cpu_s": at, "accuracy": value, "ci95": 0.01} for at, value in points]
-        result = common | {"method": method, "accuracy": accuracy, "ci95": 0.01, "cpu_s": seconds, "curve": points}
+        result = common | {
+            "method": method,
+            "accuracy": accuracy,
+            "ci95": 0.01,
+            "cpu_s": seconds,
+            "curve": points,
+        }
         (tmp_path / f"{method}.json").write_text(json.dumps(result | {"environment": environment}))
     text = run("few_shot_curves", str(tmp_path), "--figure", str(tmp_path / "curves.png"))
     rows = [line.split(" | ") for line in text.splitlines() if "5-way" in line]
-    assert [row[-1] for row in rows] == ["15 CPU-s |", "- |", "- |"]  # at 10 s its interval still holds MAML's accuracy
+    assert [row[-1] for row in rows] == [
+        "15 CPU-s |",
+        "- |",
+        "- |",
+    ]  # at 10 s its interval still holds MAML's accuracy
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_the_parts_of_a_step_by_the_clocks_of_driver_and_workers() -> None:
     timeline = importlib.import_module("benchmarks.ray_timeline")
-    first = [timeline.Call(7, 0, 1.001, 1.010), timeline.Call(8, 0, 1.002, 1.008), timeline.Call(7, 0, 1.011, 1.015)]
-    found = timeline.parts({0: (1.0, 1.016), 1: (1.020, 1.030)}, [*first, timeline.Call(8, 1, 1.021, 1.029)])
+    first = [
+        timeline.Call(7, 0, 1.001, 1.010),
+        timeline.Call(8, 0, 1.002, 1.008),
+        timeline.Call(7, 0, 1.011, 1.015),
+    ]
+    found = timeline.parts(
+        {0: (1.0, 1.016), 1: (1.020, 1.030)}, [*first, timeline.Call(8, 1, 1.021, 1.029)]
+    )
     assert {name: times[0] for name, times in found.items()} == pytest.approx(
         {
             "the first worker begins": 1.0,
@@ -259,13 +379,24 @@ def test_plain_processes_give_the_same_bits() -> None:
         for plain, workers in ((False, 0), (True, 2)):
             said.append(scaling.course(config, [], workers, stack, plain).go(3))
     times = {name for line in said[0] for name in line if name.endswith("_s")}
-    one, other = ([{name: line[name] for name in line if name not in times} for line in lines] for lines in said)
+    one, other = (
+        [{name: line[name] for name in line if name not in times} for line in lines]
+        for lines in said
+    )
     assert one == other
 
 
 def test_counts_of_a_device_that_is_not_there(tmp_path: Path) -> None:
     config = str(ROOT / "configs" / "analytic_quadratic.yaml")
-    (row,) = run("device_counts", "--config", config, "--set", "shards=2", "--json", str(tmp_path / "counts.json"))["rows"]
+    (row,) = run(
+        "device_counts",
+        "--config",
+        config,
+        "--set",
+        "shards=2",
+        "--json",
+        str(tmp_path / "counts.json"),
+    )["rows"]
     # Two rounds; in one of them the shards' y come back as well.
     assert (row["calls"], row["back"]) == (4, 6)
     assert row["operations"] > 100

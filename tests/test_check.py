@@ -1,4 +1,6 @@
-"""`bomemeta check`: closed forms are found, each kind of mistake gets its verdict, and the advice is what cures it."""
+"""`bomemeta check`: closed forms are found, each kind of mistake gets its verdict, and the advice
+is what cures it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from bomemeta.cli import app
 from bomemeta.config import load_config
 from bomemeta.core import tree
 from bomemeta.core.inner import gradient_steps
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import Problem
 from bomemeta.core.solver import LowerStates, StepResult
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import CheckpointError, ConfigError
@@ -60,13 +62,15 @@ def said(report: Report) -> str:
 
 @problems.register("check_toy")
 @dataclass(kw_only=True)
-class Small(BilevelProblem):
+class Small(Problem):
     """g = |y - x|^2 / 2, f = |y - 2|^2 / 2: y* = x, and the hypergradient is x - 2."""
 
-    kind: Literal["honest", "detached", "closed_form", "unbounded", "stationary", "unrelated"] = "honest"
+    kind: Literal["honest", "detached", "closed_form", "unbounded", "stationary", "unrelated"] = (
+        "honest"
+    )
 
     @property
-    def pool(self) -> int:
+    def num_tasks(self) -> int:
         return 1
 
     def init_upper(self, generator: torch.Generator):
@@ -132,18 +136,30 @@ def test_reference_and_finite_differences_are_the_closed_form() -> None:
     exact = problem.ridge * x + (b @ v).mean(0)[:, 0]
     # Both solves are exact to rounding times the condition, 4.
     torch.testing.assert_close(
-        torch.tensor(report.numbers["reference"]["direction"], dtype=torch.float64), exact, rtol=1e-11, atol=0
+        torch.tensor(report.numbers["reference"]["direction"], dtype=torch.float64),
+        exact,
+        rtol=1e-11,
+        atol=0,
     )
     assert report.numbers["reference"]["smallest"] == pytest.approx(0.25, rel=1e-9)
     assert report.numbers["reference"]["largest"] == pytest.approx(1.0, rel=1e-9)
     along = report.numbers["finite_differences"]
     assert [one["along"] for one in along] == ["reference", "random 1", "random 2"]
     # Phi is quadratic, so rounding alone is left: 1e-16 |Phi| over a step of about 1e-4.
-    assert all(one["found"] == pytest.approx(one["implicit"], rel=1e-6, abs=1e-8) and one["error"] < 1e-6 for one in along)
+    assert all(
+        one["found"] == pytest.approx(one["implicit"], rel=1e-6, abs=1e-8) and one["error"] < 1e-6
+        for one in along
+    )
 
 
 @pytest.mark.parametrize(
-    "solver", [LANCBIO, {**LANCBIO, "warmup_steps": 2}, SUBBIO, {"name": "itd", "inner_steps": 80, "inner_lr": 0.5}]
+    "solver",
+    [
+        LANCBIO,
+        {**LANCBIO, "warmup_steps": 2},
+        SUBBIO,
+        {"name": "itd", "inner_steps": 80, "inner_lr": 0.5},
+    ],
 )
 def test_good_solvers_are_ok(solver: dict[str, object]) -> None:
     report = run(quadratic(), solver)
@@ -163,7 +179,9 @@ def test_bome_with_a_short_inner_loop_is_poor_and_told_how_long_it_has_to_be() -
     report = run(quadratic(condition=100.0), solver, settle_steps=3)
     assert report.verdict == "POOR"
     # 1 - (1 - 0.01 / 100)^T = 0.95, and with alpha = 1 the power of 0.99
-    assert "solver.inner_steps=29956, or solver.inner_steps=299 with solver.inner_lr=1" in said(report)
+    assert "solver.inner_steps=29956, or solver.inner_steps=299 with solver.inner_lr=1" in said(
+        report
+    )
     assert "T is too small" in said(report)
     keys = [set(trial["changes"]) for trial in report.numbers["trials"]]
     assert {"inner_steps"} in keys
@@ -172,14 +190,25 @@ def test_bome_with_a_short_inner_loop_is_poor_and_told_how_long_it_has_to_be() -
 
 
 def test_the_advised_inner_loop_cures() -> None:
-    report = run(quadratic(condition=20.0), {"name": "itd", "inner_steps": 2, "inner_lr": 0.5}, settle_steps=5)
+    report = run(
+        quadratic(condition=20.0),
+        {"name": "itd", "inner_steps": 2, "inner_lr": 0.5},
+        settle_steps=5,
+    )
     assert report.verdict == "POOR"
     assert "what T inner steps see of the reference" in said(report)
     best = report.numbers["trials"][-1]
     assert list(best["changes"]) == ["inner_steps"]
     assert best["error"] < 0.1 < report.numbers["relative_error"]
-    assert f"Run again with solver.inner_steps={best['changes']['inner_steps']}: relative error" in report.headline
-    cured = run(quadratic(condition=20.0), {"name": "itd", "inner_lr": 0.5, **best["changes"]}, settle_steps=5)
+    assert (
+        f"Run again with solver.inner_steps={best['changes']['inner_steps']}: relative error"
+        in report.headline
+    )
+    cured = run(
+        quadratic(condition=20.0),
+        {"name": "itd", "inner_lr": 0.5, **best["changes"]},
+        settle_steps=5,
+    )
     assert cured.verdict == "OK"
 
 
@@ -215,20 +244,32 @@ def test_a_solver_that_never_moves_x_is_undecided() -> None:
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_a_shared_lower_problem(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(problems._classes, "check_shared", SharedSynthetic)
-    problem = {"name": "check_shared", "tasks": blocks, "dim_upper": 4, "dim_lower": 12, "condition": 10.0, "pull": 2.0}
+    problem = {
+        "name": "check_shared",
+        "tasks": blocks,
+        "dim_upper": 4,
+        "dim_lower": 12,
+        "condition": 10.0,
+        "pull": 2.0,
+    }
     solver = {"name": "lancbio", "inner_steps": 10, "inner_lr": 0.15, "subspace": 12}
     report = run(problem, solver)
-    exact = attached(SharedSynthetic(tasks=blocks, dim_upper=4, dim_lower=12, condition=10.0, pull=2.0)).hypergradient(
-        torch.zeros(4).double()
-    )
+    exact = attached(
+        SharedSynthetic(tasks=blocks, dim_upper=4, dim_lower=12, condition=10.0, pull=2.0)
+    ).hypergradient(torch.zeros(4).double())
     torch.testing.assert_close(
-        torch.tensor(report.numbers["reference"]["direction"], dtype=torch.float64), exact, rtol=1e-9, atol=0
+        torch.tensor(report.numbers["reference"]["direction"], dtype=torch.float64),
+        exact,
+        rtol=1e-9,
+        atol=0,
     )
     assert (report.verdict, report.numbers["tasks"]) == ("OK", blocks)
 
 
 def test_analytic_cases() -> None:
-    assert run({"name": "analytic", "case": "coreset"}, {**LANCBIO, "inner_lr": 0.4}).verdict == "OK"
+    assert (
+        run({"name": "analytic", "case": "coreset"}, {**LANCBIO, "inner_lr": 0.4}).verdict == "OK"
+    )
     bome = {"name": "bome", "inner_steps": 3}
     degenerate = run({"name": "analytic", "case": "degenerate"}, bome, settle_steps=5)
     assert degenerate.verdict == "UNDECIDED"
@@ -259,22 +300,32 @@ def test_the_same_problem_without_a_mistake_is_ok() -> None:
 
 
 def test_a_lower_variable_that_starts_at_its_solution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Small, "init_lower", lambda self, encoded, batch: {"y": encoded["x"].clone()})
+    monkeypatch.setattr(
+        Small, "init_lower", lambda self, encoded, batch: {"y": encoded["x"].clone()}
+    )
     assert run({"name": "check_toy"}, LANCBIO).verdict == "OK"
 
 
 def test_fresh_few_shot_tasks() -> None:
     problem = {"name": "few_shot", "ways": 3, "queries": 2, "width": 4}
     report = run(problem, {"name": "lancbio", "inner_steps": 30, "inner_lr": 0.2, "subspace": 10})
-    assert (report.verdict, report.numbers["tasks"], report.numbers["solver"]["steps"]) == ("OK", 2, 1)
-    # regularisation 1 is the smallest curvature: the head has more numbers than there are support images
+    assert (report.verdict, report.numbers["tasks"], report.numbers["solver"]["steps"]) == (
+        "OK",
+        2,
+        1,
+    )
+    # regularisation 1 is the smallest curvature: the head has more numbers than there are support
+    # images
     assert report.numbers["reference"]["smallest"] == pytest.approx(1, rel=1e-6)
 
 
 def test_a_schedule_is_checked_at_the_step_it_is_told() -> None:
     solver = {"name": "sl_bamm", "schedule": "s1", "p": 1.0, "lower_lr": 0.5, "aux_lr": 0.5}
     first, last = (run(quadratic(), solver, at_step=step, directions=0).numbers for step in (0, 9))
-    assert (first["solver"]["metrics"]["mu"], last["solver"]["metrics"]["mu"]) == (0.9, pytest.approx(0.09))
+    assert (first["solver"]["metrics"]["mu"], last["solver"]["metrics"]["mu"]) == (
+        0.9,
+        pytest.approx(0.09),
+    )
     assert last["relative_error"] < first["relative_error"]
 
 
@@ -293,7 +344,9 @@ class Alternating(UpperOptions):
     def step(self, upper: UpperVariable, lower: LowerStates, run) -> StepResult:
         self.asked.append(1)
         count = len(self.asked)
-        upper.move({"x": torch.tensor([0.0 if count <= 2 else 1 + 0.5 * (-1) ** count])}, 0, lambda x: x)
+        upper.move(
+            {"x": torch.tensor([0.0 if count <= 2 else 1 + 0.5 * (-1) ** count])}, 0, lambda x: x
+        )
         return StepResult(LowerStates.none(), {})
 
 
@@ -323,7 +376,9 @@ def test_ritz_values_and_conjugate_gradients() -> None:
     near = kernels.conjugate_gradients(lambda u: positive * u, start, 100, 0.0, goal=v)
     assert (near.v - v).norm() <= 0.01 * v.norm()
     assert near.steps < steps
-    assert not kernels.conjugate_gradients(lambda u: -u, start, 100, 1e-12).v.any()  # no positive curvature: no step
+    assert not kernels.conjugate_gradients(
+        lambda u: -u, start, 100, 1e-12
+    ).v.any()  # no positive curvature: no step
 
 
 # The command
@@ -337,7 +392,9 @@ def invoke(*arguments: str) -> Result:
 def config(tmp_path: Path) -> str:
     path = tmp_path / "small.yaml"
     solver = "solver: {name: lancbio, inner_steps: 5, inner_lr: 0.5, subspace: 4}\n"
-    path.write_text(f"problem: {{name: analytic, case: quadratic, condition: 4.0}}\n{solver}steps: 3\n")
+    path.write_text(
+        f"problem: {{name: analytic, case: quadratic, condition: 4.0}}\n{solver}steps: 3\n"
+    )
     return str(path)
 
 

@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from bomemeta import checkpoint as module
-from bomemeta.checkpoint import Checkpoint, check_same_run, latest, load, load_latest, save, upper_sha256
+from bomemeta.checkpoint import (
+    Checkpoint,
+    check_same_run,
+    latest,
+    load,
+    load_latest,
+    save,
+    upper_sha256,
+)
 from bomemeta.config import Config, load_config
 from bomemeta.errors import CheckpointError
 from bomemeta.registry import problems, solvers
@@ -36,7 +44,12 @@ def state(step: int, config: dict[str, Any] | None = None) -> Checkpoint:
     return Checkpoint(
         step=step,
         upper={"w": torch.arange(3.0) + step},
-        solver={"momentum": {"w": torch.ones(3)}, "round": 3, "name": "adam", "history": [0.5, None]},
+        solver={
+            "momentum": {"w": torch.ones(3)},
+            "round": 3,
+            "name": "adam",
+            "history": [0.5, None],
+        },
         lower={7: torch.full((2,), 0.5), 12: torch.zeros(2)},
         config=config or {"steps": 5},
     )
@@ -57,7 +70,10 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_only_the_newest_are_kept_and_a_past_gone_back_from_is_dropped(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, state(step), keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.pt", "step_00000003.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000002.pt",
+        "step_00000003.pt",
+    ]
     (tmp_path / "step_00000009.pt").write_bytes(b"damaged")
     save(tmp_path, state(4), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004.pt"]
@@ -86,19 +102,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_remains(
 
 
 def test_a_disk_that_fills_up_inside_the_write(tmp_path: Path) -> None:
-    # /dev/full takes the temporary file's place: every write to it fails as on a full disk.
+    # /dev/full takes the temporary file's location: every write to it fails as on a full disk.
     (tmp_path / ".step_00000002.pt.tmp").symlink_to("/dev/full")
     big = state(2)._replace(upper={"w": torch.zeros(100_000)})
-    with pytest.raises(CheckpointError, match=r"No space left on device.*There is no earlier checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device.*There is no earlier checkpoint"
+    ):
         save(tmp_path, big, keep=1)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "half"])
-def test_a_damaged_file_names_the_one_before_and_is_passed_over(tmp_path: Path, content: bytes | str) -> None:
+def test_a_damaged_file_names_the_one_before_and_is_passed_over(
+    tmp_path: Path, content: bytes | str
+) -> None:
     good = save(tmp_path, state(1), keep=3)
     bad = save(tmp_path, state(2), keep=3)
-    bad.write_bytes(content if isinstance(content, bytes) else bad.read_bytes()[: bad.stat().st_size // 2])
+    bad.write_bytes(
+        content if isinstance(content, bytes) else bad.read_bytes()[: bad.stat().st_size // 2]
+    )
     with pytest.raises(CheckpointError) as error:
         load(bad)
     assert str(bad) in str(error.value)
@@ -160,7 +182,9 @@ def test_the_hash_is_over_little_endian_bytes_in_key_order() -> None:
     assert upper_sha256({}) == hashlib.sha256().hexdigest()
 
 
-def test_a_programming_error_is_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_programming_error_is_not_called_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("a bug")
 

@@ -1,4 +1,6 @@
-"""The command line: help for everything, messages without tracebacks, exit codes; the runs themselves are replaced."""
+"""The command line: help for everything, messages without tracebacks, exit codes; the runs
+themselves are replaced.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,13 @@ def api(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     fake.ends = Ended
 
     def command(name: str) -> Callable[..., Any]:
-        def run(source: Any, overrides: Sequence[str] = (), *, listener: Listener, auto_resume: bool = False) -> Any:
+        def run(
+            source: Any,
+            overrides: Sequence[str] = (),
+            *,
+            listener: Listener,
+            auto_resume: bool = False,
+        ) -> Any:
             fake.calls.append((name, str(source), list(overrides)))
             listener.start(Path("/runs/a"), 0, 7, 1)
             listener.step(6, {"upper_loss": 0.5})
@@ -83,8 +91,12 @@ def test_version() -> None:
     assert invoke("--version").output.startswith("bomemeta 0.")
 
 
-@pytest.mark.parametrize(("typed", "called"), [("train", "train"), ("resume", "resume"), ("eval", "evaluate")])
-def test_runs_get_the_overrides_and_print_the_result_alone_on_stdout(api: Any, typed: str, called: str) -> None:
+@pytest.mark.parametrize(
+    ("typed", "called"), [("train", "train"), ("resume", "resume"), ("eval", "evaluate")]
+)
+def test_runs_get_the_overrides_and_print_the_result_alone_on_stdout(
+    api: Any, typed: str, called: str
+) -> None:
     result = invoke(typed, "x", "steps=3", "solver.betas=[0.5, 1]")
     assert result.exit_code == 0
     assert api.calls == [(called, "x", ["steps=3", "solver.betas=[0.5, 1]"])]
@@ -101,7 +113,9 @@ def test_runs_get_the_overrides_and_print_the_result_alone_on_stdout(api: Any, t
     ]
 
 
-@pytest.mark.parametrize(("error", "code"), [(ConfigError("a.yaml:3: [x]"), 2), (ClusterError("2 CPUs are free"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("a.yaml:3: [x]"), 2), (ClusterError("2 CPUs are free"), 1)]
+)
 def test_errors_are_a_message_and_a_code(api: Any, error: Exception, code: int) -> None:
     def fail() -> None:
         raise error
@@ -123,8 +137,15 @@ def test_an_interrupted_run_says_how_to_go_on(api: Any) -> None:
     api.ends = lambda: Ended(interrupted=True)
     result = invoke("train", "x")
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "interrupted after 7 steps; go on with `bomemeta resume /runs/a`"
-    assert invoke("train", "x", "--auto-resume").stderr.splitlines()[-1].endswith("go on with the same command")
+    assert (
+        result.stderr.splitlines()[-1]
+        == "interrupted after 7 steps; go on with `bomemeta resume /runs/a`"
+    )
+    assert (
+        invoke("train", "x", "--auto-resume")
+        .stderr.splitlines()[-1]
+        .endswith("go on with the same command")
+    )
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -164,9 +185,16 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fakes")
 def test_list_shows_names_with_their_first_line() -> None:
-    assert invoke("list", "solvers").output.splitlines()[:2] == ["solvers:", "  fake  A solver for tests."]
+    assert invoke("list", "solvers").output.splitlines()[:2] == [
+        "solvers:",
+        "  fake  A solver for tests.",
+    ]
     whole = invoke("list").output
-    assert [line for line in whole.splitlines() if line.endswith("s:")] == ["solvers:", "problems:", "datasets:"]
+    assert [line for line in whole.splitlines() if line.endswith("s:")] == [
+        "solvers:",
+        "problems:",
+        "datasets:",
+    ]
 
 
 @pytest.mark.usefixtures("fakes")
@@ -196,12 +224,16 @@ def test_list_takes_the_users_own_files(tmp_path: Path, monkeypatch: pytest.Monk
         "from dataclasses import dataclass\nfrom bomemeta.registry import solvers\n"
         "@solvers.register('mine')\n@dataclass\nclass Mine:\n    '''My own.'''\n"
     )
-    monkeypatch.setitem(sys.modules, "bomemeta_user.own_list", types.ModuleType("none"))  # removed after the test
+    monkeypatch.setitem(
+        sys.modules, "bomemeta_user.own_list", types.ModuleType("none")
+    )  # removed after the test
     del sys.modules["bomemeta_user.own_list"]
     assert "  mine  My own." in invoke("list", "solvers", "--import", str(path)).output
 
 
-def test_data_prepare_hands_over_name_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_data_prepare_hands_over_name_and_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked = []
 
     def prepare(name: str, root: Path | None, *, trust_pickles: bool) -> Path:

@@ -1,4 +1,6 @@
-"""Configs: every kind of mistake is named where it was made, and a config survives the trip through its dict."""
+"""Configs: every kind of mistake is named where it was made, and a config survives the trip through
+its dict.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,12 @@ def test_round_trips_through_dict_json_yaml_and_pickle(write: Any) -> None:
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.1e-2", ".1e-2", "+1e-3", "0.001"])
 def test_numbers_that_yaml_1_1_reads_as_text_are_numbers(write: Any, text: str) -> None:
     assert load_config(write(GOOD), [f"solver.upper_lr={text}"]).solver.fields["upper_lr"] == 0.001
-    assert load_config(write(GOOD.replace("inner_steps: 3", f"upper_lr: {text}"))).solver.fields["upper_lr"] == 0.001
+    assert (
+        load_config(write(GOOD.replace("inner_steps: 3", f"upper_lr: {text}"))).solver.fields[
+            "upper_lr"
+        ]
+        == 0.001
+    )
 
 
 def test_an_integer_is_a_float_and_keeps_that_type(write: Any) -> None:
@@ -146,9 +153,14 @@ def test_an_integer_is_a_float_and_keeps_that_type(write: Any) -> None:
         ("data.rotations=1", "1 (int)", "true or false"),
     ],
 )  # fmt: skip
-def test_wrong_values_say_key_got_and_wanted(write: Any, override: str, got: str, wanted: str) -> None:
+def test_wrong_values_say_key_got_and_wanted(
+    write: Any, override: str, got: str, wanted: str
+) -> None:
     key = override.partition("=")[0]
-    assert message_of(write(GOOD), override) == f"override {override!r}: {key}: got {got}, wanted {wanted}"
+    assert (
+        message_of(write(GOOD), override)
+        == f"override {override!r}: {key}: got {got}, wanted {wanted}"
+    )
 
 
 def test_a_wrong_value_in_a_file_names_file_and_line(write: Any) -> None:
@@ -158,20 +170,33 @@ def test_a_wrong_value_in_a_file_names_file_and_line(write: Any) -> None:
 
 def test_an_unknown_key_names_the_line_and_the_nearest_key(write: Any) -> None:
     path = write(GOOD.replace("inner_steps", "inner_step"))
-    assert message_of(path) == f"{path}:5: solver.inner_step is not a key. Did you mean solver.inner_steps?"
+    assert (
+        message_of(path)
+        == f"{path}:5: solver.inner_step is not a key. Did you mean solver.inner_steps?"
+    )
     path = write(GOOD + "step_timeout: 3\n")
     assert message_of(path) == f"{path}:7: step_timeout is not a key. Did you mean step_timeout_s?"
     path = write(GOOD + "evaluation:\n  episode: 3\n")
-    assert message_of(path) == f"{path}:8: evaluation.episode is not a key. Did you mean evaluation.episodes?"
+    assert (
+        message_of(path)
+        == f"{path}:8: evaluation.episode is not a key. Did you mean evaluation.episodes?"
+    )
 
 
-@pytest.mark.parametrize("key", ["solver.inner_step", "solver._cache", "solver.derived", "shard", "log.zzz", "zzz.zzz"])
+@pytest.mark.parametrize(
+    "key", ["solver.inner_step", "solver._cache", "solver.derived", "shard", "log.zzz", "zzz.zzz"]
+)
 def test_an_unknown_key_in_an_override_names_the_override(write: Any, key: str) -> None:
     top = "zzz" if key == "zzz.zzz" else key
-    assert message_of(write(GOOD), f"{key}=1").startswith(f"override '{key}=1': {top} is not a key. ")
+    assert message_of(write(GOOD), f"{key}=1").startswith(
+        f"override '{key}=1': {top} is not a key. "
+    )
 
 
-@pytest.mark.parametrize("override", ["steps", "=3", "solver.=3", ".x=1", "steps.more=3", "steps=[1", "seed={a: 1, a: 2}"])
+@pytest.mark.parametrize(
+    "override",
+    ["steps", "=3", "solver.=3", ".x=1", "steps.more=3", "steps=[1", "seed={a: 1, a: 2}"],
+)
 def test_a_malformed_override_is_quoted(write: Any, override: str) -> None:
     assert message_of(write(GOOD), override).startswith(f"override {override!r}: ")
 
@@ -186,17 +211,25 @@ def test_another_class_takes_the_keys_that_it_has_too(write: Any) -> None:
     path = write(GOOD.replace("inner_steps: 3", "inner_steps: 3\n  upper_lr: 0.25"))
     config = load_config(path, ["solver.name=fake_other"])
     assert config.solver.fields == {"upper_lr": 0.25, "momentum": 0.9}
-    assert message_of(path, "solver.name=fake_other", "solver.inner_steps=4").startswith("override 'solver.inner_steps=4': ")
-    assert message_of(path, "solver.name=fake_othr").startswith("override 'solver.name=fake_othr': ")
+    assert message_of(path, "solver.name=fake_other", "solver.inner_steps=4").startswith(
+        "override 'solver.inner_steps=4': "
+    )
+    assert message_of(path, "solver.name=fake_othr").startswith(
+        "override 'solver.name=fake_othr': "
+    )
 
 
 def test_the_last_override_wins_and_places_follow_it(write: Any) -> None:
     assert load_config(write(GOOD), ["steps=3", "steps=4"]).steps == 4
-    assert message_of(write(GOOD), "solver={name: fake, x: 1}").startswith("override 'solver={name: fake, x: 1}': solver.x")
+    assert message_of(write(GOOD), "solver={name: fake, x: 1}").startswith(
+        "override 'solver={name: fake, x: 1}': solver.x"
+    )
 
 
 def test_everything_wrong_is_reported_at_once_in_the_order_of_the_file(write: Any) -> None:
-    path = write("steps: x\nproblem: {name: fake}\nsolver:\n  name: fake\n  upper_lr: -1\nseedd: 1\n")
+    path = write(
+        "steps: x\nproblem: {name: fake}\nsolver:\n  name: fake\n  upper_lr: -1\nseedd: 1\n"
+    )
     assert message_of(path).splitlines() == [
         f"{path}:1: steps: got 'x' (str), wanted an integer >= 1 or null",
         f"{path}:2: problem.ways is missing; wanted an integer",
@@ -220,7 +253,9 @@ def test_missing_sections_and_names(write: Any) -> None:
 
 def test_an_unknown_class_names_the_nearest(write: Any) -> None:
     path = write(GOOD.replace("  name: fake", "  name: fakes"))
-    assert message_of(path).startswith(f"{path}:4: solver.name: 'fakes' is not a solver. Did you mean fake?")
+    assert message_of(path).startswith(
+        f"{path}:4: solver.name: 'fakes' is not a solver. Did you mean fake?"
+    )
 
 
 def test_what_the_class_itself_refuses_is_reported_at_its_section(write: Any) -> None:
@@ -245,18 +280,26 @@ def test_what_the_class_itself_refuses_is_reported_at_its_section(write: Any) ->
         ("a: \x07\n", "", "not valid YAML"),
     ],
 )
-def test_text_that_is_no_config_names_the_line(write: Any, text: str, line: str, words: str) -> None:
+def test_text_that_is_no_config_names_the_line(
+    write: Any, text: str, line: str, words: str
+) -> None:
     path = write(text)
     message = message_of(path)
     assert message.startswith(f"{path}{line}: ")
     assert words in message
 
 
-def test_a_missing_file_suggests_the_nearest(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_suggests_the_nearest(
+    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(GOOD, "quickstart.yaml")
-    assert message_of(tmp_path / "quickstrt.yaml").endswith(f"Did you mean {tmp_path / 'quickstart.yaml'}?")
+    assert message_of(tmp_path / "quickstrt.yaml").endswith(
+        f"Did you mean {tmp_path / 'quickstart.yaml'}?"
+    )
     assert "There are: " in message_of(tmp_path / "zzz.yaml")
-    assert message_of(tmp_path / "none" / "a.yaml").endswith(f"no .yaml file in {tmp_path / 'none'}")
+    assert message_of(tmp_path / "none" / "a.yaml").endswith(
+        f"no .yaml file in {tmp_path / 'none'}"
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     write(GOOD, "configs/other.yaml")
@@ -272,14 +315,26 @@ def test_result_keys_leave_out_what_cannot_change_the_result(write: Any) -> None
              "evaluation.every_steps=5", "output_dir=x", "cpus_per_worker=2", "gpus_per_worker=0.5",
              "step_timeout_s=9", "address=auto"]  # fmt: skip
     assert differing_keys(a, load_config(path, aside)) == []
-    counts = ["seed=1", "shards=4", "threads=2", "dtype=float64", "task_map=vmap", "solver.upper_lr=0.2", "steps=11"]
+    counts = [
+        "seed=1",
+        "shards=4",
+        "threads=2",
+        "dtype=float64",
+        "task_map=vmap",
+        "solver.upper_lr=0.2",
+        "steps=11",
+    ]
     b = load_config(path, counts)
     assert {(key, x, y) for key, x, y in differing_keys(a, b)} == {
         ("seed", 0, 1), ("shards", 2, 4), ("threads", 1, 2), ("dtype", "float32", "float64"), 
         ("task_map", "auto", "vmap"), ("solver.upper_lr", 0.1, 0.2), ("steps", 10, 11),
     }  # fmt: skip
-    assert ("data.dataset", "learn2learn/fake", "fake") in differing_keys(a, load_config(path, ["data.dataset=fake"]))
-    assert ("data.dataset", "learn2learn/fake", None) in differing_keys(a, load_config(path, ["data=null"]))
+    assert ("data.dataset", "learn2learn/fake", "fake") in differing_keys(
+        a, load_config(path, ["data.dataset=fake"])
+    )
+    assert ("data.dataset", "learn2learn/fake", None) in differing_keys(
+        a, load_config(path, ["data=null"])
+    )
 
 
 USER_FILE = """\
@@ -301,7 +356,9 @@ def test_imports_start_at_the_config_and_register_before_names_are_looked_up(
     write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(USER_FILE, "my-solver.py")
-    text = "imports: [my-solver.py]\nsteps: 1\nproblem: {name: fake, ways: 2}\nsolver: {name: mine}\n"
+    text = (
+        "imports: [my-solver.py]\nsteps: 1\nproblem: {name: fake, ways: 2}\nsolver: {name: mine}\n"
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     config = load_config(write(text))
@@ -311,7 +368,9 @@ def test_imports_start_at_the_config_and_register_before_names_are_looked_up(
     assert config.result_keys()["imports"] == ["my-solver.py"]
     kernel = sys.modules["bomemeta_user.my_solver"].kernel
     assert pickle.loads(pickle.dumps(kernel)) is kernel  # by reference, as Ray sends it
-    overridden = load_config(write(text), ["imports=[../my-solver.py, json]"])  # typed here, so it starts here
+    overridden = load_config(
+        write(text), ["imports=[../my-solver.py, json]"]
+    )  # typed here, so it starts here
     assert overridden.imports == [str(tmp_path / "my-solver.py"), "json"]
 
 
@@ -338,20 +397,28 @@ def test_the_same_text_runs_once_and_a_changed_text_again(write: Any) -> None:
         ("import nowhere_x", 1, ImportError),
     ],
 )
-def test_an_error_in_a_users_file_names_its_line(write: Any, source: str, line: int, cause: type[Exception]) -> None:
+def test_an_error_in_a_users_file_names_its_line(
+    write: Any, source: str, line: int, cause: type[Exception]
+) -> None:
     path = write(source, "bad.py")
     with pytest.raises(ConfigError) as error:
         load_config({"imports": [str(path)]})
     assert str(error.value).startswith(
-        f"imports: {path}:{line}: {cause.__name__}" if cause is not ImportError else f"imports: {path}:1: "
+        f"imports: {path}:{line}: {cause.__name__}"
+        if cause is not ImportError
+        else f"imports: {path}:1: "
     )
     assert isinstance(error.value.__cause__, cause)
     assert "bomemeta_user.bad" not in sys.modules
 
 
 def test_imports_that_cannot_be_found(write: Any, tmp_path: Path) -> None:
-    assert message_of({"imports": [str(tmp_path / "no.py")]}).startswith(f"imports: cannot read {tmp_path / 'no.py'}: No such")
-    assert "module 'no_such_module' cannot be imported: ModuleNotFoundError" in message_of({"imports": ["no_such_module"]})
+    assert message_of({"imports": [str(tmp_path / "no.py")]}).startswith(
+        f"imports: cannot read {tmp_path / 'no.py'}: No such"
+    )
+    assert "module 'no_such_module' cannot be imported: ModuleNotFoundError" in message_of(
+        {"imports": ["no_such_module"]}
+    )
     (tmp_path / "x").mkdir()
     entries = [str(write("", "twin.py")), str(write("", "x/twin.py"))]
     assert "would both be the module bomemeta_user.twin" in message_of({"imports": entries})

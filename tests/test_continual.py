@@ -1,4 +1,6 @@
-"""Continual learning: losses against the equations on uncut samples, what is in memory and when, baselines, figures, what is refused."""
+"""Continual learning: losses against the equations on uncut samples, what is in memory and when,
+baselines, figures, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,12 @@ class Rows:
     def examples(self, part: str) -> Examples:
         count, seed = (90, 0) if part == "train" else (60, 1)
         labels = torch.arange(count) % self.classes
-        noise = torch.randn(count, self.features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return Examples(2 * torch.eye(self.classes, self.features, dtype=torch.float64)[labels] + noise, labels)
+        noise = torch.randn(
+            count, self.features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        return Examples(
+            2 * torch.eye(self.classes, self.features, dtype=torch.float64)[labels] + noise, labels
+        )
 
 
 def attached(data: Any = None, seed: int = 0, **fields: Any) -> Continual:
@@ -68,14 +74,18 @@ def attached(data: Any = None, seed: int = 0, **fields: Any) -> Continual:
 
 
 def assert_tight(got: Any, wanted: Any) -> None:
-    # Float64 sums in another order differ by about 1e-15 of their size; KL's weight of 100 and a division by 5 are in there.
+    # Float64 sums in another order differ by about 1e-15 of their size; KL's weight of 100 and a
+    # division by 5 are in there.
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
 
 
 def perturbed(params: Params, seed: int = 9) -> Params:
     """Near the start, but nothing is zero."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: t + 0.1 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in params.items()}
+    return {
+        name: t + 0.1 * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+        for name, t in params.items()
+    }
 
 
 def some_x(problem: Continual) -> Params:
@@ -88,7 +98,10 @@ def some_y(problem: Continual) -> Params:
 
 def some_memory(problem: Continual) -> Params:
     generator = torch.Generator().manual_seed(5)
-    memory = {name: torch.rand(t.shape, generator=generator, dtype=t.dtype) for name, t in problem.init_memory().items()}
+    memory = {
+        name: torch.rand(t.shape, generator=generator, dtype=t.dtype)
+        for name, t in problem.init_memory().items()
+    }
     if "soft_targets" in memory:
         # Probabilities of the classes that a slot's task has.
         each = len(memory["soft_targets"]) // problem.tasks
@@ -101,7 +114,9 @@ def repeated(params: Params, blocks: int) -> Params:
     return {name: tensor.expand(blocks, *tensor.shape) for name, tensor in params.items()}
 
 
-def oracle_at(problem: Continual, step: int, x: Params, memory: Params, split: Any = "train") -> LocalOracle:
+def oracle_at(
+    problem: Continual, step: int, x: Params, memory: Params, split: Any = "train"
+) -> LocalOracle:
     batch = problem.load(range(problem.blocks), step, split) | repeated(memory, problem.blocks)
     return LocalOracle(problem, x, batch, "loop")
 
@@ -115,18 +130,21 @@ class Walk(Bench):
 
     def y_params(self) -> Params:
         rows = torch.tensor(self.lower.handles[0])[None]
-        return {name: t[0] for name, t in unpack_tasks(PackedTasks(self.lower.layout, rows))["y"].items()}
+        return {
+            name: t[0]
+            for name, t in unpack_tasks(PackedTasks(self.lower.layout, rows))["y"].items()
+        }
 
     def walk(self, until: int) -> Params:
         while self.step < until:
             run = step_run(
-                self.problem, self.transport, range(self.problem.pool or 1), self.shards, step=self.step, steps=self.steps,
+                self.problem, self.transport, range(self.problem.num_tasks or 1), self.shards, step=self.step, steps=self.steps,
                 memory=self.memory,
             )  # fmt: skip
             assert isinstance(run, SharedRun)
             self.lower, _ = self.solver.step(self.upper, self.lower, run)
-            if self.problem.remembers(self.step):
-                self.memory = run.remember(self.solver, self.upper.params, self.lower)
+            if self.problem.memory_due(self.step):
+                self.memory = run.update_memory(self.solver, self.upper.params, self.lower)
             self.step += 1
         return self.memory
 
@@ -135,7 +153,14 @@ class Walk(Bench):
 
 
 def test_sizes_of_the_published_networks() -> None:
-    problem = attached(Rows(784, 10), tasks=20, hidden=256, embedding=16, samples_per_task=2, test_samples_per_task=1)
+    problem = attached(
+        Rows(784, 10),
+        tasks=20,
+        hidden=256,
+        embedding=16,
+        samples_per_task=2,
+        test_samples_per_task=1,
+    )
     x = problem.init_upper(torch.Generator())
     assert sum(t.numel() for t in x.values()) == 17_728
     assert sum(t.numel() for t in problem._start().values()) == 269_322
@@ -144,7 +169,9 @@ def test_sizes_of_the_published_networks() -> None:
 def test_film_by_hand() -> None:
     problem = attached(hidden=2, layers=1)
     x, y = some_x(problem), some_y(problem)
-    inputs = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inputs = torch.randn(
+        3, FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     tasks = torch.tensor([2, 0, 2])
     got = problem._logits(problem.encode(x, {}), y, inputs, tasks)
     for row, t, logits in zip(inputs, tasks, got, strict=True):
@@ -155,7 +182,9 @@ def test_film_by_hand() -> None:
         assert_tight(logits, y["head.weight"] @ out + y["head.bias"])
     plain = attached(hidden=2, layers=1, method="plain")
     h = inputs @ y["layer0.weight"].T + y["layer0.bias"]
-    assert_tight(plain._logits({}, y, inputs, tasks), h.clamp(min=0) @ y["head.weight"].T + y["head.bias"])
+    assert_tight(
+        plain._logits({}, y, inputs, tasks), h.clamp(min=0) @ y["head.weight"].T + y["head.bias"]
+    )
 
 
 def test_a_film_of_zero_stays_zero_and_smooth() -> None:
@@ -196,16 +225,26 @@ def test_memory_is_the_naive_one(policy: Any, semantic: int) -> None:
     draw = np.random.Generator(np.random.PCG64(np.random.SeedSequence((1, 2))))
     wanted: list[dict[int, int]] = [{}, {}, {}]
     for t in range(3):
-        drawn = draw.integers(0, np.arange(starts[t + 1] - starts[t]) + 1) if policy == "reservoir" else None
+        drawn = (
+            draw.integers(0, np.arange(starts[t + 1] - starts[t]) + 1)
+            if policy == "reservoir"
+            else None
+        )
         for i, row in enumerate(range(starts[t], starts[t + 1])):
-            place = i if i < capacity else (int(drawn[i]) if drawn is not None else i % capacity)
-            if place < capacity:
-                wanted[t][place] = row
+            location = i if i < capacity else (int(drawn[i]) if drawn is not None else i % capacity)
+            if location < capacity:
+                wanted[t][location] = row
             content = memory.content(row + 1)
-            assert [sorted(kept[kept != NONE].tolist()) for kept in content] == [sorted(kept.values()) for kept in wanted]
-    assert memory.writes == (memory.slots != NONE).sum()  # one write for a sample that stays, none for others
+            assert [sorted(kept[kept != NONE].tolist()) for kept in content] == [
+                sorted(kept.values()) for kept in wanted
+            ]
+    assert (
+        memory.writes == (memory.slots != NONE).sum()
+    )  # one write for a sample that stays, none for others
     assert sorted(memory.content(0).ravel().tolist()) == [NONE] * 18
-    assert (memory.content(90) == Memory(starts, capacity, semantic, policy, seed).content(90)).all()
+    assert (
+        memory.content(90) == Memory(starts, capacity, semantic, policy, seed).content(90)
+    ).all()
 
 
 def test_both_kinds_of_memory_fill_together() -> None:
@@ -248,7 +287,9 @@ def test_replay_is_of_earlier_tasks_and_semantic_memory_of_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"stream": "split"}, {"objective": "derpp", "method": "plain"}, {"objective": "ewc"}], ids=str
+    "fields",
+    [{}, {"stream": "split"}, {"objective": "derpp", "method": "plain"}, {"objective": "ewc"}],
+    ids=str,
 )
 @pytest.mark.parametrize("step", [0, 9])
 def test_blocks_change_nothing(fields: dict[str, Any], step: int) -> None:
@@ -260,13 +301,19 @@ def test_blocks_change_nothing(fields: dict[str, Any], step: int) -> None:
         for loss in ("upper", "lower"):
             total = oracle.total(Term(loss, y))  # type: ignore[arg-type]
             found.append(
-                (total.values[0].mean(), tree.scaled(1 / blocks, total.upper), {k: v.mean(0) for k, v in total.lowers[0].items()})
+                (
+                    total.values[0].mean(),
+                    tree.scaled(1 / blocks, total.upper),
+                    {k: v.mean(0) for k, v in total.lowers[0].items()},
+                )
             )
     assert_tight(found[2:], found[:2])
     assert all(f.isfinite() for f, _, _ in found)
 
 
-def reference_logits(problem: Continual, x: Params, y: Params, inputs: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
+def reference_logits(
+    problem: Continual, x: Params, y: Params, inputs: torch.Tensor, tasks: torch.Tensor
+) -> torch.Tensor:
     logits = problem._logits(problem.encode(x, {}), y, inputs, tasks)
     return logits.masked_fill(~problem._allowed[tasks], -torch.inf)
 
@@ -280,16 +327,23 @@ def test_ctn_losses_are_the_equations() -> None:
     new = batch["g_notes_weight"] == 0
     logits = reference_logits(problem, x, y, batch["g_inputs"], batch["g_tasks"])
     labels = batch["g_labels"]
-    loss = functional.cross_entropy(logits[new], labels[new]) + functional.cross_entropy(logits[~new], labels[~new])
-    # CTN's KLDivLoss is torch's default, a mean over samples and classes: here three, and the two of their task.
+    loss = functional.cross_entropy(logits[new], labels[new]) + functional.cross_entropy(
+        logits[~new], labels[~new]
+    )
+    # CTN's KLDivLoss is torch's default, a mean over samples and classes: here three, and the two
+    # of their task.
     within = problem._allowed[batch["g_tasks"]][~new]
     soft = memory["soft_targets"][batch["g_slots"]][~new]
     cold = (logits[~new][within] / 5).reshape(-1, 2).log_softmax(1)
-    loss = loss + 100 * functional.kl_div(cold, soft[within].reshape(-1, 2), reduction="sum") / (3 * 2)
+    loss = loss + 100 * functional.kl_div(cold, soft[within].reshape(-1, 2), reduction="sum") / (
+        3 * 2
+    )
     assert_tight(oracle.lower(repeated(y, 1)).value[0], loss)
 
     judged = reference_logits(problem, x, y, batch["f_inputs"], batch["f_tasks"])
-    assert_tight(oracle.upper(repeated(y, 1)).value[0], functional.cross_entropy(judged, batch["f_labels"]))
+    assert_tight(
+        oracle.upper(repeated(y, 1)).value[0], functional.cross_entropy(judged, batch["f_labels"])
+    )
 
 
 def test_first_task_has_neither_replay_nor_for_the_baselines_an_f() -> None:
@@ -303,7 +357,11 @@ def test_first_task_has_neither_replay_nor_for_the_baselines_an_f() -> None:
 
 
 def test_replay_baselines_by_hand() -> None:
-    for objective, beta, alpha in (("er", 1.0, 0.0), ("derpp", 0.25, 0.75), ("finetune", None, 0.0)):
+    for objective, beta, alpha in (
+        ("er", 1.0, 0.0),
+        ("derpp", 0.25, 0.75),
+        ("finetune", None, 0.0),
+    ):
         problem = attached(objective=objective, method="plain", der_alpha=0.75, der_beta=0.25)
         x, y, memory = some_x(problem), some_y(problem), some_memory(problem)
         oracle = oracle_at(problem, 9, x, memory)
@@ -315,15 +373,22 @@ def test_replay_baselines_by_hand() -> None:
         else:
             loss = loss + beta * functional.cross_entropy(logits[4:], batch["g_labels"][4:])
         if alpha > 0:
-            loss = loss + alpha * functional.mse_loss(logits[4:], memory["logits"][batch["g_slots"][4:]])
+            loss = loss + alpha * functional.mse_loss(
+                logits[4:], memory["logits"][batch["g_slots"][4:]]
+            )
         assert_tight(oracle.lower(repeated(y, 1)).value[0], loss)
         again = problem._logits({}, y, batch["f_inputs"], batch["f_tasks"])
-        assert_tight(oracle.upper(repeated(y, 1)).value[0], functional.cross_entropy(again, batch["f_labels"]))
+        assert_tight(
+            oracle.upper(repeated(y, 1)).value[0],
+            functional.cross_entropy(again, batch["f_labels"]),
+        )
 
 
 def test_protocols_differ_in_the_classes_that_are_in_question() -> None:
     known = attached(stream="split", method="plain", objective="finetune")
-    unknown = attached(stream="split", method="plain", objective="finetune", protocol="class_incremental")
+    unknown = attached(
+        stream="split", method="plain", objective="finetune", protocol="class_incremental"
+    )
     y = some_y(known)
     y["head.bias"][0] += 100.0  # class 0 is always the likeliest
     accuracies = []
@@ -333,7 +398,9 @@ def test_protocols_differ_in_the_classes_that_are_in_question() -> None:
     assert accuracies[0][0] == accuracies[1][0]
     assert min(accuracies[0][1:]) > 0
     assert accuracies[1][1:] == [0, 0]
-    losses = [float(oracle_at(p, 7, some_x(p), {}).lower(repeated(y, 1)).value) for p in (known, unknown)]
+    losses = [
+        float(oracle_at(p, 7, some_x(p), {}).lower(repeated(y, 1)).value) for p in (known, unknown)
+    ]
     assert losses[0] < 10 < losses[1]
 
 
@@ -343,7 +410,7 @@ def test_protocols_differ_in_the_classes_that_are_in_question() -> None:
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_soft_targets_are_written_once_at_the_end_of_their_task(blocks: int) -> None:
     problem = attached(blocks=blocks)
-    assert [step for step in range(STEPS) if problem.remembers(step)] == [5, 11, 17]
+    assert [step for step in range(STEPS) if problem.memory_due(step)] == [5, 11, 17]
     walk = Walk(problem, "bome", inner_steps=2, inner_lr=0.05, lower_lr=0.05, upper_lr=0.1)
     assert (walk.walk(5)["soft_targets"] == 0).all()
     x, y = None, None
@@ -352,7 +419,9 @@ def test_soft_targets_are_written_once_at_the_end_of_their_task(blocks: int) -> 
     rows = problem._samples.memory.content(11)[0, 2:]
     train = problem._samples._stream.train
     chosen = torch.from_numpy(rows)
-    logits = reference_logits(problem, x, y, train.examples.rows(chosen, torch.float64), train.tasks[chosen])
+    logits = reference_logits(
+        problem, x, y, train.examples.rows(chosen, torch.float64), train.tasks[chosen]
+    )
     assert_tight(written[:3], (logits / 5).softmax(1))
     assert (written[3:] == 0).all()
     later = walk.walk(STEPS)["soft_targets"]
@@ -373,7 +442,9 @@ def test_derpp_stores_logits_of_what_came() -> None:
             if row < 11:  # of the first task, or none yet
                 assert torch.equal(after[number], before[number])
             else:
-                wanted = problem._logits({}, walk.y_params(), train.examples.inputs[row][None], torch.tensor([t]))[0]
+                wanted = problem._logits(
+                    {}, walk.y_params(), train.examples.inputs[row][None], torch.tensor([t])
+                )[0]
                 assert_tight(after[number], wanted)
 
 
@@ -384,13 +455,15 @@ def test_ewc_adds_up_fisher_information() -> None:
     found = []
     for problem in (one, two):
         oracle = oracle_at(problem, 5, x, memory)
-        found.append(oracle.remember(repeated(y, problem.blocks)))
+        found.append(oracle.update_memory(repeated(y, problem.blocks)))
     assert_tight(found[1], found[0])
     train = one._samples._stream.train
     leaves = tree.leaves(y)
     wanted = {name: memory[f"fisher.{name}"].clone() for name in y}
     for row in range(5):
-        logits = one._logits({}, leaves, train.examples.inputs[row][None], train.tasks[row : row + 1])
+        logits = one._logits(
+            {}, leaves, train.examples.inputs[row][None], train.tasks[row : row + 1]
+        )
         loss = functional.cross_entropy(logits, train.examples.labels[row : row + 1])
         for name, grad in zip(y, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             wanted[name] += grad**2 / 5
@@ -398,21 +471,34 @@ def test_ewc_adds_up_fisher_information() -> None:
     assert_tight({name: found[0][f"anchor.{name}"] for name in y}, y)
     # And g is drawn to the anchor.
     g = oracle_at(one, 8, x, memory).lower(repeated(y, 1)).value[0]
-    plain = oracle_at(attached(objective="finetune", method="plain"), 8, x, {}).lower(repeated(y, 1)).value[0]
-    pull = sum(float((memory[f"fisher.{name}"] * (y[name] - memory[f"anchor.{name}"]) ** 2).sum()) for name in y)
+    plain = (
+        oracle_at(attached(objective="finetune", method="plain"), 8, x, {})
+        .lower(repeated(y, 1))
+        .value[0]
+    )
+    pull = sum(
+        float((memory[f"fisher.{name}"] * (y[name] - memory[f"anchor.{name}"]) ** 2).sum())
+        for name in y
+    )
     assert_tight(g, plain + 50 * pull)
 
 
 def test_joint_sees_all_tasks_at_once() -> None:
     problem = attached(objective="joint", method="plain")
     assert problem.length == 2 * 9  # 33 samples in batches of 4
-    assert [step for step in range(problem.length) if problem.milestone(step)] == [problem.length - 1]
-    seen = torch.cat([problem.load([0], step, "train")["g_inputs"][0] for step in range(0, problem.length, 2)])
+    assert [step for step in range(problem.length) if problem.milestone(step)] == [
+        problem.length - 1
+    ]
+    seen = torch.cat(
+        [problem.load([0], step, "train")["g_inputs"][0] for step in range(0, problem.length, 2)]
+    )
     whole = problem._samples._stream.train.examples.inputs
     assert sorted(seen.tolist()) == sorted(whole.tolist())
     tasks = problem.load([0], 0, "train")["g_tasks"][0]
     assert len(set(tasks.tolist())) > 1
-    assert problem.retrospect([{"accuracy_task_00": 0.5, "accuracy_task_01": 1.0}]) == {"acc": 0.75}
+    assert problem.final_metrics([{"accuracy_task_00": 0.5, "accuracy_task_01": 1.0}]) == {
+        "acc": 0.75
+    }
 
 
 # Solvers
@@ -429,11 +515,19 @@ def test_ctn_moves_x_along_the_partial_gradient_at_the_new_y() -> None:
     for _ in range(2):
         y = tree.leaves(y)
         g = single.lower_loss(single.encode(x, batch), y, batch)
-        y = {n: t - 0.05 * grad for (n, t), grad in zip(y.items(), torch.autograd.grad(g, list(y.values())), strict=True)}
+        y = {
+            n: t - 0.05 * grad
+            for (n, t), grad in zip(
+                y.items(), torch.autograd.grad(g, list(y.values())), strict=True
+            )
+        }
     f = single.upper_loss(single.encode(leaves, batch), tree.detached(y), batch)
     grads = torch.autograd.grad(f, list(leaves.values()))
     assert_tight(walk.y_params(), tree.detached(y))
-    assert_tight(walk.upper.params, {n: t - 0.3 * grad for (n, t), grad in zip(x.items(), grads, strict=True)})
+    assert_tight(
+        walk.upper.params,
+        {n: t - 0.3 * grad for (n, t), grad in zip(x.items(), grads, strict=True)},
+    )
 
 
 def test_lower_only_leaves_x_alone() -> None:
@@ -444,8 +538,14 @@ def test_lower_only_leaves_x_alone() -> None:
 
 
 def test_agem_projects_where_gradients_conflict() -> None:
-    d = {"a": torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, 1.0]]), "b": torch.tensor([[1.0], [0.0], [0.0]])}
-    m = {"a": torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), "b": torch.tensor([[-1.0], [3.0], [0.0]])}
+    d = {
+        "a": torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, 1.0]]),
+        "b": torch.tensor([[1.0], [0.0], [0.0]]),
+    }
+    m = {
+        "a": torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]),
+        "b": torch.tensor([[-1.0], [3.0], [0.0]]),
+    }
     got, conflict = projected(d, m)
     assert conflict.tolist() == [True, False, False]
     assert got["a"].tolist() == [[0, 0], [1, 2], [1, 1]]
@@ -458,7 +558,10 @@ def test_agem_step_by_hand_and_in_one_reduce() -> None:
     walk.walk(8)
     y = walk.y_params()
     oracle = oracle_at(attached(objective="finetune", method="plain"), 8, some_x(problem), {})
-    d, m = (tree.flatten({n: t[0] for n, t in oracle._gradient(loss, repeated(y, 1)).lower.items()}) for loss in ("lower", "upper"))
+    d, m = (
+        tree.flatten({n: t[0] for n, t in oracle._gradient(loss, repeated(y, 1)).lower.items()})
+        for loss in ("lower", "upper")
+    )
     wanted = d - min(float(d @ m), 0.0) / float(m @ m) * m
     run = step_run(problem, walk.transport, range(2), 2, step=8, steps=STEPS)
     lower, metrics = walk.solver.step(walk.upper, walk.lower, run)
@@ -503,7 +606,10 @@ def test_accuracies_are_those_of_the_uncut_test_samples(blocks: int) -> None:
     x, y = some_x(problem), some_y(problem)
     figures = oracle_at(problem, 0, x, {}, "test").evaluate(repeated(y, blocks))
     test = problem._samples._stream.test
-    hits = reference_logits(problem, x, y, test.examples.inputs, test.tasks).argmax(1) == test.examples.labels
+    hits = (
+        reference_logits(problem, x, y, test.examples.inputs, test.tasks).argmax(1)
+        == test.examples.labels
+    )
     for t in range(3):
         assert_tight(figures[f"accuracy_task_0{t}"].mean(), hits[test.tasks == t].double().mean())
 
@@ -519,12 +625,20 @@ def test_a_run_from_config_to_files(tmp_path: Path) -> None:
             "blocks": 2,
         },
         "data": {"dataset": "digits"},
-        "solver": {"name": "bome", "inner_steps": 2, "inner_lr": 0.03, "lower_lr": 0.03, "upper_lr": 0.1},
+        "solver": {
+            "name": "bome",
+            "inner_steps": 2,
+            "inner_lr": 0.03,
+            "lower_lr": 0.03,
+            "upper_lr": 0.1,
+        },
         "log": {"tensorboard": False},
     }
     whole = bomemeta.train(config, [f"output_dir={tmp_path / 'whole'}"])
     assert whole.steps == 16
-    cut = bomemeta.train(config, ["steps=11", f"output_dir={tmp_path / 'cut'}"])  # in the middle of the second task
+    cut = bomemeta.train(
+        config, ["steps=11", f"output_dir={tmp_path / 'cut'}"]
+    )  # in the middle of the second task
     assert set(cut.metrics) > {"acc", "ft", "nbt"}
     resumed = bomemeta.resume(tmp_path / "cut", ["steps=16"])
     assert resumed.upper_sha256 == whole.upper_sha256
@@ -533,7 +647,11 @@ def test_a_run_from_config_to_files(tmp_path: Path) -> None:
     }
     assert whole.metrics["ft"] == pytest.approx(whole.metrics["acc"] + whole.metrics["nbt"])
     saved = json.loads((tmp_path / "whole" / "accuracy_matrix.json").read_text())
-    assert (saved["protocol"], saved["stream"], np.shape(saved["matrix"])) == ("task_incremental", "permuted", (2, 2))
+    assert (saved["protocol"], saved["stream"], np.shape(saved["matrix"])) == (
+        "task_incremental",
+        "permuted",
+        (2, 2),
+    )
     assert saved["acc"] == pytest.approx(np.mean(saved["matrix"][1]))
     for name in ("accuracy_matrix.png", "accuracy_curve.png"):
         assert (tmp_path / "whole" / name).read_bytes().startswith(b"\x89PNG")
@@ -545,11 +663,17 @@ def test_a_run_from_config_to_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"protocol": "class_incremental"}, "class_incremental does not tell the task.* method: plain"),
+        (
+            {"protocol": "class_incremental"},
+            "class_incremental does not tell the task.* method: plain",
+        ),
         ({"semantic_per_task": 5}, "semantic_per_task: got 5 of memory_per_task 5"),
         ({"objective": "er", "memory_per_task": 0}, "memory_per_task: got 0; objective er"),
         ({"stream": "split", "tasks": 4}, "do not make 4 equal groups"),
-        ({"network": "resnet18", "stream": "split"}, "network: resnet18 wants images; a row of this data set has 10 numbers"),
+        (
+            {"network": "resnet18", "stream": "split"},
+            "network: resnet18 wants images; a row of this data set has 10 numbers",
+        ),
     ],
 )
 def test_combinations_without_sense(fields: dict[str, Any], words: str) -> None:

@@ -1,5 +1,5 @@
-"""Continual meta-learning: the online pass against plain SGD, gradients against finite differences, BOME and ITD against OML's gradient,
-figures over lengths, what is refused, the same bits.
+"""Continual meta-learning: the online pass against plain SGD, gradients against finite differences,
+BOME and ITD against OML's gradient, figures over lengths, what is refused, the same bits.
 """
 
 from __future__ import annotations
@@ -51,13 +51,17 @@ def start_of(problem: ContinualMeta) -> Params:
     return problem.init_upper(torch.Generator().manual_seed(1))
 
 
-def oracle_of(problem: ContinualMeta, x: Params, split: Any = "train", task_map: Any = "loop", tasks: int = 2) -> LocalOracle:
+def oracle_of(
+    problem: ContinualMeta, x: Params, split: Any = "train", task_map: Any = "loop", tasks: int = 2
+) -> LocalOracle:
     return LocalOracle(problem, x, problem.load(range(tasks), 0, split), task_map)
 
 
 def features_of(problem: ContinualMeta, x: Params, images: Tensor) -> Tensor:
     backbone = {name: tensor for name, tensor in x.items() if name not in (LOG_STEP, LOG_SHARPNESS)}
-    return functional.normalize(torch.func.functional_call(problem._skeleton, backbone, (images,)), dim=1)
+    return functional.normalize(
+        torch.func.functional_call(problem._skeleton, backbone, (images,)), dim=1
+    )
 
 
 def trained_online(features: Tensor, labels: Tensor, outputs: int, lr: float) -> Tensor:
@@ -79,10 +83,21 @@ def test_the_pass_is_sgd_on_one_image_after_another() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 7, generator=generator, dtype=torch.float64)
     labels = torch.arange(5).repeat_interleave(6)
-    head = online_pass(torch.zeros(7, 9, dtype=torch.float64), features, labels, torch.tensor(0.7, dtype=torch.float64))
-    torch.testing.assert_close(head, trained_online(features, labels, 9, 0.7), rtol=1e-12, atol=1e-12)
-    other = online_pass(torch.zeros(7, 9, dtype=torch.float64), features.flip(0), labels.flip(0), torch.tensor(0.7))
-    assert (head - other).abs().max() > 0.1  # the order matters, or there would be nothing to learn from it
+    head = online_pass(
+        torch.zeros(7, 9, dtype=torch.float64),
+        features,
+        labels,
+        torch.tensor(0.7, dtype=torch.float64),
+    )
+    torch.testing.assert_close(
+        head, trained_online(features, labels, 9, 0.7), rtol=1e-12, atol=1e-12
+    )
+    other = online_pass(
+        torch.zeros(7, 9, dtype=torch.float64), features.flip(0), labels.flip(0), torch.tensor(0.7)
+    )
+    assert (
+        head - other
+    ).abs().max() > 0.1  # the order matters, or there would be nothing to learn from it
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -111,7 +126,9 @@ def test_one_inner_step_of_size_1_solves_g_from_anywhere() -> None:
     g = oracle.lower(anywhere)
     solved = tree.axpy(-1.0, g.lower, anywhere)
     torch.testing.assert_close(solved, oracle.init_lower(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(oracle.lower(solved).value, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-24)
+    torch.testing.assert_close(
+        oracle.lower(solved).value, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-24
+    )
 
 
 # Gradients
@@ -134,20 +151,32 @@ def outer_loss(problem: ContinualMeta, x: Params) -> float:
 
 
 def oml_gradient(problem: ContinualMeta, x: Params) -> Params:
-    """dF/dx by autograd through a pass written with torch's own cross-entropy, and no part of the problem but its network."""
+    """dF/dx by autograd through a pass written with torch's own cross-entropy, and no part of the
+    problem but its network.
+    """
     batch = problem.load(range(2), 0, "train")
     leaves = tree.leaves(x)
     losses = []
-    for images, labels, query_labels in zip(batch["images"], batch["labels"], batch["query_labels"], strict=True):
+    for images, labels, query_labels in zip(
+        batch["images"], batch["labels"], batch["query_labels"], strict=True
+    ):
         features = features_of(problem, leaves, images)
-        head = torch.zeros(features.shape[1], problem.outputs, dtype=torch.float64, requires_grad=True)
+        head = torch.zeros(
+            features.shape[1], problem.outputs, dtype=torch.float64, requires_grad=True
+        )
         for row, label in zip(features[: len(labels)], labels, strict=True):
             loss = functional.cross_entropy((row @ head)[None], label[None])
             (slope,) = torch.autograd.grad(loss, head, create_graph=True)
             head = head - leaves[LOG_STEP].exp() * slope
         logits = leaves[LOG_SHARPNESS].exp() * features[len(labels) :] @ head
         losses.append(functional.cross_entropy(logits, query_labels))
-    return dict(zip(leaves, torch.autograd.grad(torch.stack(losses).mean(), list(leaves.values())), strict=True))
+    return dict(
+        zip(
+            leaves,
+            torch.autograd.grad(torch.stack(losses).mean(), list(leaves.values())),
+            strict=True,
+        )
+    )
 
 
 def test_the_gradient_through_the_pass_is_that_of_finite_differences() -> None:
@@ -155,10 +184,17 @@ def test_the_gradient_through_the_pass_is_that_of_finite_differences() -> None:
     x = start_of(problem)
     gradient = oml_gradient(problem, x)
     generator = torch.Generator().manual_seed(4)
-    along = {name: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) for name, tensor in x.items()}
-    size = 1e-6  # the error of central differences is of the order of its square, and of 1e-16 / size
+    along = {
+        name: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        for name, tensor in x.items()
+    }
+    size = (
+        1e-6  # the error of central differences is of the order of its square, and of 1e-16 / size
+    )
     ends = [outer_loss(problem, tree.axpy(sign * size, along, x)) for sign in (1.0, -1.0)]
-    assert (ends[0] - ends[1]) / (2 * size) == pytest.approx(float(tree.dot(gradient, along)), rel=1e-5)
+    assert (ends[0] - ends[1]) / (2 * size) == pytest.approx(
+        float(tree.dot(gradient, along)), rel=1e-5
+    )
     assert abs(float(gradient[LOG_STEP])) > 1e-4
     assert abs(float(gradient[LOG_SHARPNESS])) > 1e-4
 
@@ -174,7 +210,8 @@ def direction_of(problem: ContinualMeta, name: str, **fields: Any) -> Tensor:
 EXACT: list[tuple[str, dict[str, Any], float]] = [
     # ITD: y is at the solution already, and one step of size 1 forgets where it was.
     ("itd", {"inner_steps": 1, "inner_lr": 1.0}, 1e-9),
-    # BOME: f at a y which is lower_lr along -grad f, and lambda (y - S) = (1 + eta lower_lr) grad f: an error of the order of lower_lr.
+    # BOME: f at a y which is lower_lr along -grad f, and lambda (y - S) = (1 + eta lower_lr) grad
+    # f: an error of the order of lower_lr.
     ("bome", {"adapt_steps": 0, "inner_steps": 1, "inner_lr": 1.0, "barrier_steps": 1, "lower_lr": 1e-4, "barrier": "per_task"}, 2e-2),
     ("sl_bamm", {"schedule": "constant", "mu": 0.0, "adapt_steps": 1, "lower_lr": 1.0, "aux_steps": 1}, 1e-9),
     ("aid_cg", {"inner_steps": 1, "inner_lr": 1.0, "aux_steps": 1}, 1e-9),
@@ -182,7 +219,9 @@ EXACT: list[tuple[str, dict[str, Any], float]] = [
 
 
 @pytest.mark.parametrize(("name", "fields", "error"), EXACT, ids=[name for name, _, _ in EXACT])
-def test_solvers_move_x_along_oml_s_gradient(name: str, fields: dict[str, Any], error: float) -> None:
+def test_solvers_move_x_along_oml_s_gradient(
+    name: str, fields: dict[str, Any], error: float
+) -> None:
     problem = attached()
     x = Bench(problem, solvers.get("itd")(), 1).upper.params
     wanted = tree.flatten(oml_gradient(problem, x))
@@ -205,7 +244,11 @@ def test_figures_are_those_of_a_pass_of_each_length(order: Any) -> None:
     oracle = oracle_of(problem, x, "test")
     figures = oracle.evaluate(oracle.init_lower())
     for i in range(2):
-        images, labels, wanted = oracle.batch["images"][i], oracle.batch["labels"][i], oracle.batch["query_labels"][i]
+        images, labels, wanted = (
+            oracle.batch["images"][i],
+            oracle.batch["labels"][i],
+            oracle.batch["query_labels"][i],
+        )
         seen, queries = features_of(problem, x, images).split([len(labels), len(wanted)])
         for length in problem.lengths:
             rows = oracle.batch[f"order_{length}"][i]
@@ -214,7 +257,9 @@ def test_figures_are_those_of_a_pass_of_each_length(order: Any) -> None:
             head = trained_online(seen[rows], labels[rows], problem.outputs, 0.5)[:, :length]
             for prefix, inputs, truth in (("", queries, wanted), ("trajectory_", seen, labels)):
                 hits = (inputs[truth < length] @ head).argmax(1) == truth[truth < length]
-                assert float(figures[f"{prefix}accuracy_classes_{length:03d}"][i]) == pytest.approx(float(hits.double().mean()))
+                assert float(figures[f"{prefix}accuracy_classes_{length:03d}"][i]) == pytest.approx(
+                    float(hits.double().mean())
+                )
     assert figures["accuracy"].tolist() == figures["accuracy_classes_006"].tolist()
 
 
@@ -261,7 +306,9 @@ def test_lengths_must_grow(lengths: list[int]) -> None:
 
 def test_too_few_classes_or_images_are_named_with_the_keys_to_lower(tmp_path: Path) -> None:
     config = run_config(tmp_path) | {"data": {"dataset": "glyphs"}}
-    with pytest.raises(DataError, match=r"glyphs: the validation split has \d+ classes.*the last of `lengths`"):
+    with pytest.raises(
+        DataError, match=r"glyphs: the validation split has \d+ classes.*the last of `lengths`"
+    ):
         bomemeta.train(config, ["problem.lengths=[10, 5000]"])
     with pytest.raises(DataError, match=r"glyphs: class .* faces.*its shots `test_shots`"):
         bomemeta.train(config, ["problem.test_shots=12"])
@@ -302,38 +349,63 @@ def test_a_run_resumed_has_the_same_bits_and_its_curve(tmp_path: Path) -> None:
     resumed = bomemeta.resume(tmp_path / "half", ["steps=4"])
     assert resumed.upper_sha256 == whole.upper_sha256
     assert resumed.metrics == whole.metrics
-    names = {f"test_{kind}_classes_{length:03d}" for kind in ("accuracy", "ci95") for length in (2, 3, 6)}
-    assert names | {"test_accuracy", "test_ci95", "test_accuracy_shuffled", "baseline_accuracy"} <= set(whole.metrics)
-    assert {"accuracy_classes.json", "accuracy_classes.png"} <= {path.name for path in whole.run_dir.iterdir()}
+    names = {
+        f"test_{kind}_classes_{length:03d}" for kind in ("accuracy", "ci95") for length in (2, 3, 6)
+    }
+    assert names | {
+        "test_accuracy",
+        "test_ci95",
+        "test_accuracy_shuffled",
+        "baseline_accuracy",
+    } <= set(whole.metrics)
+    assert {"accuracy_classes.json", "accuracy_classes.png"} <= {
+        path.name for path in whole.run_dir.iterdir()
+    }
 
 
 def test_x_learns_to_be_learned_on(tmp_path: Path) -> None:
     """Accuracy after six classes in sequence, 40 trajectories, before and after 60 steps."""
     few = ["problem.width=8", "data.noise=0.3", "evaluation.episodes=40", "problem.classes=6"]
     before, after = (
-        bomemeta.train(run_config(tmp_path), [*few, f"steps={steps}", f"output_dir={tmp_path / str(steps)}"]).metrics
+        bomemeta.train(
+            run_config(tmp_path), [*few, f"steps={steps}", f"output_dir={tmp_path / str(steps)}"]
+        ).metrics
         for steps in (1, 60)
     )
     assert after["test_accuracy"] > before["test_accuracy"] + 0.15
 
 
-@pytest.mark.parametrize("method", [["--method", "untrained"], ["--method", "few_shot"], ["--method", "classify"], ["--run"]])
-def test_the_benchmark_judges_every_representation(method: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [["--method", "untrained"], ["--method", "few_shot"], ["--method", "classify"], ["--run"]],
+)
+def test_the_benchmark_judges_every_representation(
+    method: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     if method == ["--run"]:
         glyphs = {"data": {"dataset": "glyphs"}, "steps": 1}
-        method = ["--run", str(bomemeta.train(run_config(tmp_path) | glyphs, ["problem.width=4"]).run_dir)]
-    small = (
-        "--max-steps 2 --width 4 --ways 3 --shots 1 --lengths 2 4 --test-shots 2 --trajectories 2 --validation 1 --dataset glyphs"
-    )
+        method = [
+            "--run",
+            str(bomemeta.train(run_config(tmp_path) | glyphs, ["problem.width=4"]).run_dir),
+        ]
+    small = "--max-steps 2 --width 4 --ways 3 --shots 1 --lengths 2 4 --test-shots 2 --trajectories 2 --validation 1 --dataset glyphs"
     out = tmp_path / "out.json"
-    result = importlib.import_module("benchmarks.continual_meta").main([*method, *small.split(), "--json", str(out)])
+    result = importlib.import_module("benchmarks.continual_meta").main(
+        [*method, *small.split(), "--json", str(out)]
+    )
     assert json.loads(out.read_text()) == result
-    assert set(result["test"]) >= {"accuracy", "accuracy_classes_002", "trajectory_accuracy_classes_004"}
+    assert set(result["test"]) >= {
+        "accuracy",
+        "accuracy_classes_002",
+        "trajectory_accuracy_classes_004",
+    }
     assert result["steps"] == {"untrained": 0, "continual_meta": 1}.get(result["method"], 2)
 
 
 def test_oracle_is_used_without_a_graph_in_evaluation() -> None:
     problem = attached()
-    oracle: Oracle = LocalOracle(problem, start_of(problem), problem.load([0], 0, "test"), "loop", differentiable=False)
+    oracle: Oracle = LocalOracle(
+        problem, start_of(problem), problem.load([0], 0, "test"), "loop", differentiable=False
+    )
     assert not any(tensor.requires_grad for tensor in oracle.evaluate(oracle.init_lower()).values())

@@ -1,4 +1,6 @@
-"""Streams with the solvers that differentiate through y's steps or solve for its multiplier, and the figures of a run in TensorBoard."""
+"""Streams with the solvers that differentiate through y's steps or solve for its multiplier, and
+the figures of a run in TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import pytest
 import bomemeta
 
 # Two permutations of the digits, 120 steps: enough to learn both.
-CUT = ["workers=0", "shards=1", "problem.blocks=1", "problem.tasks=2", "problem.samples_per_task=300"]
+CUT = [
+    "workers=0",
+    "shards=1",
+    "problem.blocks=1",
+    "problem.tasks=2",
+    "problem.samples_per_task=300",
+]
 # The keys of docs/continual.md.
 STEPS = {
     "itd": ["solver.name=itd", "solver.inner_lr=0.1", "solver.upper_lr=0.1"],
@@ -23,7 +31,10 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_stream_is_learned(name: str, tmp_path: Path) -> None:
-    result = bomemeta.train("continual_quickstart", [*CUT, *STEPS[name], "log.tensorboard=false", f"output_dir={tmp_path / 'run'}"])
+    result = bomemeta.train(
+        "continual_quickstart",
+        [*CUT, *STEPS[name], "log.tensorboard=false", f"output_dir={tmp_path / 'run'}"],
+    )
     assert result.steps == 120
     # Chance is 0.1; measured 0.85 (itd) and 0.81 (sl_bamm).
     assert result.metrics["acc"] > 0.6
@@ -44,5 +55,8 @@ def test_figures_are_in_the_folder_and_in_tensorboard(tmp_path: Path) -> None:
     for name in events.Tags()["images"]:
         (event,) = events.Images(name)
         assert event.step == run.steps - 1
-        with Image.open(io.BytesIO(event.encoded_image_string)) as shown, Image.open(run.run_dir / f"{name}.png") as file:
+        with (
+            Image.open(io.BytesIO(event.encoded_image_string)) as shown,
+            Image.open(run.run_dir / f"{name}.png") as file,
+        ):
             assert shown.tobytes() == file.convert("RGB").tobytes()

@@ -1,4 +1,6 @@
-"""The cost model of docs/performance.md against the metrics of real steps: counts and bytes are equal, not near."""
+"""The cost model of docs/performance.md against the metrics of real steps: counts and bytes are
+equal, not near.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ import pytest
 from bomemeta.assembly import open_transport, torch_threads
 
 ROOT = Path(__file__).parents[1]
-FEW_SHOT = ("problem={name: few_shot, width: 4, ways: 3, queries: 2}", "data={dataset: noise}", "tasks_per_step=3", "shards=2")
+FEW_SHOT = (
+    "problem={name: few_shot, width: 4, ways: 3, queries: 2}",
+    "data={dataset: noise}",
+    "tasks_per_step=3",
+    "shards=2",
+)
 FRESH = ("problem={name: sized, upper_size: 6, lower_size: 12}", "tasks_per_step=5", "shards=3")
 POOL = ("problem={name: sized, upper_size: 6, lower_size: 12, fixed_tasks: 4}", "shards=8")
 SHARED = (
@@ -53,7 +60,9 @@ def points() -> Any:
 
 
 def agree(keys: tuple[str, ...], solver: str, steps: int = 2) -> dict[str, Any]:
-    """Takes the steps; `counted` ends the test where the model says anything else than their metrics."""
+    """Takes the steps; `counted` ends the test where the model says anything else than their
+    metrics.
+    """
     config = points().config_of(keys, solver)
     with torch_threads(1), closing(open_transport(config, print)) as transport:
         row: dict[str, Any] = points().counted(points().point(solver, 0, config, transport), steps)
@@ -84,12 +93,18 @@ def test_a_solver_without_a_model_is_named() -> None:
 
 
 def test_bytes_to_the_driver_from_a_worker_are_the_models() -> None:
-    """Once over Ray, the way that is not a plain sum of shares: what comes to the driver is a kernel's result."""
+    """Once over Ray, the way that is not a plain sum of shares: what comes to the driver is a
+    kernel's result.
+    """
     from bomemeta.distributed import cluster
 
-    config = points().config_of((*SHARED, "workers=1", "cpus_per_worker=0.1", "reduce=collective"), SOLVERS["bome_global"])
+    config = points().config_of(
+        (*SHARED, "workers=1", "cpus_per_worker=0.1", "reduce=collective"), SOLVERS["bome_global"]
+    )
     with ExitStack() as stack, torch_threads(1):
-        stack.enter_context(cluster.local(cluster.RayOptions(workers=1, cpus_per_worker=0.1), print))
+        stack.enter_context(
+            cluster.local(cluster.RayOptions(workers=1, cpus_per_worker=0.1), print)
+        )
         transport = stack.enter_context(closing(open_transport(config, print)))
         row = points().counted(points().point("bome", 0, config, transport))
     assert 0 < row["driver_bytes"] < row["bytes_reduced"]
@@ -115,14 +130,20 @@ def test_what_follows_for_larger_machines_is_in_the_docs() -> None:
 def test_the_sweeps_and_the_figure_at_their_smallest(tmp_path: Path) -> None:
     out = tmp_path / "growth.json"
     parts = ["tasks", "upper", "lower"]
-    result = growth().main(["--parts", *parts, "--points", "2", "--rounds", "1", "--json", str(out)])
+    result = growth().main(
+        ["--parts", *parts, "--points", "2", "--rounds", "1", "--json", str(out)]
+    )
     assert json.loads(out.read_text()) == result
     for row in (row for part in parts for row in result[part]):
         assert row["peak_bytes"] > 0
         assert row["ms"] > 0
-        assert abs(row["difference"]) < 10  # two points, two constants, none negative: a time that fell with size is not met
+        assert (
+            abs(row["difference"]) < 10
+        )  # two points, two constants, none negative: a time that fell with size is not met
     # What ITD keeps of each of its steps, BOME does not.
-    peaks = {row["solver"]: row["peak_bytes"] / row["value"] for row in result["lower"] if row["fitted"]}
+    peaks = {
+        row["solver"]: row["peak_bytes"] / row["value"] for row in result["lower"] if row["fitted"]
+    }
     assert peaks["itd"] > 1.3 * peaks["bome"]
     drawn = {
         **result,

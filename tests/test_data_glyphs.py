@@ -32,14 +32,17 @@ def rendered(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_splits_are_large_enough(rendered: dict[str, np.ndarray]) -> None:
-    # Measured with matplotlib 3.11: 1489, 231, 356. Another version's fonts may shift them a little.
+    # Measured with matplotlib 3.11: 1489, 231, 356. Another version's fonts may shift them a
+    # little.
     for number, least in enumerate((1200, 180, 280)):
         assert (rendered["split"] == number).sum() >= least
     assert rendered["count"].min() >= glyphs.FEWEST_FACES
 
 
 def test_scripts_do_not_cross_splits(rendered: dict[str, np.ndarray]) -> None:
-    for code_point, split in zip(rendered["code_point"].tolist(), rendered["split"].tolist(), strict=True):
+    for code_point, split in zip(
+        rendered["code_point"].tolist(), rendered["split"].tolist(), strict=True
+    ):
         name = unicodedata.name(chr(code_point))
         if name.startswith(("GREEK", "COPTIC", "GEORGIAN")):
             assert glyphs.SPLITS[split] == "test", name
@@ -54,7 +57,8 @@ def test_no_image_is_blank_and_no_class_is_tofu(rendered: dict[str, np.ndarray])
     images = rendered["images"].reshape(len(rendered["images"]), -1)
     # Two Braille dots far apart have the least ink of all, 4 %.
     assert (images.mean(axis=1) / 255).min() > 0.02
-    # A placeholder would be the same image under many code points. Within one class equal images do occur: some faces share them.
+    # A placeholder would be the same image under many code points. Within one class equal images do
+    # occur: some faces share them.
     owner = np.repeat(np.arange(len(rendered["count"])), rendered["count"])
     owners: dict[bytes, set[int]] = {}
     for image, of in zip(images, owner.tolist(), strict=True):
@@ -66,7 +70,13 @@ def test_look_alikes_are_one_class(rendered: dict[str, np.ndarray]) -> None:
     known = set(rendered["code_point"].tolist())
     # Latin, Greek and Cyrillic capitals of one shape, and the round ones in both cases.
     hyphens = {0x2D, 0x2010, 0x2212, 0x2013}
-    for twins in ({0x41, 0x391, 0x410}, {0x48, 0x397, 0x41D}, {0x54, 0x3A4, 0x422}, {*b"Oo0", 0x39F, 0x41E, 0x3BF, 0x43E}, hyphens):
+    for twins in (
+        {0x41, 0x391, 0x410},
+        {0x48, 0x397, 0x41D},
+        {0x54, 0x3A4, 0x422},
+        {*b"Oo0", 0x39F, 0x41E, 0x3BF, 0x43E},
+        hyphens,
+    ):
         assert len(known & twins) <= 1
 
 
@@ -74,7 +84,9 @@ def test_rendering_is_deterministic(rendered: dict[str, np.ndarray]) -> None:
     font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{glyphs.FACES[0]}.ttf"
     code_points = rendered["code_point"][::7].tolist()
     covered = glyphs._code_points(font)
-    first = np.cumsum(rendered["count"])[::7] - rendered["count"][::7]  # rows of a class follow FACES
+    first = (
+        np.cumsum(rendered["count"])[::7] - rendered["count"][::7]
+    )  # rows of a class follow FACES
     drawn = glyphs._draw_face(font, [c for c in reversed(code_points) if c in covered])
     assert len(drawn) > 100
     for c, row in zip(code_points, first.tolist(), strict=True):
@@ -82,11 +94,15 @@ def test_rendering_is_deterministic(rendered: dict[str, np.ndarray]) -> None:
             assert (drawn[c] == rendered["images"][row]).all()
 
 
-def test_a_damaged_cache_in_a_read_only_folder_is_rendered_in_memory(tmp_path: Path, rendered: dict[str, np.ndarray]) -> None:
+def test_a_damaged_cache_in_a_read_only_folder_is_rendered_in_memory(
+    tmp_path: Path, rendered: dict[str, np.ndarray]
+) -> None:
     glyphs.cache_path(tmp_path).write_bytes(b"half a file")
     with (
         mock.patch.object(archives, "write", side_effect=PermissionError("read-only")),
-        mock.patch.object(glyphs, "render", return_value=rendered) as render,  # the real one takes seconds
+        mock.patch.object(
+            glyphs, "render", return_value=rendered
+        ) as render,  # the real one takes seconds
     ):
         source = glyphs.GlyphEpisodes(root=str(tmp_path))
         source.prepare()
@@ -95,7 +111,9 @@ def test_a_damaged_cache_in_a_read_only_folder_is_rendered_in_memory(tmp_path: P
     assert source.episode("test", EpisodeSpec(2, 1, 1), (0,)).support.any()
 
 
-def test_thecache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thecache_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("BOMEMETA_CACHE", str(tmp_path))
     assert glyphs.cache_folder(None) == tmp_path
     assert glyphs.cache_folder("elsewhere") == Path("elsewhere")
@@ -129,7 +147,9 @@ def test_shots_must_leave_a_face(folder: Path) -> None:
 def test_a_glyph_stays_in_the_image(folder: Path) -> None:
     stored = glyphs._glyphs(folder).images[::50]
     images = glyphs._perturb(stored, np.random.default_rng(0))
-    edge = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], dim=-1)
+    edge = torch.cat(
+        [images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], dim=-1
+    )
     # A corner of the largest turned squares touches the edge; nothing is cut through.
     assert edge.sum() / images.sum() < 0.01
     assert images.flatten(1).sum(1).min() > 0
@@ -141,7 +161,9 @@ def test_zero_perturbation_is_the_glyph_itself(folder: Path) -> None:
     middle.uniform.return_value = np.zeros((7, len(stored)))
     with mock.patch.multiple(glyphs, THINNER=0.0, THICKER=0.0):
         images = glyphs._perturb(stored, middle)
-    small = torch.nn.functional.interpolate(stored[:, None].float() / 255, (glyphs.GLYPH_PX, glyphs.GLYPH_PX), mode="bilinear")
+    small = torch.nn.functional.interpolate(
+        stored[:, None].float() / 255, (glyphs.GLYPH_PX, glyphs.GLYPH_PX), mode="bilinear"
+    )
     margin = (glyphs.IMAGE_PX - glyphs.GLYPH_PX) // 2
     inside = slice(margin, margin + glyphs.GLYPH_PX)
     # Both sample the same points; the affine grid is computed in float32 over +-1.

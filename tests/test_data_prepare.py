@@ -1,4 +1,6 @@
-"""`prepare`: conversions on small data sets of torchvision's form, and what happens without a network."""
+"""`prepare`: conversions on small data sets of torchvision's form, and what happens without a
+network.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,15 @@ from bomemeta.registry import datasets
 
 @pytest.fixture
 def omniglot_folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Two alphabets and one, two characters each, three drawers: a black square on white paper, at the class's own place."""
+    """Two alphabets and one, two characters each, three drawers: a black square on white paper, at
+    the class's own location.
+    """
     number = 0
-    for part, alphabet in (("background", "Zeta"), ("background", "Armenian"), ("evaluation", "Beta")):
+    for part, alphabet in (
+        ("background", "Zeta"),
+        ("background", "Armenian"),
+        ("evaluation", "Beta"),
+    ):
         for character in ("character02", "character01"):
             folder = tmp_path / part / alphabet / character
             folder.mkdir(parents=True)
@@ -39,7 +47,11 @@ def test_omniglot_conversion(omniglot_folders: tuple[Path, Path]) -> None:
     arrays = prepare.omniglot_arrays(*omniglot_folders)
     assert arrays["alphabet_name"].tolist() == ["Armenian", "Zeta", "Beta"]
     assert arrays["alphabet_is_evaluation"].tolist() == [False, False, True]
-    assert arrays["class_name"].tolist()[:3] == ["Armenian/character01", "Armenian/character02", "Zeta/character01"]
+    assert arrays["class_name"].tolist()[:3] == [
+        "Armenian/character01",
+        "Armenian/character02",
+        "Zeta/character01",
+    ]
     assert arrays["class_char_id"].tolist() == [4, 3, 2, 1, 6, 5]
     assert arrays["class_alphabet"].tolist() == [0, 0, 1, 1, 2, 2]
     assert arrays["class_is_evaluation"].tolist() == [False] * 4 + [True] * 2
@@ -55,17 +67,27 @@ def test_omniglot_conversion(omniglot_folders: tuple[Path, Path]) -> None:
         assert image[0, 0] == 0
 
 
-def test_converted_omniglot_can_be_drawn_from(omniglot_folders: tuple[Path, Path], tmp_path: Path) -> None:
-    with mock.patch.dict(prepare.ARCHIVES, omniglot=("omniglot28.npz", lambda _: prepare.omniglot_arrays(*omniglot_folders))):
+def test_converted_omniglot_can_be_drawn_from(
+    omniglot_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with mock.patch.dict(
+        prepare.ARCHIVES,
+        omniglot=("omniglot28.npz", lambda _: prepare.omniglot_arrays(*omniglot_folders)),
+    ):
         path = prepare.prepare("omniglot", tmp_path / "new" / "root")
-    episode = datasets.get("omniglot")(root=str(path.parent)).episode("validation", EpisodeSpec(5, 1, 2), (0,))
+    episode = datasets.get("omniglot")(root=str(path.parent)).episode(
+        "validation", EpisodeSpec(5, 1, 2), (0,)
+    )
     assert episode.query.shape == (10, 1, 28, 28)
     assert [entry.name for entry in path.parent.iterdir()] == ["omniglot28.npz"]
 
 
 def test_mnist_conversion() -> None:
     rng = np.random.default_rng(0)
-    train, test = (SimpleNamespace(data=rng.integers(0, 256, (n, 28, 28)), targets=rng.integers(0, 10, n)) for n in (30, 10))
+    train, test = (
+        SimpleNamespace(data=rng.integers(0, 256, (n, 28, 28)), targets=rng.integers(0, 10, n))
+        for n in (30, 10)
+    )
     arrays = prepare.mnist_arrays(train, test)
     assert {name: (array.dtype, array.shape) for name, array in arrays.items()} == {
         "x_train": (np.uint8, (30, 28, 28)),
@@ -90,7 +112,10 @@ def test_cifar10_keeps_the_first_of_each_class(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_archive_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     archives.write(tmp_path / "a.npz", {"x": np.arange(3)}, compress=True)
-    with mock.patch.object(np, "savez_compressed", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        mock.patch.object(np, "savez_compressed", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         archives.write(tmp_path / "a.npz", {"x": np.arange(4)}, compress=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.npz"]
     assert archives.read(tmp_path / "a.npz", ["x"])["x"].tolist() == [0, 1, 2]
@@ -107,7 +132,10 @@ def test_no_network_says_what_to_do(name: str, tmp_path: Path) -> None:
     failure = urllib.error.URLError("no route")
     with (
         mock.patch("urllib.request.urlopen", side_effect=failure),
-        pytest.raises(DataError, match=f"{name} could not be got into {tmp_path}.*run it where both are, then copy"),
+        pytest.raises(
+            DataError,
+            match=f"{name} could not be got into {tmp_path}.*run it where both are, then copy",
+        ),
     ):
         prepare.prepare(name, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -115,7 +143,10 @@ def test_no_network_says_what_to_do(name: str, tmp_path: Path) -> None:
 
 def test_learn2learn_download_that_fails_is_a_data_error(tmp_path: Path) -> None:
     failure = ConnectionError("no route")
-    with mock.patch("requests.get", side_effect=failure), mock.patch("requests.Session.get", side_effect=failure):
+    with (
+        mock.patch("requests.get", side_effect=failure),
+        mock.patch("requests.Session.get", side_effect=failure),
+    ):
         with pytest.raises(DataError, match=r"learn2learn/cifarfs: .*no route"):
             prepare.prepare("learn2learn/cifarfs", tmp_path)
         with pytest.raises(DataError, match=r"learn2learn/fc100: .*no route"):
@@ -123,19 +154,28 @@ def test_learn2learn_download_that_fails_is_a_data_error(tmp_path: Path) -> None
 
 
 def test_pickles_need_trust_before_they_are_downloaded(tmp_path: Path) -> None:
-    with mock.patch("requests.get", side_effect=AssertionError), pytest.raises(DataError, match="can run any code"):
+    with (
+        mock.patch("requests.get", side_effect=AssertionError),
+        pytest.raises(DataError, match="can run any code"),
+    ):
         prepare.prepare("learn2learn/mini-imagenet", tmp_path)
 
 
 OURS = [name for name in datasets.names() if datasets.get(name).__module__.startswith("bomemeta.")]
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if name not in ("digits", "glyphs", "labelled_array")])
-def test_who_has_no_data_is_told_a_command_that_gets_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name in OURS if name not in ("digits", "glyphs", "labelled_array")]
+)
+def test_who_has_no_data_is_told_a_command_that_gets_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("BOMEMETA_DATA", raising=False)
     with pytest.raises(DataError) as failure:
         datasets.get(name)().prepare()
-    (told,) = re.findall(r"`bomemeta data prepare (\S+) --root FOLDER` fills one", str(failure.value))
+    (told,) = re.findall(
+        r"`bomemeta data prepare (\S+) --root FOLDER` fills one", str(failure.value)
+    )
     assert told in prepare.names()
 
 
@@ -155,12 +195,18 @@ def test_a_folder_that_cannot_be_made_is_a_data_error(tmp_path: Path) -> None:
 def test_the_published_split_follows_from_the_rule() -> None:
     folder = os.environ.get("BOMEMETA_DATA")
     if not folder or not (Path(folder) / "omniglot28.npz").is_file():
-        pytest.skip("needs omniglot28.npz: run `bomemeta data prepare omniglot --root FOLDER` and set BOMEMETA_DATA=FOLDER")
+        pytest.skip(
+            "needs omniglot28.npz: run `bomemeta data prepare omniglot --root FOLDER` and set BOMEMETA_DATA=FOLDER"
+        )
     arrays = archives.read(Path(folder) / "omniglot28.npz", ["class_name", "class_vinyals_split"])
-    assert (prepare.vinyals_split(arrays["class_name"].tolist()) == arrays["class_vinyals_split"]).all()
+    assert (
+        prepare.vinyals_split(arrays["class_name"].tolist()) == arrays["class_vinyals_split"]
+    ).all()
 
 
-def test_without_a_root_the_environment_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_root_the_environment_says_where(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("BOMEMETA_DATA", raising=False)
     with pytest.raises(DataError, match="use --root DIR or set BOMEMETA_DATA"):
         prepare.prepare("omniglot", None)

@@ -1,4 +1,6 @@
-"""What every registered data set promises, on small data of the real layout; then what each one alone promises."""
+"""What every registered data set promises, on small data of the real layout; then what each one
+alone promises.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,13 @@ SPLITS = ("train", "validation", "test")
 SPEC = EpisodeSpec(ways=3, shots=1, queries=3)
 PICKLED = ("learn2learn/mini-imagenet", "learn2learn/fc100", "learn2learn/tiered-imagenet")
 
-# A made-up image is flat, and its grey level is its own: image i of class c is CLASS_IMAGES * c + i. So any image of an episode,
-# also turned or resized, tells which one it is.
+# A made-up image is flat, and its grey level is its own: image i of class c is CLASS_IMAGES * c +
+# i. So any image of an episode, also turned or resized, tells which one it is.
 CLASS_IMAGES = 4
 CLASSES = 6
-FULL_OMNIGLOT_CLASSES = 60  # of learn2learn's 1,623: enough for its shuffle to leave four of them to validation
+FULL_OMNIGLOT_CLASSES = (
+    60  # of learn2learn's 1,623: enough for its shuffle to leave four of them to validation
+)
 
 
 def identity(images: torch.Tensor) -> list[int]:
@@ -48,7 +52,9 @@ def flat(size: int, level: int, channels: int = 3) -> np.ndarray:
 
 def levels(split: int) -> np.ndarray:
     """[CLASSES, CLASS_IMAGES] grey levels of a split."""
-    return (np.arange(CLASSES * CLASS_IMAGES) + split * CLASSES * CLASS_IMAGES).reshape(CLASSES, CLASS_IMAGES)
+    return (np.arange(CLASSES * CLASS_IMAGES) + split * CLASSES * CLASS_IMAGES).reshape(
+        CLASSES, CLASS_IMAGES
+    )
 
 
 def png(image: np.ndarray) -> bytes:
@@ -58,7 +64,9 @@ def png(image: np.ndarray) -> bytes:
 
 
 def write_omniglot(root: Path) -> None:
-    images = np.concatenate([flat(28, v)[None, :, :, 0] for split in range(3) for v in levels(split).ravel()])
+    images = np.concatenate(
+        [flat(28, v)[None, :, :, 0] for split in range(3) for v in levels(split).ravel()]
+    )
     np.savez(
         root / "omniglot28.npz",
         images=images,
@@ -71,8 +79,12 @@ def write_omniglot(root: Path) -> None:
 def write_mini_imagenet(root: Path) -> None:
     for split, mode in enumerate(SPLITS):
         images = np.stack([flat(84, v) for v in levels(split).ravel()])
-        class_dict = {f"n{c}": list(range(c * CLASS_IMAGES, (c + 1) * CLASS_IMAGES)) for c in range(CLASSES)}
-        (root / f"mini-imagenet-cache-{mode}.pkl").write_bytes(pickle.dumps({"image_data": images, "class_dict": class_dict}))
+        class_dict = {
+            f"n{c}": list(range(c * CLASS_IMAGES, (c + 1) * CLASS_IMAGES)) for c in range(CLASSES)
+        }
+        (root / f"mini-imagenet-cache-{mode}.pkl").write_bytes(
+            pickle.dumps({"image_data": images, "class_dict": class_dict})
+        )
 
 
 def write_fc100(root: Path) -> None:
@@ -106,12 +118,18 @@ def write_full_omniglot(root: Path) -> None:
     for part, first, last in (("background", 0, 40), ("evaluation", 40, FULL_OMNIGLOT_CLASSES)):
         (root / "omniglot-py").mkdir(exist_ok=True)
         (root / "omniglot-py" / f"images_{part}.zip").write_bytes(b"")
-        for c in range(last - 1, first - 1, -1):  # backwards, so that the file system's order is not the names'
-            folder = root / "omniglot-py" / f"images_{part}" / f"Alphabet{c // 10}" / f"character{c:02}"
+        for c in range(
+            last - 1, first - 1, -1
+        ):  # backwards, so that the file system's order is not the names'
+            folder = (
+                root / "omniglot-py" / f"images_{part}" / f"Alphabet{c // 10}" / f"character{c:02}"
+            )
             folder.mkdir(parents=True)
             for i in range(CLASS_IMAGES):
                 # Ink is black on paper: learn2learn inverts it.
-                (folder / f"{c:04}_{i:02}.png").write_bytes(png(255 - flat(105, c * CLASS_IMAGES + i, channels=1)))
+                (folder / f"{c:04}_{i:02}.png").write_bytes(
+                    png(255 - flat(105, c * CLASS_IMAGES + i, channels=1))
+                )
 
 
 WRITERS = {
@@ -195,13 +213,17 @@ every_file_source = pytest.mark.parametrize("source", FROM_FILES, indirect=True)
 
 def test_all_registered_data_sets_are_tested_here() -> None:
     """Of those that draw episodes; the others are tested with the problems that read them."""
-    shipped = [name for name in datasets.names() if datasets.get(name).__module__.startswith("bomemeta.")]
+    shipped = [
+        name for name in datasets.names() if datasets.get(name).__module__.startswith("bomemeta.")
+    ]
     assert [name for name in shipped if hasattr(datasets.get(name), "episode")] == ALL
 
 
 def test_importing_the_room_is_cheap() -> None:
     code = "import sys, bomemeta.registry as r; r.datasets.names(); print([m for m in sys.modules if '.' not in m])"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
     for heavy in ("learn2learn", "torchvision", "matplotlib", "PIL", "gym", "ray"):
         assert f"'{heavy}'" not in loaded
 
@@ -224,7 +246,10 @@ def test_episode_has_the_promised_form(source: Any, split: Any) -> None:
         assert images.min() >= 0
         assert images.max() <= 1
         assert images.is_contiguous()
-    for labels, per_class in ((episode.support_labels, SPEC.shots), (episode.query_labels, SPEC.queries)):
+    for labels, per_class in (
+        (episode.support_labels, SPEC.shots),
+        (episode.query_labels, SPEC.queries),
+    ):
         assert labels.dtype == torch.int64
         assert labels.tolist() == sorted(list(range(SPEC.ways)) * per_class)
 
@@ -242,9 +267,15 @@ def test_keys_decide(source: Any) -> None:
 def test_another_process_draws_the_same_bits(chosen: dict[str, dict[str, Any]]) -> None:
     here = digests(chosen)
     code = "import json, sys; import test_data_sources as t; print(json.dumps(t.digests(json.loads(sys.argv[1]))))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "123", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "123",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
     command = [sys.executable, "-c", code, json.dumps(chosen)]
-    there = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    there = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
     assert json.loads(there.splitlines()[-1]) == here
 
 
@@ -255,7 +286,11 @@ def test_global_random_states_are_left_alone(source: Any) -> None:
     torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     source.episode("test", SPEC, (5,))
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    ) == before
 
 
 @every_source
@@ -263,7 +298,10 @@ def test_support_and_query_share_no_image(source: Any) -> None:
     for step in range(20):
         episode = source.episode("train", SPEC, (step,))
         for way in range(SPEC.ways):
-            of_way = (*episode.support[episode.support_labels == way], *episode.query[episode.query_labels == way])
+            of_way = (
+                *episode.support[episode.support_labels == way],
+                *episode.query[episode.query_labels == way],
+            )
             assert len({image.numpy().tobytes() for image in of_way}) == SPEC.shots + SPEC.queries
 
 
@@ -276,7 +314,8 @@ def test_labels_are_classes_and_splits_share_none(source: Any) -> None:
             episode = source.episode(split, SPEC, (step,))
             support = [level // CLASS_IMAGES for level in identity(episode.support)]
             query = [level // CLASS_IMAGES for level in identity(episode.query)]
-            # Turned copies of one character may meet in an episode of `omniglot`: then two labels are one class here.
+            # Turned copies of one character may meet in an episode of `omniglot`: then two labels
+            # are one class here.
             assert [support[label] for label in episode.query_labels.tolist()] == query
             classes[split] |= set(support)
     assert classes["train"].isdisjoint(classes["validation"] | classes["test"])
@@ -302,14 +341,22 @@ def test_too_large_an_episode_is_refused(source: Any, spec: EpisodeSpec, words: 
 @every_file_source
 def test_one_image_too_many_is_refused(source: Any) -> None:
     source.check("test", EpisodeSpec(2, 1, CLASS_IMAGES - 1))
-    with pytest.raises(DataError, match=r"class .* has 4 images; shots \+ queries needs 5: lower problem.queries or problem.shots"):
+    with pytest.raises(
+        DataError,
+        match=r"class .* has 4 images; shots \+ queries needs 5: lower problem.queries or problem.shots",
+    ):
         source.check("test", EpisodeSpec(2, 1, CLASS_IMAGES))
 
 
 @pytest.mark.parametrize("name", FROM_FILES)
-def test_missing_data_says_where_it_looked_and_what_to_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_says_where_it_looked_and_what_to_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("BOMEMETA_DATA", raising=False)
-    with pytest.raises(DataError, match=f"{name}: no data folder is given.*data.root.*BOMEMETA_DATA.*bomemeta data prepare {name}"):
+    with pytest.raises(
+        DataError,
+        match=f"{name}: no data folder is given.*data.root.*BOMEMETA_DATA.*bomemeta data prepare {name}",
+    ):
         datasets.get(name)().prepare()
     with pytest.raises(DataError, match=f"{tmp_path}.*bomemeta data prepare {name} --root"):
         datasets.get(name)(**options(name, tmp_path)).prepare()
@@ -328,10 +375,14 @@ def test_pickles_are_not_loaded_without_trust(name: str, tmp_path: Path) -> None
         source.prepare()
 
 
-def test_learn2learn_keeps_no_index_files(chosen: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_learn2learn_keeps_no_index_files(
+    chosen: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     write_cifarfs(tmp_path)
     for mode in ("train", "val", "test"):
-        (tmp_path / f"cifarfs-{mode}-bookkeeping.pkl").write_bytes(b"cos\nabort\n(tR.")  # would end this process if read
+        (tmp_path / f"cifarfs-{mode}-bookkeeping.pkl").write_bytes(
+            b"cos\nabort\n(tR."
+        )  # would end this process if read
     datasets.get("learn2learn/cifarfs")(root=str(tmp_path)).prepare()
     assert not list(Path(chosen["learn2learn/cifarfs"]["root"]).glob("*.pkl"))
 
@@ -355,11 +406,16 @@ def test_omniglot_turns_make_classes(tmp_path: Path) -> None:
     )
     source = datasets.get("omniglot")(root=str(tmp_path))
     episode = source.episode("train", EpisodeSpec(4, 1, 2), (0,))
-    lit = {(int(image[0, 0, 0]), int(image[0, 0, -1]), int(image[0, -1, 0]), int(image[0, -1, -1])) for image in episode.support}
+    lit = {
+        (int(image[0, 0, 0]), int(image[0, 0, -1]), int(image[0, -1, 0]), int(image[0, -1, -1]))
+        for image in episode.support
+    }
     assert len(lit) == 4
     assert torch.equal(episode.query, episode.support.repeat_interleave(2, dim=0))
     with pytest.raises(DataError, match="has 1 classes"):
-        datasets.get("omniglot")(root=str(tmp_path), rotations=False).check("train", EpisodeSpec(4, 1, 2))
+        datasets.get("omniglot")(root=str(tmp_path), rotations=False).check(
+            "train", EpisodeSpec(4, 1, 2)
+        )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pickled", "incomplete", "misshapen"])
@@ -385,7 +441,9 @@ def test_damaged_omniglot_is_refused(damage: str, tmp_path: Path) -> None:
 def real_omniglot() -> Any:
     folder = os.environ.get("BOMEMETA_DATA")
     if not folder or not (Path(folder) / "omniglot28.npz").is_file():
-        pytest.skip("needs omniglot28.npz: run `bomemeta data prepare omniglot --root FOLDER` and set BOMEMETA_DATA=FOLDER")
+        pytest.skip(
+            "needs omniglot28.npz: run `bomemeta data prepare omniglot --root FOLDER` and set BOMEMETA_DATA=FOLDER"
+        )
     return datasets.get("omniglot")()
 
 
@@ -407,6 +465,14 @@ def nearest_neighbour_accuracy(source: Any, episodes: int = 100) -> float:
     right = []
     for step in range(episodes):
         episode = source.episode("test", EpisodeSpec(5, 1, 5), (step,))
-        support, query = (torch.nn.functional.normalize(images.flatten(1)) for images in (episode.support, episode.query))
-        right.append((episode.support_labels[(query @ support.T).argmax(1)] == episode.query_labels).float().mean().item())
+        support, query = (
+            torch.nn.functional.normalize(images.flatten(1))
+            for images in (episode.support, episode.query)
+        )
+        right.append(
+            (episode.support_labels[(query @ support.T).argmax(1)] == episode.query_labels)
+            .float()
+            .mean()
+            .item()
+        )
     return sum(right) / episodes

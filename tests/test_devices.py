@@ -1,6 +1,8 @@
-"""Every solver and every kind of problem on a device that is not the driver's: nothing mixes the two, and x has the same bits.
+"""Every solver and every kind of problem on a device that is not the driver's: nothing mixes the
+two, and x has the same bits.
 
-No GPU is needed: see elsewhere.py. What only a GPU can show, speed and its own rounding, is not tested here.
+No GPU is needed: see elsewhere.py. What only a GPU can show, speed and its own rounding, is not
+tested here.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from bomemeta.data import archives, newsgroups
 from bomemeta.problems.analytic import Analytic
 from bomemeta.registry import solvers
 
-# Of those that torch's use_deterministic_algorithms names as without a deterministic version on a GPU, what a problem of ours might use.
+# Of those that torch's use_deterministic_algorithms names as without a deterministic version on a
+# GPU, what a problem of ours might use.
 NOT_REPEATABLE = {
     "_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "nll_loss2d_forward", "median", "histc", "put_", "scatter_reduce",
     "upsample_bilinear2d_backward", "grid_sampler_2d_backward", "reflection_pad2d_backward", "_embedding_bag_backward", "max_unpool2d",
@@ -29,8 +32,13 @@ NOT_REPEATABLE = {
 
 
 def check(job: dict[str, Any], folder: Path, **changes: Any) -> None:
-    """Here and elsewhere: two steps, or with a stream four, the last of which replays what it has remembered."""
-    sections = {key: {**job[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
+    """Here and elsewhere: two steps, or with a stream four, the last of which replays what it has
+    remembered.
+    """
+    sections = {
+        key: {**job[key], **value} if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
     job = {**job, "steps": 4 if job is STREAM else 2, **sections}
     here = bomemeta.train(job, [f"output_dir={folder / 'here'}", "task_map=vmap"])
     with elsewhere() as seen:
@@ -59,17 +67,26 @@ def test_one_lower_variable(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("barrier", ["per_task", "global"])
 @pytest.mark.parametrize("statistics", ["transductive", "inductive"])
 def test_few_shot_heads(barrier: str, statistics: str, tmp_path: Path) -> None:
-    check(FEW_SHOT, tmp_path, problem={"batch_norm": statistics}, solver={"barrier": barrier, "diagnose_every": 1})
+    check(
+        FEW_SHOT,
+        tmp_path,
+        problem={"batch_norm": statistics},
+        solver={"barrier": barrier, "diagnose_every": 1},
+    )
 
 
 def test_resnet(tmp_path: Path) -> None:
-    problem = {name: value for name, value in FEW_SHOT["problem"].items() if name != "width"} | {"backbone": "resnet12"}
+    problem = {name: value for name, value in FEW_SHOT["problem"].items() if name != "width"} | {
+        "backbone": "resnet12"
+    }
     check({**FEW_SHOT, "problem": problem}, tmp_path, steps=1)
 
 
 @pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "meta_sgd", "reptile"])
 def test_few_shot_networks(name: str, tmp_path: Path) -> None:
-    check(with_solver(FEW_SHOT, name, inner_steps=1), tmp_path, problem={"form": "network"}, steps=1)
+    check(
+        with_solver(FEW_SHOT, name, inner_steps=1), tmp_path, problem={"form": "network"}, steps=1
+    )
 
 
 @pytest.mark.parametrize("name", ["bome", "ctn", "agem"])
@@ -77,9 +94,19 @@ def test_a_stream(name: str, tmp_path: Path) -> None:
     check(with_solver(STREAM, name, inner_steps=1), tmp_path)
 
 
-@pytest.mark.parametrize("case", ["coreset", "minimax", "degenerate", "bamm_sensitive", "bamm_convex"])
+@pytest.mark.parametrize(
+    "case", ["coreset", "minimax", "degenerate", "bamm_sensitive", "bamm_convex"]
+)
 def test_analytic_cases(case: str, tmp_path: Path) -> None:
-    check({**QUADRATIC, "problem": {"name": "analytic", "case": case}, "tasks_per_step": 1, "shards": 1}, tmp_path)
+    check(
+        {
+            **QUADRATIC,
+            "problem": {"name": "analytic", "case": case},
+            "tasks_per_step": 1,
+            "shards": 1,
+        },
+        tmp_path,
+    )
 
 
 def test_continual_meta(tmp_path: Path) -> None:
@@ -89,12 +116,23 @@ def test_continual_meta(tmp_path: Path) -> None:
 def test_regularisation(tmp_path: Path) -> None:
     archives.write(tmp_path / newsgroups.FILE, made_up(), compress=True)
     data = {"dataset": "twenty_newsgroups", "root": str(tmp_path)}
-    check({**with_solver(SHARED, "bome"), "problem": {"name": "regularisation", "blocks": 3}, "data": data}, tmp_path)
+    check(
+        {
+            **with_solver(SHARED, "bome"),
+            "problem": {"name": "regularisation", "blocks": 3},
+            "data": data,
+        },
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize(("job", "more"), [(FEW_SHOT, 5), (SHARED, 0)])
-def test_a_call_takes_one_copy_there_and_one_back(job: dict[str, Any], more: int, tmp_path: Path) -> None:
-    """More go there for a fresh batch of four tensors, and for a count in the answer; a block's data stay from the second round on."""
+def test_a_call_takes_one_copy_there_and_one_back(
+    job: dict[str, Any], more: int, tmp_path: Path
+) -> None:
+    """More go there for a fresh batch of four tensors, and for a count in the answer; a block's
+    data stay from the second round on.
+    """
     sent, brought = [], []
     for steps in (2, 3):
         with elsewhere() as seen:
@@ -109,7 +147,9 @@ def test_a_call_takes_one_copy_there_and_one_back(job: dict[str, Any], more: int
 def test_a_mixture_is_found() -> None:
     with elsewhere():
         there, here = torch.ones(2, device=DEVICE), torch.ones(2)
-        assert (there * torch.tensor(2.0)).sum().item() == 4.0  # a number may come from here, as on a GPU
+        assert (
+            there * torch.tensor(2.0)
+        ).sum().item() == 4.0  # a number may come from here, as on a GPU
         assert there[torch.tensor([1])].device == DEVICE  # and indices
         with pytest.raises(RuntimeError, match="same device, but found meta and cpu"):
             there + here
@@ -118,15 +158,24 @@ def test_a_mixture_is_found() -> None:
         assert there.cpu().numpy().tolist() == [1.0, 1.0]
 
 
-def test_a_worker_computes_with_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_worker_computes_with_deterministic_algorithms(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen = []
     load = Analytic.load
 
     def watched(self: Analytic, *arguments: Any) -> Any:
-        seen.append((torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
+        seen.append(
+            (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            )
+        )
         return load(self, *arguments)
 
     monkeypatch.setattr(Analytic, "load", watched)
     bomemeta.train(QUADRATIC, [f"output_dir={tmp_path / 'run'}", "steps=1"])
     assert {*seen} == {(True, True)}
-    assert not torch.are_deterministic_algorithms_enabled()  # this process may be a user's, who wants the others
+    assert (
+        not torch.are_deterministic_algorithms_enabled()
+    )  # this process may be a user's, who wants the others

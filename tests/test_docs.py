@@ -1,4 +1,6 @@
-"""The documentation against the code: snippets run, tables agree, examples and shipped configs train."""
+"""The documentation against the code: snippets run, tables agree, examples and shipped configs
+train.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ EXAMPLES = DOCS / "examples"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
-TUNE_FILES = [path for path in FILES if re.search(r"^space:", path.read_text(encoding="utf-8"), re.MULTILINE)]
+TUNE_FILES = [
+    path for path in FILES if re.search(r"^space:", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
 CONFIGS = [path for path in FILES if path not in TUNE_FILES]
 SECTION_OF = {"solvers": "solver", "problems": "problem", "datasets": "data"}
 # What the package itself registers: other tests' own classes are registered in this process too.
@@ -54,14 +58,20 @@ def page(name: str) -> str:
 
 def rows(text: str) -> dict[str, list[str]]:
     """First cell, without its backquotes, to the other cells, of every row of every table; `\\|` is a bar within a cell."""
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    cells = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
     return {row[0].strip("`"): [cell.replace(r"\|", "|") for cell in row[1:]] for row in cells}
 
 
 # README
 
 
-def test_readme_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_snippet_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -74,9 +84,28 @@ def test_readme_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_readme_names_commands_that_exist() -> None:
-    named = set(re.findall(r"bomemeta (train|resume|submit|eval|tune|check|doctor|profile|reproduce|list|data prepare)\b", README))
-    assert named == {"train", "resume", "submit", "eval", "tune", "check", "doctor", "profile", "reproduce", "list", "data prepare"}
-    unknown = set(re.findall(r"(?:`|uv run )bomemeta ([a-z]+)", README)) - {command.partition(" ")[0] for command in named}
+    named = set(
+        re.findall(
+            r"bomemeta (train|resume|submit|eval|tune|check|doctor|profile|reproduce|list|data prepare)\b",
+            README,
+        )
+    )
+    assert named == {
+        "train",
+        "resume",
+        "submit",
+        "eval",
+        "tune",
+        "check",
+        "doctor",
+        "profile",
+        "reproduce",
+        "list",
+        "data prepare",
+    }
+    unknown = set(re.findall(r"(?:`|uv run )bomemeta ([a-z]+)", README)) - {
+        command.partition(" ")[0] for command in named
+    }
     assert unknown == set()
     for command in named:
         assert CliRunner().invoke(app, [*command.split(), "--help"]).exit_code == 0
@@ -93,7 +122,11 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_files_that_docs_name_exist() -> None:
-    named = {name for path in PAGES for name in re.findall(r"(?:configs|docs|tests|benchmarks)/[\w/.]+\.\w+", path.read_text())}
+    named = {
+        name
+        for path in PAGES
+        for name in re.findall(r"(?:configs|docs|tests|benchmarks)/[\w/.]+\.\w+", path.read_text())
+    }
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
@@ -108,12 +141,22 @@ def settings_rows() -> dict[str, tuple[str, str]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             below = schema["$defs"][field.annotation.__name__]["properties"]
             for name, part in field.annotation.model_fields.items():
-                found[f"{key}.{name}"] = (json.dumps(part.default), phrase(below[name], schema) or "")
+                found[f"{key}.{name}"] = (
+                    json.dumps(part.default),
+                    phrase(below[name], schema) or "",
+                )
         else:
             default = (
-                field.default if isinstance(field.default, str) else json.dumps(field.default) if not field.is_required() else ""
+                field.default
+                if isinstance(field.default, str)
+                else json.dumps(field.default)
+                if not field.is_required()
+                else ""
             )
-            found[key] = (default or "must be given", phrase(schema["properties"][key], schema) or "")
+            found[key] = (
+                default or "must be given",
+                phrase(schema["properties"][key], schema) or "",
+            )
     return found
 
 
@@ -123,13 +166,19 @@ def class_rows(kind: str, name: str) -> dict[str, tuple[str, str]]:
     return {line[1]: (line[2].strip("<>"), line[3]) for line in lines if line is not None}
 
 
-def compare(documented: dict[str, list[str]], wanted: dict[str, tuple[str, str]], where: str) -> None:
+def compare(
+    documented: dict[str, list[str]], wanted: dict[str, tuple[str, str]], where: str
+) -> None:
     got = {key: tuple(cells[:2]) for key, cells in documented.items()}
     lines = [
-        f"| `{key}` | {default} | {wish} | ... |" for key, (default, wish) in wanted.items() if got.get(key) != (default, wish)
+        f"| `{key}` | {default} | {wish} | ... |"
+        for key, (default, wish) in wanted.items()
+        if got.get(key) != (default, wish)
     ]
     gone = sorted(set(got) - set(wanted))
-    assert (lines, gone) == ([], []), f"docs/configuration.md, {where}: rows to write, and keys that are no more"
+    assert (lines, gone) == ([], []), (
+        f"docs/configuration.md, {where}: rows to write, and keys that are no more"
+    )
     assert all(cells[2] for cells in documented.values())
 
 
@@ -138,7 +187,9 @@ def test_configuration_lists_the_keys_of_every_run() -> None:
     compare(rows(text), settings_rows(), "Every run")
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in REGISTERED.items() for name in names])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, names in REGISTERED.items() for name in names]
+)
 def test_configuration_lists_the_keys_of_every_class(kind: str, name: str) -> None:
     parts = re.split(r"^### ", page("configuration.md"), flags=re.MULTILINE)
     found = [part for part in parts if f"`{name}`" in part.partition("\n")[0]]
@@ -148,7 +199,9 @@ def test_configuration_lists_the_keys_of_every_class(kind: str, name: str) -> No
 
 def test_every_registered_name_is_in_the_readme_or_configuration() -> None:
     text = README + page("configuration.md")
-    assert [name for names in REGISTERED.values() for name in names if f"`{name}`" not in text] == []
+    assert [
+        name for names in REGISTERED.values() for name in names if f"`{name}`" not in text
+    ] == []
 
 
 # metrics.md
@@ -156,7 +209,9 @@ def test_every_registered_name_is_in_the_readme_or_configuration() -> None:
 
 def test_metrics_lists_every_tag() -> None:
     documented = rows(page("metrics.md"))
-    assert {name: documented.get(name, [""])[0].strip("`") for name in TENSORBOARD_TAGS} == TENSORBOARD_TAGS
+    assert {
+        name: documented.get(name, [""])[0].strip("`") for name in TENSORBOARD_TAGS
+    } == TENSORBOARD_TAGS
 
 
 def test_metrics_lists_every_finding() -> None:
@@ -192,7 +247,10 @@ def test_config_trains_for_two_steps(path: Path, tmp_path: Path) -> None:
 def test_tune_file_is_checked_and_its_base_config_trains(path: Path, tmp_path: Path) -> None:
     search = load_search(path)
     try:
-        result = bomemeta.train(search.config, ["steps=2", "workers=0", "evaluation.episodes=2", f"output_dir={tmp_path / 'run'}"])
+        result = bomemeta.train(
+            search.config,
+            ["steps=2", "workers=0", "evaluation.episodes=2", f"output_dir={tmp_path / 'run'}"],
+        )
     except DataError as error:
         pytest.skip(str(error))
     assert result.steps == 2
@@ -204,18 +262,26 @@ def test_tune_file_is_checked_and_its_base_config_trains(path: Path, tmp_path: P
 def test_code_blocks_are_the_files() -> None:
     text = page("extending.md")
     blocks = dict(re.findall(r"<!-- docs/examples/([\w.]+) -->\n```\w+\n(.*?)```", text, re.DOTALL))
-    files = {path.name: path.read_text(encoding="utf-8") for path in sorted(EXAMPLES.iterdir()) if path.is_file()}
+    files = {
+        path.name: path.read_text(encoding="utf-8")
+        for path in sorted(EXAMPLES.iterdir())
+        if path.is_file()
+    }
     assert blocks == files
     assert text.count("```") == 2 * len(blocks)  # no block without a file
 
 
 def example(name: str, folder: Path, *overrides: str) -> bomemeta.Result:
-    return bomemeta.train(EXAMPLES / name, [f"output_dir={folder}", "evaluation.episodes=2", "log.tensorboard=false", *overrides])
+    return bomemeta.train(
+        EXAMPLES / name,
+        [f"output_dir={folder}", "evaluation.episodes=2", "log.tensorboard=false", *overrides],
+    )
 
 
 def test_ridge_example_reaches_its_closed_form(tmp_path: Path) -> None:
     result = example("ridge.yaml", tmp_path / "run")
-    # |x*| is 3.4 and the start is 0. A penalty of 20 leaves an error of the order of 1/20; the test asks for twice that.
+    # |x*| is 3.4 and the start is 0. A penalty of 20 leaves an error of the order of 1/20; the test
+    # asks for twice that.
     assert result.metrics["upper_error"] < 0.1
 
 
@@ -225,14 +291,21 @@ def test_bome_on_the_ridge_example(tmp_path: Path) -> None:
 
 
 def test_examples_on_a_ray_worker_give_the_same_bits(tmp_path: Path) -> None:
-    """The one test here that starts Ray: the imported files reach a worker, and it computes what this process does."""
+    """The one test here that starts Ray: the imported files reach a worker, and it computes what
+    this process does.
+    """
     from bomemeta.distributed import cluster
 
     few = ["steps=3", "tasks_per_step=2"]
-    serial = [example(name, tmp_path / f"serial-{name}", *few).upper_sha256 for name in ("ridge.yaml", "stripes.yaml")]
+    serial = [
+        example(name, tmp_path / f"serial-{name}", *few).upper_sha256
+        for name in ("ridge.yaml", "stripes.yaml")
+    ]
     with cluster.local(cluster.RayOptions(workers=1), print):
         on_ray = [
-            example(name, tmp_path / f"ray-{name}", *few, "workers=1", "cpus_per_worker=0.5").upper_sha256
+            example(
+                name, tmp_path / f"ray-{name}", *few, "workers=1", "cpus_per_worker=0.5"
+            ).upper_sha256
             for name in ("ridge.yaml", "stripes.yaml")
         ]
     assert on_ray == serial

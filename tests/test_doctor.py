@@ -1,4 +1,6 @@
-"""`bomemeta doctor`: what it predicts is what a run then shows, every kind of PROBLEM can be provoked, and nothing is written."""
+"""`bomemeta doctor`: what it predicts is what a run then shows, every kind of PROBLEM can be
+provoked, and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,14 @@ from bomemeta.metrics import read_metrics
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.registry import datasets, problems
 
-BOME = {"name": "bome", "inner_steps": 2, "inner_lr": 0.2, "lower_lr": 0.2, "adapt_steps": 1, "barrier_steps": 1}
+BOME = {
+    "name": "bome",
+    "inner_steps": 2,
+    "inner_lr": 0.2,
+    "lower_lr": 0.2,
+    "adapt_steps": 1,
+    "barrier_steps": 1,
+}
 FEW_SHOT: dict[str, Any] = {
     "problem": {"name": "few_shot", "ways": 3, "queries": 2, "test_queries": 2, "width": 4},
     "data": {"dataset": "toy"},
@@ -49,7 +58,13 @@ ANALYTIC: dict[str, Any] = {
     "steps": 3,
 }
 CLEANING: dict[str, Any] = {
-    "problem": {"name": "hyper_cleaning", "train": 60, "validation": 30, "selection": 0, "blocks": 3},
+    "problem": {
+        "name": "hyper_cleaning",
+        "train": 60,
+        "validation": 30,
+        "selection": 0,
+        "blocks": 3,
+    },
     "data": {"dataset": "toy_labelled"},
     "solver": {"name": "sl_bamm", "lower_lr": 0.1},
     "steps": 3,
@@ -80,10 +95,14 @@ def levels(report: Report, topic: str) -> set[str]:
 # Predictions
 
 
-@pytest.mark.parametrize("solver", [BOME, {"name": "itd", "inner_steps": 3, "inner_lr": 0.2}], ids=["bome", "itd"])
+@pytest.mark.parametrize(
+    "solver", [BOME, {"name": "itd", "inner_steps": 3, "inner_lr": 0.2}], ids=["bome", "itd"]
+)
 @pytest.mark.parametrize("form", ["head", "network"])
 def test_memory_of_a_larger_shard_is_what_it_then_is(form: str, solver: dict[str, Any]) -> None:
-    config = load_config({**FEW_SHOT, "solver": solver}, [f"problem.form={form}", "tasks_per_step=32", "shards=2"])
+    config = load_config(
+        {**FEW_SHOT, "solver": solver}, [f"problem.form={form}", "tasks_per_step=32", "shards=2"]
+    )
     figures = examine(config).figures
     assert figures["plan"]["largest"] == 16
     problem = build_problem(config)
@@ -97,7 +116,10 @@ def test_bytes_and_disk_are_those_of_a_run(config: dict[str, Any], tmp_path: Pat
     figures = examine(config).figures
     done = bomemeta.train(config, [f"output_dir={tmp_path / 'run'}"])
     first = read_metrics(done.run_dir / "metrics.jsonl")[0]
-    assert (figures["traffic"]["up"], figures["traffic"]["reduces"]) == (first["bytes_reduced"], first["reduces"])
+    assert (figures["traffic"]["up"], figures["traffic"]["reduces"]) == (
+        first["bytes_reduced"],
+        first["reduces"],
+    )
     largest = max(path.stat().st_size for path in (done.run_dir / "checkpoints").iterdir())
     # What a run counts up from step to step, a few named numbers, is not in a dry step's.
     assert figures["disk"]["checkpoint"] == pytest.approx(largest, rel=0.02, abs=512)
@@ -110,7 +132,9 @@ def test_lower_states_are_counted_for_all_tasks(tmp_path: Path) -> None:
     figures = examine(ANALYTIC, ["tasks_per_step=4"]).figures
     done = bomemeta.train(ANALYTIC, [f"output_dir={tmp_path / 'run'}", "steps=1"])
     saved = load_latest(done.run_dir / "checkpoints").checkpoint
-    assert figures["memory"]["lower_state_bytes"] == sum(tensor.nbytes for tensor in saved.lower.values())
+    assert figures["memory"]["lower_state_bytes"] == sum(
+        tensor.nbytes for tensor in saved.lower.values()
+    )
 
 
 def test_memory_grows_with_inner_steps_where_it_does() -> None:
@@ -136,7 +160,11 @@ def test_a_stream_is_measured_where_its_memory_is_full() -> None:
         "hidden": 8,
         "memory_per_task": 20,
     }
-    config = {"problem": stream, "data": {"dataset": "digits"}, "solver": {**BOME, "inner_lr": 0.03}}
+    config = {
+        "problem": stream,
+        "data": {"dataset": "digits"},
+        "solver": {**BOME, "inner_lr": 0.03},
+    }
     report = examine(config)
     assert report.ok, report.lines()
     assert report.figures["memory"]["step_bytes"] > 0
@@ -210,20 +238,40 @@ class OneSided(toy.ToyLabelled):
 def test_counts_of_classes_and_images() -> None:
     few = ["data.dataset=doctor_small", "problem.test_queries=2", "data.classes=9"]
     train, _, test = of(examine(FEW_SHOT, few), "data")
-    assert "train: 9 classes, 3 asked for; 3 images in the smallest class, 3 asked for" in train.text
+    assert (
+        "train: 9 classes, 3 asked for; 3 images in the smallest class, 3 asked for" in train.text
+    )
     assert test.text.startswith("test: 9 classes")
     assert "no limit" in of(examine(FEW_SHOT), "data")[0].text
     assert "120 samples of 3 classes, 40 to 40 of each" in of(examine(CLEANING), "data")[0].text
     assert levels(examine(CLEANING, ["problem.validation=9"]), "data") == {"OK", "NOTE"}
-    assert "none of class 1" in of(examine(CLEANING, ["data.dataset=doctor_one_sided"]), "data")[0].text
+    assert (
+        "none of class 1"
+        in of(examine(CLEANING, ["data.dataset=doctor_one_sided"]), "data")[0].text
+    )
 
 
 @pytest.mark.parametrize(
     ("topic", "config", "overrides", "says"),
     [
-        ("data", FEW_SHOT, ["data.dataset=doctor_small", "problem.queries=3"], r"train.*has 3 images; shots \+ queries needs 4"),
-        ("data", FEW_SHOT, ["data.dataset=doctor_small", "data.classes=8", "problem.ways=9"], "has 8 classes; problem.ways is 9"),
-        ("data", CLEANING, ["data.dataset=mnist", "data.root=nowhere"], "bomemeta data prepare mnist"),
+        (
+            "data",
+            FEW_SHOT,
+            ["data.dataset=doctor_small", "problem.queries=3"],
+            r"train.*has 3 images; shots \+ queries needs 4",
+        ),
+        (
+            "data",
+            FEW_SHOT,
+            ["data.dataset=doctor_small", "data.classes=8", "problem.ways=9"],
+            "has 8 classes; problem.ways is 9",
+        ),
+        (
+            "data",
+            CLEANING,
+            ["data.dataset=mnist", "data.root=nowhere"],
+            "bomemeta data prepare mnist",
+        ),
         ("batch norm", FEW_SHOT, ["problem.name=doctor_running_averages"], "running averages"),
         ("device", FEW_SHOT, ["device=cuda", "workers=1"], "gpus_per_worker"),
         ("dry step", FEW_SHOT, ["solver.inner_lr=1e30", "problem.form=network"], "diverges"),
@@ -235,7 +283,9 @@ def test_counts_of_classes_and_images() -> None:
         ("output", FEW_SHOT, ["output_dir=full"], "not empty"),
     ],
 )
-def test_problems(topic: str, config: dict[str, Any], overrides: list[str], says: str, tmp_path: Path) -> None:
+def test_problems(
+    topic: str, config: dict[str, Any], overrides: list[str], says: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "result.json").write_text("{}")
@@ -261,14 +311,23 @@ def test_too_little_memory_disk_and_shared_memory(monkeypatch: pytest.MonkeyPatc
 def test_more_shards_are_proposed_where_these_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(FEW_SHOT, ["tasks_per_step=32", "shards=2", "workers=1"])
     figures = examine(config).figures["memory"]
-    least = figures["process_bytes"] + figures["driver_bytes"] + figures["step_bytes"] - 8 * figures["step_bytes_per_task"]
-    monkeypatch.setattr(machine, "process_memory", lambda: int(figures["process_bytes"] - session.RAY_BYTES))
+    least = (
+        figures["process_bytes"]
+        + figures["driver_bytes"]
+        + figures["step_bytes"]
+        - 8 * figures["step_bytes_per_task"]
+    )
+    monkeypatch.setattr(
+        machine, "process_memory", lambda: int(figures["process_bytes"] - session.RAY_BYTES)
+    )
     monkeypatch.setattr(machine, "memory_available", lambda: int(least / 0.95) + 1000)
     (finding,) = of(examine(config), "memory")
     assert (finding.level, finding.do[:12]) == ("PROBLEM", "Set shards=4")
 
 
-def test_a_job_of_its_own_folder_loses_what_it_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_job_of_its_own_folder_loses_what_it_writes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     folder = tmp_path / "runtime_resources" / "working_dir_files" / "pkg"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -351,7 +410,8 @@ def test_exit_codes_and_json(tmp_path: Path) -> None:
     assert missing.exit_code == 2, "an address that no run can have is a wrong config"
 
 
-# A real cluster, of two nodes on this machine, in a process of its own: Ray reads its authentication once per process.
+# A real cluster, of two nodes on this machine, in a process of its own: Ray reads its
+# authentication once per process.
 
 CLUSTER = """
 import sys
@@ -387,7 +447,9 @@ def address() -> Iterator[str]:
         assert process.stdin is not None
         assert process.stdout is not None
         with process, process.stdin:
-            line = next(line for line in iter(process.stdout.readline, "") if line.startswith("ADDRESS"))
+            line = next(
+                line for line in iter(process.stdout.readline, "") if line.startswith("ADDRESS")
+            )
             yield line.split()[1]
             process.stdin.close()
             process.wait(60)
@@ -395,7 +457,9 @@ def address() -> Iterator[str]:
 
 def test_a_cluster_is_asked_and_left(address: str, tmp_path: Path) -> None:
     here_alone = tmp_path / "here_alone.py"
-    here_alone.write_text("import os\nif 'DOCTOR_TEST' not in os.environ: raise ValueError('not on this node')\n")
+    here_alone.write_text(
+        "import os\nif 'DOCTOR_TEST' not in os.environ: raise ValueError('not on this node')\n"
+    )
     path = written({**ANALYTIC, "workers": 2, "shards": 4}, tmp_path)
     done = invoke(path, "--address", address, "--json")
     report = json.loads(done.stdout)
@@ -410,7 +474,9 @@ def test_a_cluster_is_asked_and_left(address: str, tmp_path: Path) -> None:
         failing = examine(path, [f"imports=[{here_alone}]", f"address={address}", "workers=3"])
     finally:
         del os.environ["DOCTOR_TEST"]
-    assert "not on this node" in next(finding.text for finding in of(failing, "nodes") if finding.level == "PROBLEM")
+    assert "not on this node" in next(
+        finding.text for finding in of(failing, "nodes") if finding.level == "PROBLEM"
+    )
     assert "have room for 2" in of(failing, "workers")[0].text  # as before: nothing was left behind
     assert levels(failing, "workers") == {"PROBLEM"}
 

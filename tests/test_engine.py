@@ -25,7 +25,8 @@ JOB = {
 
 
 class Loop:
-    """`fit` on a transport that writes down its rounds, and calls `meanwhile` after them: what is said then was not said before.
+    """`fit` on a transport that writes down its rounds, and calls `meanwhile` after them: what is
+    said then was not said before.
 
     `failing`: what the round of a step raises the first time, before anything else.
     """
@@ -39,10 +40,17 @@ class Loop:
         self._failing = dict(failing or {})
         self.events: list[tuple[str, int]] = []
         self.job = Job(config, problem, build_solver(config, problem), self)
-        upper = self.job.solver.start(problem.init_upper(torch.Generator().manual_seed(0)), self.job.steps)
+        upper = self.job.solver.start(
+            problem.init_upper(torch.Generator().manual_seed(0)), self.job.steps
+        )
         self.state = State(0, upper, LowerStates.none())
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
+    def run(
+        self,
+        broadcast: np.ndarray,
+        calls: Sequence[ShardCall],
+        meanwhile: Callable[[], None] = nothing,
+    ) -> Round:
         step = calls[0].request.step
         if step in self._failing:
             raise self._failing.pop(step)

@@ -1,4 +1,6 @@
-"""Hyper-cleaning: losses against the equations on uncut data, closed forms against autograd, wrong labels, what is refused."""
+"""Hyper-cleaning: losses against the equations on uncut data, closed forms against autograd, wrong
+labels, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledArray:
     return written(tmp_path_factory.mktemp("labelled"))
 
 
-def attached(data: Any, dtype: torch.dtype = torch.float64, seed: int = 0, **fields: Any) -> HyperCleaning:
-    problem = HyperCleaning(**({"train": 23, "validation": 10, "selection": 5, "ridge": 0.03} | fields))
+def attached(
+    data: Any, dtype: torch.dtype = torch.float64, seed: int = 0, **fields: Any
+) -> HyperCleaning:
+    problem = HyperCleaning(
+        **({"train": 23, "validation": 10, "selection": 5, "ridge": 0.03} | fields)
+    )
     problem.attach(seed=seed, dtype=dtype, data=data)
     return problem
 
@@ -74,7 +80,11 @@ def some_lower(problem: HyperCleaning, generator: torch.Generator | None = None)
 
 
 def some_upper(problem: HyperCleaning) -> Params:
-    return {"weights": torch.rand(problem.train, generator=torch.Generator().manual_seed(4), dtype=problem.dtype)}
+    return {
+        "weights": torch.rand(
+            problem.train, generator=torch.Generator().manual_seed(4), dtype=problem.dtype
+        )
+    }
 
 
 def repeated(lower: Params, blocks: int) -> Params:
@@ -86,9 +96,16 @@ def oracle_of(problem: HyperCleaning, upper: Params, split: Any = "train") -> Lo
 
 
 def corrupted(problem: HyperCleaning) -> tuple[torch.Tensor, torch.Tensor]:
-    """The labels after corruption and which of them are wrong, in the order of x, read off the blocks."""
-    given, wrong = torch.zeros(problem.train, dtype=torch.int64), torch.zeros(problem.train, dtype=torch.bool)
-    training, testing = (problem.load(range(problem.blocks), 0, split) for split in ("train", "test"))
+    """The labels after corruption and which of them are wrong, in the order of x, read off the
+    blocks.
+    """
+    given, wrong = (
+        torch.zeros(problem.train, dtype=torch.int64),
+        torch.zeros(problem.train, dtype=torch.bool),
+    )
+    training, testing = (
+        problem.load(range(problem.blocks), 0, split) for split in ("train", "test")
+    )
     real = training["train_scale"] > 0
     given[training["rows"][real]] = training["train_labels"][real]
     wrong[testing["rows"][real]] = testing["wrong"][real]
@@ -100,7 +117,9 @@ def corrupted(problem: HyperCleaning) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("blocks", [1, 4, 7])  # 23 and 10 samples: blocks of unequal size
 @pytest.mark.parametrize("weights", ["clamp", "sigmoid"])
-def test_mean_over_blocks_is_the_equation_on_uncut_data(data: LabelledArray, blocks: int, weights: Any) -> None:
+def test_mean_over_blocks_is_the_equation_on_uncut_data(
+    data: LabelledArray, blocks: int, weights: Any
+) -> None:
     problem = attached(data, blocks=blocks, weights=weights, shuffle=False)
     upper, lower = some_upper(problem), some_lower(problem)
     oracle = oracle_of(problem, upper)
@@ -115,10 +134,15 @@ def test_mean_over_blocks_is_the_equation_on_uncut_data(data: LabelledArray, blo
     losses = functional.cross_entropy(logits[:23], given, reduction="none")
     weight = x["weights"] if weights == "clamp" else x["weights"].sigmoid()
     wanted_g = (weight * losses).mean() + 0.03 * ((y["weight"] ** 2).sum() + (y["bias"] ** 2).sum())
-    wanted_f = functional.cross_entropy(logits[23:33], torch.from_numpy(stored["y_train"]).long()[23:33])
+    wanted_f = functional.cross_entropy(
+        logits[23:33], torch.from_numpy(stored["y_train"]).long()[23:33]
+    )
     for got, wanted in ((f, wanted_f), (g, wanted_g)):
         in_x, in_weight, in_bias = torch.autograd.grad(
-            wanted, [x["weights"], y["weight"], y["bias"]], retain_graph=True, materialize_grads=True
+            wanted,
+            [x["weights"], y["weight"], y["bias"]],
+            retain_graph=True,
+            materialize_grads=True,
         )
         assert_tight(got.values[0].mean(), wanted.detach())
         assert_tight(got.upper["weights"] / blocks, in_x)
@@ -169,7 +193,9 @@ def test_start_and_projection_of_x(data: LabelledArray) -> None:
         oracle = oracle_of(problem, problem.init_upper(torch.Generator()), "test")
         assert (oracle.encoded["weights"] == 0.5).all()
         figures = oracle.evaluate(repeated(some_lower(problem), problem.blocks))
-        assert figures["kept"].sum() == problem.train  # an x that was never moved declares nothing wrong
+        assert (
+            figures["kept"].sum() == problem.train
+        )  # an x that was never moved declares nothing wrong
 
 
 # Corruption and the cut
@@ -178,15 +204,22 @@ def test_start_and_projection_of_x(data: LabelledArray) -> None:
 def test_redraw_leaves_some_labels_right(tmp_path: Path) -> None:
     labels = np.arange(4002) % CLASSES
     many = written(
-        tmp_path, x_train=np.zeros((4002, 1), np.uint8), y_train=labels, x_test=np.zeros((4, 1), np.uint8), y_test=labels[:4]
+        tmp_path,
+        x_train=np.zeros((4002, 1), np.uint8),
+        y_train=labels,
+        x_test=np.zeros((4, 1), np.uint8),
+        y_test=labels[:4],
     )
     problem = attached(many, train=4000, validation=1, selection=1)
     _, wrong = corrupted(problem)
-    # A redrawn label is wrong with chance 3/4: 1,500 of 4,000 on average, with a standard deviation of 19.
+    # A redrawn label is wrong with chance 3/4: 1,500 of 4,000 on average, with a standard deviation
+    # of 19.
     assert abs(int(wrong.sum()) - 1500) < 4 * 19
 
 
-@pytest.mark.parametrize(("noise", "count"), [(0.0, 0), (0.8, 18), (1.0, 23)])  # round(0.8 * 23) = 18
+@pytest.mark.parametrize(
+    ("noise", "count"), [(0.0, 0), (0.8, 18), (1.0, 23)]
+)  # round(0.8 * 23) = 18
 def test_shift_makes_wrong_what_it_touches(data: LabelledArray, noise: float, count: int) -> None:
     _, wrong = corrupted(attached(data, corruption="shift", noise=noise))
     assert int(wrong.sum()) == count
@@ -196,7 +229,9 @@ def test_shift_makes_wrong_what_it_touches(data: LabelledArray, noise: float, co
 def test_corruption_is_the_seeds_and_not_the_blocks(data: LabelledArray, corruption: Any) -> None:
     given, wrong = corrupted(attached(data, corruption=corruption, blocks=1))
     for blocks in (2, 5):
-        torch.testing.assert_close(corrupted(attached(data, corruption=corruption, blocks=blocks)), (given, wrong))
+        torch.testing.assert_close(
+            corrupted(attached(data, corruption=corruption, blocks=blocks)), (given, wrong)
+        )
     assert not torch.equal(corrupted(attached(data, corruption=corruption, seed=1))[0], given)
     unshuffled = attached(data, corruption=corruption, shuffle=False)
     true = torch.from_numpy(arrays()["y_train"]).long()[:23]
@@ -208,14 +243,25 @@ def test_parts_do_not_share_samples(data: LabelledArray, shuffle: bool) -> None:
     problem = attached(data, shuffle=shuffle, blocks=3, train=40, validation=12, selection=8)
     training, testing = problem.load(range(3), 0, "train"), problem.load(range(3), 0, "test")
     parts = {"train": training, "validation": training, "selection": testing}
-    rows = torch.cat([batch[f"{part}_inputs"][batch[f"{part}_scale"] > 0] for part, batch in parts.items()])
+    rows = torch.cat(
+        [batch[f"{part}_inputs"][batch[f"{part}_scale"] > 0] for part, batch in parts.items()]
+    )
     stored = torch.from_numpy(arrays()["x_train"].reshape(TRAIN, -1)).double() / 255
     assert torch.equal(rows, stored) == (not shuffle)
     assert sorted(rows.tolist()) == sorted(stored.tolist())
 
 
 def test_validation_from_all_rows(data: LabelledArray) -> None:
-    problem = attached(data, shuffle=False, blocks=1, train=30, validation=20, selection=8, validation_from="all", noise=1.0)
+    problem = attached(
+        data,
+        shuffle=False,
+        blocks=1,
+        train=30,
+        validation=20,
+        selection=8,
+        validation_from="all",
+        noise=1.0,
+    )
     training, testing = problem.load([0], 0, "train"), problem.load([0], 0, "test")
     rows = {
         part: {tuple(row) for row in batch[f"{part}_inputs"][0].tolist()}
@@ -225,15 +271,36 @@ def test_validation_from_all_rows(data: LabelledArray) -> None:
     assert 0 < len(rows["validation"] & rows["train"]) < 20
     assert not rows["validation"] & rows["selection"]
     # With their right labels, whatever the training samples' are.
-    right = {tuple(row.reshape(-1) / 255): label for row, label in zip(arrays()["x_train"], arrays()["y_train"], strict=True)}
-    for row, label in zip(training["validation_inputs"][0].tolist(), training["validation_labels"][0].tolist(), strict=True):
+    right = {
+        tuple(row.reshape(-1) / 255): label
+        for row, label in zip(arrays()["x_train"], arrays()["y_train"], strict=True)
+    }
+    for row, label in zip(
+        training["validation_inputs"][0].tolist(),
+        training["validation_labels"][0].tolist(),
+        strict=True,
+    ):
         assert right[tuple(row)] == label
-    again = attached(data, shuffle=False, blocks=1, train=30, validation=20, selection=8, validation_from="all", seed=1)
-    assert not torch.equal(again.load([0], 0, "train")["validation_labels"], training["validation_labels"])
+    again = attached(
+        data,
+        shuffle=False,
+        blocks=1,
+        train=30,
+        validation=20,
+        selection=8,
+        validation_from="all",
+        seed=1,
+    )
+    assert not torch.equal(
+        again.load([0], 0, "train")["validation_labels"], training["validation_labels"]
+    )
 
 
 def test_standardise_by_given_moments(data: LabelledArray) -> None:
-    raw, scaled = (attached(data, blocks=1, **keys).load([0], 0, "train") for keys in ({}, {"standardise": (0.5, 0.25)}))
+    raw, scaled = (
+        attached(data, blocks=1, **keys).load([0], 0, "train")
+        for keys in ({}, {"standardise": (0.5, 0.25)})
+    )
     assert_tight(scaled["train_inputs"], (raw["train_inputs"] - 0.5) / 0.25)
 
 
@@ -242,7 +309,13 @@ def test_standardise(tmp_path: Path, dtype: type[np.generic]) -> None:
     stored = arrays()
     x = stored["x_train"].astype(dtype) if dtype == np.uint8 else stored["x_train"] / 255
     problem = attached(
-        written(tmp_path, x_train=x), standardise=True, shuffle=False, blocks=1, train=TRAIN - 2, validation=2, selection=0
+        written(tmp_path, x_train=x),
+        standardise=True,
+        shuffle=False,
+        blocks=1,
+        train=TRAIN - 2,
+        validation=2,
+        selection=0,
     )
     unit = stored["x_train"].reshape(TRAIN, -1) / 255
     wanted = torch.from_numpy((unit - unit.mean()) / unit.std())
@@ -263,7 +336,10 @@ def test_load_gives_views_of_one_stack(data: LabelledArray) -> None:
     whole = problem.load(range(4), 0, "train")
     part = problem.load([1, 2], 7, "train")
     assert problem.load((1, 2), 8, "train") is part
-    assert part["train_inputs"].untyped_storage().data_ptr() == whole["train_inputs"].untyped_storage().data_ptr()
+    assert (
+        part["train_inputs"].untyped_storage().data_ptr()
+        == whole["train_inputs"].untyped_storage().data_ptr()
+    )
     for ids in ([1, 2], [3, 0]):
         for name, tensor in problem.load(ids, 0, "train").items():
             assert torch.equal(tensor, whole[name][ids])
@@ -273,13 +349,18 @@ def test_load_gives_views_of_one_stack(data: LabelledArray) -> None:
 
 
 def test_f1_of_a_case_made_by_hand(data: LabelledArray) -> None:
-    # Two blocks of 2 and 3 samples, so that one is filled up; samples 1 and 4 have wrong labels, 3 and 4 are kept.
+    # Two blocks of 2 and 3 samples, so that one is filled up; samples 1 and 4 have wrong labels, 3
+    # and 4 are kept.
     problem = attached(data, train=5, blocks=2, noise=0.0)
     upper = {"weights": torch.tensor([0.1, 0.2, 0.49, 0.5, 1.0], dtype=torch.float64)}
     batch = dict(problem.load(range(2), 0, "test"))
     batch["wrong"] = torch.tensor([False, True, False, False, True])[batch["rows"]]
     figures = LocalOracle(problem, upper, batch, "loop").evaluate(repeated(some_lower(problem), 2))
-    assert {name: float(figures[name].sum()) for name in ("right", "kept", "both")} == {"right": 3, "kept": 2, "both": 1}
+    assert {name: float(figures[name].sum()) for name in ("right", "kept", "both")} == {
+        "right": 3,
+        "kept": 2,
+        "both": 1,
+    }
     means = {name: float(value.mean()) for name, value in figures.items()}
     # Declared wrong are 0, 1 and 2, of which 1 is; wrong are 1 and 4.
     detection = {"precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5, "f1_wrong": 2 / 5}
@@ -291,7 +372,10 @@ def test_accuracies_are_those_of_the_uncut_test_part(data: LabelledArray) -> Non
     problem = attached(data, blocks=4, selection=0)
     lower = some_lower(problem)
     figures = oracle_of(problem, some_upper(problem), "test").evaluate(repeated(lower, 4))
-    logits = torch.from_numpy(arrays()["x_test"].reshape(TEST, -1)).double() / 255 @ lower["weight"].T + lower["bias"]
+    logits = (
+        torch.from_numpy(arrays()["x_test"].reshape(TEST, -1)).double() / 255 @ lower["weight"].T
+        + lower["bias"]
+    )
     labels = torch.from_numpy(arrays()["y_test"]).long()
     assert_tight(figures["test_accuracy"].mean(), (logits.argmax(1) == labels).double().mean())
     assert_tight(figures["test_loss"].mean(), functional.cross_entropy(logits, labels))
@@ -307,10 +391,16 @@ def test_accuracies_are_those_of_the_uncut_test_part(data: LabelledArray) -> Non
         ((8, 4, 4), (1, 1 / 2, 2 / 3, 1 / 2)),
     ],
 )
-def test_summary_from_counts(data: LabelledArray, counts: tuple[float, ...], wanted: tuple[float, ...]) -> None:
+def test_summary_from_counts(
+    data: LabelledArray, counts: tuple[float, ...], wanted: tuple[float, ...]
+) -> None:
     problem = attached(data, train=20, blocks=2)  # 10 a block
-    summary = problem.summary({"test_accuracy": 0.5, **dict(zip(("right", "kept", "both"), counts, strict=True))})
-    assert [summary[name] for name in ("precision", "recall", "f1", "f1_wrong")] == pytest.approx(list(wanted))
+    summary = problem.summary(
+        {"test_accuracy": 0.5, **dict(zip(("right", "kept", "both"), counts, strict=True))}
+    )
+    assert [summary[name] for name in ("precision", "recall", "f1", "f1_wrong")] == pytest.approx(
+        list(wanted)
+    )
     assert summary["test_accuracy"] == 0.5
 
 
@@ -321,7 +411,9 @@ def separable(folder: Path) -> LabelledArray:
     rng = np.random.default_rng(1)
     centres = 2 * rng.standard_normal((3, 8))
     y_train, y_test = rng.integers(0, 3, 260), rng.integers(0, 3, 60)
-    x_train, x_test = (centres[y] + 0.5 * rng.standard_normal((len(y), 8)) for y in (y_train, y_test))
+    x_train, x_test = (
+        centres[y] + 0.5 * rng.standard_normal((len(y), 8)) for y in (y_train, y_test)
+    )
     return written(folder, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
 
 
@@ -344,7 +436,8 @@ def test_wrong_labels_of_separated_classes_are_found(name: str, tmp_path: Path) 
         bench.finish()
         encoded = bench.x() if weights == "clamp" else bench.x().sigmoid()
         _, wrong = corrupted(problem)
-        # Classes are many standard deviations apart: nearly every wrong label is told from the right ones.
+        # Classes are many standard deviations apart: nearly every wrong label is told from the
+        # right ones.
         assert ((encoded < 0.5) == wrong).double().mean() > 0.95
         uppers.append(bench.x())
     # The same sums in another order, over 60 steps.
@@ -360,7 +453,9 @@ def test_too_few_samples(data: LabelledArray) -> None:
 
 
 def test_episodes_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.dataset: hyper_cleaning wants labelled rows .* Toy"):
+    with pytest.raises(
+        ConfigError, match=r"data\.dataset: hyper_cleaning wants labelled rows .* Toy"
+    ):
         attached(Toy())
 
 
@@ -372,21 +467,30 @@ def test_episodes_are_refused() -> None:
         ({"y_train": np.zeros(TRAIN, np.int64)}, "y_train has one class alone"),
         ({"y_train": np.zeros(TRAIN)}, "y_train is float64"),
         ({"y_train": np.arange(3)}, r"y_train is int64 \[3\] for 60 rows"),
-        ({"x_test": np.zeros((TEST, 5), np.uint8)}, r"a row of x_train is \[2, 3\], one of x_test \[5\]"),
+        (
+            {"x_test": np.zeros((TEST, 5), np.uint8)},
+            r"a row of x_train is \[2, 3\], one of x_test \[5\]",
+        ),
         ({"x_train": np.full((TRAIN, *SHAPE), np.nan)}, "x_train has numbers that are NaN"),
         ({"x_train": np.zeros(TRAIN, np.uint8)}, r"x_train is uint8 \[60\]"),
         ({"x_train": np.zeros((TRAIN, 2), np.int64)}, "x_train is int64"),
     ],
 )
-def test_arrays_that_are_no_labelled_rows(changes: dict[str, np.ndarray], words: str, tmp_path: Path) -> None:
+def test_arrays_that_are_no_labelled_rows(
+    changes: dict[str, np.ndarray], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=words):
         written(tmp_path, **changes).prepare()
 
 
 def test_missing_files_say_how_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"mnist: .*mnist\.npz does not exist .*`bomemeta data prepare mnist"):
+    with pytest.raises(
+        DataError, match=r"mnist: .*mnist\.npz does not exist .*`bomemeta data prepare mnist"
+    ):
         Mnist(root=str(tmp_path)).prepare()
-    with pytest.raises(DataError, match=r"labelled_array: .*nothing\.npz \(data\.path\) does not exist"):
+    with pytest.raises(
+        DataError, match=r"labelled_array: .*nothing\.npz \(data\.path\) does not exist"
+    ):
         LabelledArray(path=str(tmp_path / "nothing.npz")).prepare()
     np.savez(tmp_path / "half.npz", x_train=np.zeros((2, 2)))
     with pytest.raises(DataError, match="is not a readable archive"):
@@ -396,13 +500,21 @@ def test_missing_files_say_how_to_get_them(tmp_path: Path) -> None:
 # The data sets
 
 
-@pytest.mark.parametrize("source", [Mnist(), FashionMnist(), LabelledArray(path="a.npz")], ids=lambda source: type(source).__name__)
+@pytest.mark.parametrize(
+    "source",
+    [Mnist(), FashionMnist(), LabelledArray(path="a.npz")],
+    ids=lambda source: type(source).__name__,
+)
 def test_data_sets_keep_the_protocol(source: object) -> None:
     # The class, because properties of the instance would read files.
-    assert all(hasattr(type(source), name) for name in ("features", "classes", "prepare", "examples"))
+    assert all(
+        hasattr(type(source), name) for name in ("features", "classes", "prepare", "examples")
+    )
 
 
-@pytest.mark.parametrize(("kind", "first"), [(Mnist, [5, 0, 4, 1, 9]), (FashionMnist, [9, 0, 0, 3, 0])])
+@pytest.mark.parametrize(
+    ("kind", "first"), [(Mnist, [5, 0, 4, 1, 9]), (FashionMnist, [9, 0, 0, 3, 0])]
+)
 def test_real_images(kind: type[Mnist | FashionMnist], first: list[int]) -> None:
     data = kind()
     try:
@@ -417,6 +529,7 @@ def test_real_images(kind: type[Mnist | FashionMnist], first: list[int]) -> None
     batch = problem.load(range(2), 0, "train")
     assert batch["train_inputs"].shape == batch["validation_inputs"].shape == (2, 2500, 784)
     assert (float(batch["train_inputs"].min()), float(batch["train_inputs"].max())) == (0.0, 1.0)
-    # Half of 5,000 redrawn from ten classes: 2,250 wrong on average, with a standard deviation of 15.
+    # Half of 5,000 redrawn from ten classes: 2,250 wrong on average, with a standard deviation of
+    # 15.
     assert abs(int(corrupted(problem)[1].sum()) - 2250) < 4 * 15
     assert problem.load(range(2), 0, "test")["test_inputs"].shape == (2, 5000, 784)

@@ -1,4 +1,6 @@
-"""What LancBiO and SubBiO ask of the oracle, the hypergradient they make of it, its price, and where it ends."""
+"""What LancBiO and SubBiO ask of the oracle, the hypergradient they make of it, its price, and
+where it ends.
+"""
 
 from dataclasses import replace
 
@@ -36,9 +38,13 @@ def normal(*shape, seed=0):
 def located(problem, task_map="loop"):
     problem = attached(problem)
     upper = problem.init_upper(torch.Generator().manual_seed(1))
-    oracle = LocalOracle(problem, upper, problem.load(range(problem.pool or 3), 0, "train"), task_map)
+    oracle = LocalOracle(
+        problem, upper, problem.load(range(problem.num_tasks or 3), 0, "train"), task_map
+    )
     start = oracle.init_lower()
-    return oracle, {name: tensor + 0.1 * normal(*tensor.shape, seed=3) for name, tensor in start.items()}
+    return oracle, {
+        name: tensor + 0.1 * normal(*tensor.shape, seed=3) for name, tensor in start.items()
+    }
 
 
 SMALL = {"ways": 3, "queries": 2, "width": 4}
@@ -85,13 +91,17 @@ def test_flat_vectors_are_the_dictionarys_order():
 @pytest.mark.parametrize("name", ["lancbio", "subbio"])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_direction_is_the_true_hypergradient_at_convergence(name, fresh):
-    """Central differences of mean_i f_i(x, argmin g_i(x, .)), lower problems solved to the end, through a backbone."""
+    """Central differences of mean_i f_i(x, argmin g_i(x, .)), lower problems solved to the end,
+    through a backbone.
+    """
     problem = attached(FewShot(ways=3, queries=3, width=4, fixed_tasks=None if fresh else 3))
     ids = range(3)
 
     def hyper_objective(upper):
         oracle = LocalOracle(problem, upper, problem.load(ids, 0, "train"), "loop", False)
-        return float(oracle.upper(gradient_steps(oracle, oracle.init_lower(), 300, 0.2)).value.mean())
+        return float(
+            oracle.upper(gradient_steps(oracle, oracle.init_lower(), 300, 0.2)).value.mean()
+        )
 
     many = 300 if fresh else 20
     solver: LancBiO | SubBiO = LancBiO(subspace=20, inner_steps=many, inner_lr=0.2, upper_lr=1.0)
@@ -101,12 +111,18 @@ def test_direction_is_the_true_hypergradient_at_convergence(name, fresh):
     before = {name: tensor.clone() for name, tensor in bench.upper.params.items()}
     for _ in range(1 if fresh else 60):  # x is put back, so that y and v converge at one x
         metrics = bench.advance(ids).metrics
-        step = tree.axpy(-1.0, bench.upper.params, before)  # upper_lr 1: minus the step is the direction
+        step = tree.axpy(
+            -1.0, bench.upper.params, before
+        )  # upper_lr 1: minus the step is the direction
         for key, tensor in before.items():
             bench.upper.params[key].copy_(tensor)
     eps = 1e-5 / float(tree.dot(step, step).sqrt())
-    slope = (hyper_objective(tree.axpy(eps, step, before)) - hyper_objective(tree.axpy(-eps, step, before))) / (2 * eps)
-    # d/dt F(x + t d) = <grad F, d> = |d|^2 if d is the hypergradient. ReLU and max-pool kinks within 1e-5 cost some digits.
+    slope = (
+        hyper_objective(tree.axpy(eps, step, before))
+        - hyper_objective(tree.axpy(-eps, step, before))
+    ) / (2 * eps)
+    # d/dt F(x + t d) = <grad F, d> = |d|^2 if d is the hypergradient. ReLU and max-pool kinks
+    # within 1e-5 cost some digits.
     assert slope == pytest.approx(float(tree.dot(step, step)), rel=1e-4)
     assert metrics["hypergradient_norm"] == pytest.approx(float(tree.dot(step, step).sqrt()))
     assert metrics["residual"] < 1e-6
@@ -120,11 +136,16 @@ def test_adjoint_is_total_and_curvature_in_one(weight):
     oracle = LocalOracle(problem, upper, problem.load(range(3), 0, "train"), "loop")
     at = oracle.init_lower()
     v = {
-        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype)
+        name: torch.randn(
+            tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype
+        )
         for name, tensor in at.items()
     }
     got = oracle.adjoint(at, v, ("lower", 1.0), weight=weight)
-    f, products = oracle.total(Term("upper", at, weight)), curvature(oracle, at, v, ("lower", weight))
+    f, products = (
+        oracle.total(Term("upper", at, weight)),
+        curvature(oracle, at, v, ("lower", weight)),
+    )
     torch.testing.assert_close(got.upper, tree.axpy(-1.0, products.upper_product, f.upper))
     torch.testing.assert_close(got.residual, tree.axpy(-1.0, f.lowers[0], products.lower_product))
     torch.testing.assert_close((got.upper_value, got.values), (f.values[0], products.values))
@@ -142,7 +163,11 @@ def test_forty_steps_take_forty_four_hessian_products(monkeypatch):
         return Hessian(lambda direction: calls.append(1) or product(direction))
 
     monkeypatch.setattr(LocalOracle, "hessian", counted)
-    monkeypatch.setattr(LocalOracle, "adjoint", lambda self, *args, **kw: crosses.append(1) or adjoint(self, *args, **kw))
+    monkeypatch.setattr(
+        LocalOracle,
+        "adjoint",
+        lambda self, *args, **kw: crosses.append(1) or adjoint(self, *args, **kw),
+    )
     bench = Bench(attached(Synthetic()), lancbio(), 40)
     metrics = [bench.advance().metrics for _ in range(40)]
     assert (len(calls), len(crosses)) == (44, 40)
@@ -166,7 +191,11 @@ def test_staggered_tasks_restart_at_different_steps_at_the_same_cost():
 
 
 def test_fresh_episodes_cost():
-    bench = Bench(attached(FewShot(ways=3, queries=3, width=4)), LancBiO(subspace=6, inner_steps=4, inner_lr=0.2), 1)
+    bench = Bench(
+        attached(FewShot(ways=3, queries=3, width=4)),
+        LancBiO(subspace=6, inner_steps=4, inner_lr=0.2),
+        1,
+    )
     metrics = bench.advance(range(4)).metrics
     assert (metrics["hessian_products"], metrics["gradient_evaluations"]) == (6, 7)
 
@@ -185,10 +214,15 @@ def test_x_stands_still_in_the_warm_up_of_an_epoch():
 
 
 def test_warm_up_of_some_tasks_leaves_the_others_share():
-    """Staggered epochs: x takes the step of the tasks that are past their warm-up, still as a mean over all."""
+    """Staggered epochs: x takes the step of the tasks that are past their warm-up, still as a mean
+    over all.
+    """
     problem = small(tasks=2)
     solver = replace(SOLVERS["lancbio_stagger"], warmup_steps=1)
-    both, plain = Bench(problem, solver, 9, shards=1), Bench(problem, replace(solver, warmup_steps=0, upper_lr=1e-30), 9, shards=1)
+    both, plain = (
+        Bench(problem, solver, 9, shards=1),
+        Bench(problem, replace(solver, warmup_steps=0, upper_lr=1e-30), 9, shards=1),
+    )
     both.advance(), plain.advance()
     x0 = both.x()
     assert (x0 == 0).all()  # all tasks begin together
@@ -197,7 +231,9 @@ def test_warm_up_of_some_tasks_leaves_the_others_share():
     torch.testing.assert_close(both.x(), -0.1 * sum(shares) / 2)
 
 
-@pytest.mark.parametrize("changes", [{"subspace": 3, "warmup_steps": 3}, {"warmup_steps": 1, "upper_optimizer": "adam"}])
+@pytest.mark.parametrize(
+    "changes", [{"subspace": 3, "warmup_steps": 3}, {"warmup_steps": 1, "upper_optimizer": "adam"}]
+)
 def test_warm_up_that_cannot_be_is_refused(changes):
     with pytest.raises(ConfigError, match="warmup_steps"):
         LancBiO(**changes)
@@ -213,7 +249,9 @@ def test_divergence_is_said_as_such(name):
 @pytest.mark.parametrize("name", ["lancbio", "subbio"])
 def test_lower_problem_without_curvature_moves_x_along_grad_x_f(name):
     """minimax: d2g/dy2 = 0, so no v can be found and none is made up; f = x y."""
-    bench = Bench(attached(Analytic(case="minimax")), replace(SOLVERS[name], inner_lr=0.05, upper_lr=0.05), 2)
+    bench = Bench(
+        attached(Analytic(case="minimax")), replace(SOLVERS[name], inner_lr=0.05, upper_lr=0.05), 2
+    )
     for _ in range(2):
         x = bench.x()
         bench.advance()
@@ -224,7 +262,11 @@ def test_lower_problem_without_curvature_moves_x_along_grad_x_f(name):
 @pytest.mark.parametrize("fixed", [None, 4])
 def test_episodes_learn(name, fixed):
     problem = attached(FewShot(ways=3, queries=3, width=8, fixed_tasks=fixed), dtype=torch.float32)
-    bench = Bench(problem, replace(SOLVERS[name], inner_steps=5, inner_lr=0.2, upper_lr=0.01, upper_optimizer="adam"), 25)
+    bench = Bench(
+        problem,
+        replace(SOLVERS[name], inner_steps=5, inner_lr=0.2, upper_lr=0.01, upper_optimizer="adam"),
+        25,
+    )
     ids = [range(4) if fixed else range(4 * step, 4 * step + 4) for step in range(25)]
     losses = [bench.advance(tasks).metrics["upper_loss"] for tasks in ids]
     assert sum(losses[-5:]) < (0.5 if fixed else 0.85) * sum(losses[:5])

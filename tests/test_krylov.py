@@ -1,4 +1,6 @@
-"""The linear-system updates against dense linear algebra, on stacks of systems. Float64, where rounding is 1e-16 times the condition."""
+"""The linear-system updates against dense linear algebra, on stacks of systems. Float64, where
+rounding is 1e-16 times the condition.
+"""
 
 import pytest
 import torch
@@ -36,7 +38,9 @@ def times(matrix):
 
 def linear(matrix, right, start=None):
     image = None if start is None else times(matrix)(start)
-    return krylov.LinearSystem(right, times(matrix), lambda basis: basis @ matrix @ basis.mT, start, image)
+    return krylov.LinearSystem(
+        right, times(matrix), lambda basis: basis @ matrix @ basis.mT, start, image
+    )
 
 
 def began(matrix, right, v, subspace, length=None):
@@ -89,23 +93,35 @@ def test_whole_space_gives_the_dense_solution():
         state = grown(state, matrix, right)
     torch.testing.assert_close(state.v, torch.linalg.solve(matrix, right), atol=1e-10, rtol=1e-10)
     basis, tridiagonal = state.basis, torch.diag_embed(state.alpha)
-    tridiagonal = tridiagonal + torch.diag_embed(state.beta[:, 1:], 1) + torch.diag_embed(state.beta[:, 1:], -1)
-    torch.testing.assert_close(basis @ basis.mT, torch.eye(12, dtype=torch.float64).expand(3, -1, -1), atol=1e-12, rtol=0)
+    tridiagonal = (
+        tridiagonal
+        + torch.diag_embed(state.beta[:, 1:], 1)
+        + torch.diag_embed(state.beta[:, 1:], -1)
+    )
+    torch.testing.assert_close(
+        basis @ basis.mT, torch.eye(12, dtype=torch.float64).expand(3, -1, -1), atol=1e-12, rtol=0
+    )
     torch.testing.assert_close(basis @ matrix @ basis.mT, tridiagonal, atol=1e-11, rtol=0)
 
 
 def test_right_hand_side_is_the_present_one():
-    """In a space that holds the whole of it, a b that moved during the epoch is answered at once and exactly."""
+    """In a space that holds the whole of it, a b that moved during the epoch is answered at once
+    and exactly.
+    """
     matrix, right = conditioned(8, 10.0), normal(3, 8, seed=1)
     state = began(matrix, right, normal(3, 8, seed=2), 8)
     for _ in range(7):
         state = grown(state, matrix, right)
     moved = normal(3, 8, seed=5)
-    torch.testing.assert_close(grown(state, matrix, moved).v, torch.linalg.solve(matrix, moved), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(
+        grown(state, matrix, moved).v, torch.linalg.solve(matrix, moved), atol=1e-10, rtol=1e-10
+    )
 
 
 def test_reorthogonalisation_keeps_a_long_epoch_right():
-    """Q'(b - w) with a Q that lost its orthogonality: the plain recursion is lost where the other has long converged."""
+    """Q'(b - w) with a Q that lost its orthogonality: the plain recursion is lost where the other
+    has long converged.
+    """
     matrix, right = conditioned(80, 100.0), normal(3, 80, seed=1)
     last = {}
     for reorthogonalise in (True, False):
@@ -123,7 +139,9 @@ def test_epoch_of_one_is_the_cauchy_step():
     matrix, right, v = conditioned(20, 100.0), normal(3, 20, seed=1), normal(3, 20, seed=2)
     residual = times(matrix)(v) - right
     eta = (residual * residual).sum(1) / (residual * times(matrix)(residual)).sum(1)
-    torch.testing.assert_close(grown(began(matrix, right, v, 1), matrix, right).v, v - eta[:, None] * residual)
+    torch.testing.assert_close(
+        grown(began(matrix, right, v, 1), matrix, right).v, v - eta[:, None] * residual
+    )
 
 
 def test_quadratic_falls_with_every_frozen_step():
@@ -137,7 +155,9 @@ def test_quadratic_falls_with_every_frozen_step():
 
 
 def test_stack_equals_each_task_alone_with_restarts_at_different_steps():
-    """Epochs of 2, 3 and 5 steps in one stack, A and b moving: the fixed-shape basis keeps the tasks apart."""
+    """Epochs of 2, 3 and 5 steps in one stack, A and b moving: the fixed-shape basis keeps the
+    tasks apart.
+    """
     subspace, lengths = 5, torch.tensor([[2.0], [3.0], [5.0]], dtype=torch.float64)
 
     def run(tasks):
@@ -145,7 +165,9 @@ def test_stack_equals_each_task_alone_with_restarts_at_different_steps():
         for step in range(14):
             matrix = (conditioned(10, 50.0) + 0.01 * step * conditioned(10, 5.0, seed=9))[tasks]
             right = normal(3, 10, seed=1)[tasks] + 0.02 * step * normal(3, 10, seed=3)[tasks]
-            state = krylov.restarted(state, state.left == 0, times(matrix)(state.v), right, lengths[tasks])
+            state = krylov.restarted(
+                state, state.left == 0, times(matrix)(state.v), right, lengths[tasks]
+            )
             state = grown(state, matrix, right)
         return state
 
@@ -165,18 +187,29 @@ def test_solved_system_keeps_its_solution_and_starts_anew():
     anchor = torch.linalg.solve(matrix, right)
     anchor[1] += 1.0  # the stack's second task is not solved
     state = grown(
-        began(matrix, times(matrix)(anchor).where(torch.tensor([[True], [False], [True]]), right), anchor, 4), matrix, right
+        began(
+            matrix,
+            times(matrix)(anchor).where(torch.tensor([[True], [False], [True]]), right),
+            anchor,
+            4,
+        ),
+        matrix,
+        right,
     )
     torch.testing.assert_close(state.v[[0, 2]], anchor[[0, 2]], atol=1e-12, rtol=0)
     assert state.left[:, 0].tolist() == [0, 3, 0]
     moved = right + 1.0  # the next epoch has something to do again
-    again = krylov.restarted(state, state.left == 0, times(matrix)(state.v), moved, torch.full_like(state.left, 4))
+    again = krylov.restarted(
+        state, state.left == 0, times(matrix)(state.v), moved, torch.full_like(state.left, 4)
+    )
     again = grown(again, matrix, moved)
     assert (energy(matrix, moved, again.v) < energy(matrix, moved, state.v)).all()
 
 
 def test_space_that_cannot_grow_ends_its_epoch():
-    """b - w spans three eigenvectors: the third vector makes the space invariant, and the solution exact."""
+    """b - w spans three eigenvectors: the third vector makes the space invariant, and the solution
+    exact.
+    """
     matrix = conditioned(10, 10.0)
     right = torch.linalg.eigh(matrix).eigenvectors[:, :, [1, 4, 8]].sum(2)
     state = began(matrix, right, torch.zeros_like(right), 6)
@@ -188,24 +221,36 @@ def test_space_that_cannot_grow_ends_its_epoch():
 
 
 def test_singular_direction_is_left_out():
-    """A v = b has no solution where b leaves A's range; v stays bounded, and solves what can be solved."""
+    """A v = b has no solution where b leaves A's range; v stays bounded, and solves what can be
+    solved.
+    """
     matrix = symmetric([0.0, 1.0, 2.0, 3.0, 4.0])
     right = normal(3, 5, seed=1)
     state = began(matrix, right, torch.zeros_like(right), 5)
     for _ in range(5):
         state = grown(state, matrix, right, floor=1e-6)
-    torch.testing.assert_close(state.v, times(torch.linalg.pinv(matrix, rtol=1e-9))(right), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(
+        state.v, times(torch.linalg.pinv(matrix, rtol=1e-9))(right), atol=1e-9, rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("smallest", [-0.5, -4.0])
 def test_indefinite_matrix_gives_the_solution_of_its_positive_part(smallest):
-    """Along a negative eigenvalue the stationary point is a saddle: v keeps the anchor's component there."""
-    matrix, right, anchor = symmetric([smallest, 1.0, 2.0, 3.0]), normal(3, 4, seed=1), normal(3, 4, seed=2)
+    """Along a negative eigenvalue the stationary point is a saddle: v keeps the anchor's component
+    there.
+    """
+    matrix, right, anchor = (
+        symmetric([smallest, 1.0, 2.0, 3.0]),
+        normal(3, 4, seed=1),
+        normal(3, 4, seed=2),
+    )
     state = began(matrix, right, anchor, 4)
     for _ in range(4):
         state = grown(state, matrix, right, floor=1e-6)
     values, vectors = torch.linalg.eigh(matrix)
-    got, start, wanted = ((vectors.mT @ rows[..., None])[..., 0] for rows in (state.v, anchor, right))
+    got, start, wanted = (
+        (vectors.mT @ rows[..., None])[..., 0] for rows in (state.v, anchor, right)
+    )
     torch.testing.assert_close(got, torch.where(values > 0, wanted / values, start))
 
 
@@ -217,10 +262,16 @@ def test_negative_definite_matrix_keeps_the_anchor():
 
 
 def test_numbers_that_are_not_finite_come_through():
-    """A run that diverges is stopped by the round's check, which must see it; eigh would raise an error of its own."""
+    """A run that diverges is stopped by the round's check, which must see it; eigh would raise an
+    error of its own.
+    """
     matrix, right = conditioned(6, 10.0), normal(3, 6, seed=1)
     right[0, 0] = torch.inf
-    assert not grown(began(matrix, right, torch.zeros_like(right), 3), matrix, right).v.isfinite().all()
+    assert (
+        not grown(began(matrix, right, torch.zeros_like(right), 3), matrix, right)
+        .v.isfinite()
+        .all()
+    )
 
 
 def test_float32_agrees_to_its_rounding():
@@ -243,15 +294,22 @@ def test_cg_equals_the_textbook_and_then_the_dense_solution():
     matrix, right, start = conditioned(12, 30.0), normal(3, 12, seed=1), normal(3, 12, seed=2)
     for steps in (0, 1, 5):
         want = torch.stack([plain_cg(matrix[i], right[i], start[i], steps) for i in range(3)])
-        torch.testing.assert_close(krylov.conjugate_gradients(linear(matrix, right, start), steps), want)
+        torch.testing.assert_close(
+            krylov.conjugate_gradients(linear(matrix, right, start), steps), want
+        )
     # 12 steps end it; the others are there to show that a solved task stays where it is
     solution = krylov.conjugate_gradients(linear(matrix, right), 40)
     torch.testing.assert_close(solution, torch.linalg.solve(matrix, right), atol=1e-10, rtol=1e-10)
 
 
 def test_cg_stops_where_a_singular_system_has_nothing_left_but_its_null_space():
-    """b has a part that A cannot reach: the steps in A's range are taken, and none after the next direction is all null space."""
-    matrix, right = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)).expand(3, 4, 4), normal(3, 4, seed=1)
+    """b has a part that A cannot reach: the steps in A's range are taken, and none after the next
+    direction is all null space.
+    """
+    matrix, right = (
+        torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)).expand(3, 4, 4),
+        normal(3, 4, seed=1),
+    )
     one, many = (krylov.conjugate_gradients(linear(matrix, right), steps) for steps in (1, 20))
     torch.testing.assert_close(many, one)
 
@@ -261,7 +319,9 @@ def test_cg_of_a_zero_right_hand_side_is_zero():
     right[1] = 0
     v = krylov.conjugate_gradients(linear(matrix, right), 6)
     assert (v[1] == 0).all()
-    torch.testing.assert_close(v[[0, 2]], torch.linalg.solve(matrix, right)[[0, 2]], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(
+        v[[0, 2]], torch.linalg.solve(matrix, right)[[0, 2]], atol=1e-10, rtol=1e-10
+    )
 
 
 def test_cg_counts_its_products():
@@ -286,7 +346,9 @@ def test_cg_counts_its_products():
 def test_gradient_descent_from_zero_is_the_neumann_series():
     matrix, right, v = conditioned(6, 10.0), normal(3, 6, seed=1), normal(3, 6, seed=2)
     kept = torch.eye(6, dtype=torch.float64) - 0.05 * matrix
-    series = 0.05 * sum((torch.linalg.matrix_power(kept, i) @ right[..., None])[..., 0] for i in range(7))
+    series = 0.05 * sum(
+        (torch.linalg.matrix_power(kept, i) @ right[..., None])[..., 0] for i in range(7)
+    )
     torch.testing.assert_close(krylov.gradient_descent(linear(matrix, right), 7, 0.05), series)
     warm = series + (torch.linalg.matrix_power(kept, 7) @ v[..., None])[..., 0]
     torch.testing.assert_close(krylov.gradient_descent(linear(matrix, right, v), 7, 0.05), warm)
@@ -294,7 +356,11 @@ def test_gradient_descent_from_zero_is_the_neumann_series():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_plane_is_as_good_as_a_gradient_step_and_as_staying(seed):
-    matrix, right, v = conditioned(20, 100.0, seed=seed), normal(3, 20, seed=seed + 10), normal(3, 20, seed=seed + 20)
+    matrix, right, v = (
+        conditioned(20, 100.0, seed=seed),
+        normal(3, 20, seed=seed + 10),
+        normal(3, 20, seed=seed + 20),
+    )
     lr = 0.01  # 1 / (the largest eigenvalue)
     got = krylov.two_dimensional(linear(matrix, right, v), lr, FLOOR)
     stepped = v - lr * (times(matrix)(v) - right)
@@ -303,7 +369,10 @@ def test_plane_is_as_good_as_a_gradient_step_and_as_staying(seed):
     # The minimiser: no slope along either vector of the plane.
     slope = times(matrix)(got) - right
     for direction in (right, v - lr * times(matrix)(v)):
-        assert ((slope * direction).sum(1).abs() < 1e-10 * slope.norm(dim=1) * direction.norm(dim=1) + 1e-10).all()
+        assert (
+            (slope * direction).sum(1).abs()
+            < 1e-10 * slope.norm(dim=1) * direction.norm(dim=1) + 1e-10
+        ).all()
 
 
 def test_plane_that_is_a_line_or_a_point():

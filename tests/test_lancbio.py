@@ -1,4 +1,6 @@
-"""LancBiO and SubBiO against closed forms, against their equations written out plainly, and against their own identities."""
+"""LancBiO and SubBiO against closed forms, against their equations written out plainly, and against
+their own identities.
+"""
 
 from dataclasses import replace
 
@@ -24,8 +26,9 @@ def test_lancbio_reaches_the_solution_of_the_ill_conditioned_quadratic():
     problem = attached(Synthetic())
     bench = Bench(problem, lancbio(), 600)
     products = sum(bench.advance().metrics["hessian_products"] for _ in range(600))
-    # Measured 9.1e-3, falling by (1 - 0.02 * 0.2538) a step, the slowest direction of x: 5.6e-4 after 1,000 steps, below the 1e-6 that
-    # is asked for after 2,100, and 3.7e-11 after 4,000, with 4,400 products.
+    # Measured 9.1e-3, falling by (1 - 0.02 * 0.2538) a step, the slowest direction of x: 5.6e-4
+    # after 1,000 steps, below the 1e-6 that is asked for after 2,100, and 3.7e-11 after 4,000, with
+    # 4,400 products.
     assert problem.error(bench) < 1.2e-2
     assert products == 660
 
@@ -35,7 +38,8 @@ def test_reaches_the_solution_of_several_tasks(name):
     problem = small(tasks=3)
     bench = Bench(problem, SOLVERS[name], 200)
     metrics = bench.finish()
-    # Measured 2e-7 (LancBiO) and 1e-6 (SubBiO), falling by (1 - 0.1 * 0.61) a step, the slowest direction of x.
+    # Measured 2e-7 (LancBiO) and 1e-6 (SubBiO), falling by (1 - 0.1 * 0.61) a step, the slowest
+    # direction of x.
     assert problem.error(bench) < 1e-5
     assert metrics["residual"] < 1e-5
     assert metrics["hypergradient_norm"] < 1e-5
@@ -45,9 +49,15 @@ def test_reaches_the_solution_of_several_tasks(name):
 
 
 def plain_lancbio(problem, steps, *, m, inner, theta, lam):
-    """The algorithm box on ONE quadratic task, every matrix at hand; T is never formed: v minimises over the span instead."""
+    """The algorithm box on ONE quadratic task, every matrix at hand; T is never formed: v minimises
+    over the span instead.
+    """
     a, b_matrix, c, t = (tensor[0] for tensor in problem._data.values())
-    x, y, v = torch.zeros(b_matrix.shape[1], dtype=a.dtype), torch.zeros_like(c), torch.zeros_like(c)
+    x, y, v = (
+        torch.zeros(b_matrix.shape[1], dtype=a.dtype),
+        torch.zeros_like(c),
+        torch.zeros_like(c),
+    )
     history = []
     for step in range(steps):
         for _ in range(inner):
@@ -68,7 +78,13 @@ def plain_lancbio(problem, steps, *, m, inner, theta, lam):
 @pytest.mark.parametrize("reorthogonalise", [True, False])
 def test_steps_are_the_papers(reorthogonalise):
     problem = small()
-    bench = Bench(problem, LancBiO(subspace=3, inner_steps=2, inner_lr=0.1, upper_lr=0.1, reorthogonalise=reorthogonalise), 8)
+    bench = Bench(
+        problem,
+        LancBiO(
+            subspace=3, inner_steps=2, inner_lr=0.1, upper_lr=0.1, reorthogonalise=reorthogonalise
+        ),
+        8,
+    )
     for x, y, v in plain_lancbio(problem, 8, m=3, inner=2, theta=0.1, lam=0.1):
         metrics = bench.advance().metrics
         torch.testing.assert_close(bench.x(), x)
@@ -79,7 +95,9 @@ def test_steps_are_the_papers(reorthogonalise):
 
 
 def test_epochs_of_one_step_are_sl_bamms_cauchy_steps():
-    """y <- y - theta grad_y g;  r = A v - b, v <- v - |r|^2/(r'Ar) r;  x <- x - lambda (grad_x f - (d2g/dxdy) v)."""
+    """y <- y - theta grad_y g;  r = A v - b, v <- v - |r|^2/(r'Ar) r;  x <- x - lambda (grad_x f -
+    (d2g/dxdy) v).
+    """
     problem = small()
     bench = Bench(problem, LancBiO(subspace=1, inner_steps=1, inner_lr=0.1, upper_lr=0.1), 10)
     a, b_matrix, c, t = (tensor[0] for tensor in problem._data.values())
@@ -102,7 +120,9 @@ def test_subbios_steps_are_the_papers():
         for _ in range(2):
             y = y - 0.1 * (a @ y - b_matrix @ x - c)
         right = y - t
-        span = torch.stack([right, v - 0.05 * a @ v], 1)[:, : 1 if step == 0 else 2]  # v = 0 at first: the span is a line
+        span = torch.stack([right, v - 0.05 * a @ v], 1)[
+            :, : 1 if step == 0 else 2
+        ]  # v = 0 at first: the span is a line
         v = span @ torch.linalg.solve(span.T @ a @ span, span.T @ right)
         x = x - 0.1 * (problem.rho * x + b_matrix.T @ v)
         bench.advance()
@@ -116,7 +136,9 @@ def test_subbios_steps_are_the_papers():
 @pytest.mark.parametrize("name", SOLVERS)
 def test_repeating_every_task_changes_nothing(name):
     problem, twice = small(tasks=2), small(tasks=4)
-    twice._data = {key: tensor.repeat(2, *[1] * (tensor.dim() - 1)) for key, tensor in problem._data.items()}
+    twice._data = {
+        key: tensor.repeat(2, *[1] * (tensor.dim() - 1)) for key, tensor in problem._data.items()
+    }
     # Two shards of two tasks are the one shard of two, each restarting as there.
     a, b = Bench(problem, SOLVERS[name], 30, shards=1), Bench(twice, SOLVERS[name], 30, shards=2)
     last_a, last_b = a.finish(), b.finish()
@@ -146,8 +168,14 @@ def test_going_on_from_the_kept_states_gives_the_same_bits(name):
     for _ in range(6):  # in the middle of an epoch
         first.advance()
     second = Bench(problem, SOLVERS[name], 15)
-    second.upper.load({key: tensor.clone() for key, tensor in first.upper.params.items()}, first.upper.state_dict())
-    second.lower, second.step = first.lower._replace(handles={key: row.copy() for key, row in first.lower.handles.items()}), 6
+    second.upper.load(
+        {key: tensor.clone() for key, tensor in first.upper.params.items()},
+        first.upper.state_dict(),
+    )
+    second.lower, second.step = (
+        first.lower._replace(handles={key: row.copy() for key, row in first.lower.handles.items()}),
+        6,
+    )
     second.finish()
     assert torch.equal(second.x(), whole.x())
     assert all((second.lower.handles[task] == whole.lower.handles[task]).all() for task in range(3))
@@ -155,9 +183,13 @@ def test_going_on_from_the_kept_states_gives_the_same_bits(name):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_task_that_comes_late_starts_like_one_alone(name):
-    """A pool larger than a step: a task first met in mid-epoch begins an epoch of its own, and its neighbours go on."""
+    """A pool larger than a step: a task first met in mid-epoch begins an epoch of its own, and its
+    neighbours go on.
+    """
     problem = small(tasks=3)
-    solver = replace(SOLVERS[name], upper_lr=1e-30)  # x stands still, so that the tasks' own paths can be compared
+    solver = replace(
+        SOLVERS[name], upper_lr=1e-30
+    )  # x stands still, so that the tasks' own paths can be compared
     late, early, alone = (Bench(problem, solver, 9, shards=1) for _ in range(3))
     for _ in range(2):
         late.advance([0])

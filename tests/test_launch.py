@@ -1,4 +1,6 @@
-"""launch/: as far as a machine without these schedulers can tell. Scripts run with stand-ins for them; the commands in them run really."""
+"""launch/: as far as a machine without these schedulers can tell. Scripts run with stand-ins for
+them; the commands in them run really.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,19 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = ["local.sh", "job_submit.sh", "slurm.sbatch"]
 CLUSTERS = ["cluster.yaml", "cluster-aws.yaml"]
-# The fields of a RayJob and of its cluster (ray.io/v1) that these files may use; KubeRay refuses others.
+# The fields of a RayJob and of its cluster (ray.io/v1) that these files may use; KubeRay refuses
+# others.
 JOB_FIELDS = {
     "entrypoint", "runtimeEnvYAML", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "activeDeadlineSeconds",
     "submissionMode", "submitterPodTemplate", "submitterConfig", "rayClusterSpec", "metadata", "suspend", "entrypointNumCpus",
 }  # fmt: skip
-CLUSTER_FIELDS = {"rayVersion", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling", "autoscalerOptions"}
+CLUSTER_FIELDS = {
+    "rayVersion",
+    "headGroupSpec",
+    "workerGroupSpecs",
+    "enableInTreeAutoscaling",
+    "autoscalerOptions",
+}
 GROUP_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
 # Every run below is this short, in this process's own machine, whatever the file says of workers.
 SHORT = ["steps=3", "workers=0", "address=null", "log.tensorboard=false"]
@@ -55,7 +64,12 @@ def finished(folder: Path) -> dict[str, Any]:
 
 
 def test_every_file_is_tested() -> None:
-    assert {path.name for path in LAUNCH.iterdir()} == {*SCRIPTS, *CLUSTERS, "rayjob.yaml", "Dockerfile"}
+    assert {path.name for path in LAUNCH.iterdir()} == {
+        *SCRIPTS,
+        *CLUSTERS,
+        "rayjob.yaml",
+        "Dockerfile",
+    }
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -87,9 +101,23 @@ def stand_in(folder: Path, name: str, body: str) -> None:
 
 def test_job_submit_is_one_submission(tmp_path):
     stand_in(tmp_path, "said", 'printf "%s\\n" "$@"')
-    words = ["bash", str(LAUNCH / "job_submit.sh"), "a.yaml", "s3://b/run", "8", "solver.betas=[0.5, 1]"]
+    words = [
+        "bash",
+        str(LAUNCH / "job_submit.sh"),
+        "a.yaml",
+        "s3://b/run",
+        "8",
+        "solver.betas=[0.5, 1]",
+    ]
     done = execute(words, tmp_path, BOMEMETA=str(tmp_path / "said"), WITH_UV="--uv")
-    wanted = ["submit", "a.yaml", "output_dir=s3://b/run", "workers=8", "solver.betas=[0.5, 1]", "--uv"]
+    wanted = [
+        "submit",
+        "a.yaml",
+        "output_dir=s3://b/run",
+        "workers=8",
+        "solver.betas=[0.5, 1]",
+        "--uv",
+    ]
     assert done.stdout.splitlines() == wanted  # tests/test_submit.py sends it to a real cluster
 
 
@@ -99,8 +127,14 @@ def test_slurm_runs_the_command_on_the_first_node(tmp_path):
     tools.mkdir(parents=True)
     (tools / "activate").write_text(f"PATH={tools}:$PATH\n")
     stand_in(tools, "scontrol", 'printf "%s\\n" node7 node8')
-    stand_in(tools, "srun", f'printf "%s\\n" "$@" > {tmp_path}/srun; while [ "$1" != ray ]; do shift; done; "$@"')
-    stand_in(tools, "ray", f'env > {tmp_path}/env; while [ "$1" != -- ]; do shift; done; shift; "$@"')
+    stand_in(
+        tools,
+        "srun",
+        f'printf "%s\\n" "$@" > {tmp_path}/srun; while [ "$1" != ray ]; do shift; done; "$@"',
+    )
+    stand_in(
+        tools, "ray", f'env > {tmp_path}/env; while [ "$1" != -- ]; do shift; done; shift; "$@"'
+    )
     stand_in(tools, "bomemeta", f'printf "%s\\n" "$@" > {tmp_path}/bomemeta; exec {COMMAND} "$@"')
     output = tmp_path / "out"
     done = execute(
@@ -119,10 +153,14 @@ def test_slurm_runs_the_command_on_the_first_node(tmp_path):
     typed = (tmp_path / "bomemeta").read_text().splitlines()
     assert {"workers=31", "address=node7:23456"} <= set(typed)
     assert " --auto-resume --restarts 3 " in " ".join(typed)
-    environment = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    environment = dict(
+        line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line
+    )
     assert re.fullmatch(r"[0-9a-f]{64}", environment["RAY_AUTH_TOKEN"])
     assert environment["RAY_AUTH_MODE"] == "token"
-    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text("slurm.sbatch"), re.MULTILINE))
+    options = dict(
+        re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text("slurm.sbatch"), re.MULTILINE)
+    )
     assert options["ntasks-per-node"] == "1"
     assert "requeue" in options
 
@@ -130,7 +168,9 @@ def test_slurm_runs_the_command_on_the_first_node(tmp_path):
 def test_symmetric_run_takes_these_options() -> None:
     from ray.scripts import symmetric_run
 
-    assert {"address", "min_nodes", "ray_args_and_entrypoint"} == {each.name for each in symmetric_run.symmetric_run.params}
+    assert {"address", "min_nodes", "ray_args_and_entrypoint"} == {
+        each.name for each in symmetric_run.symmetric_run.params
+    }
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -174,7 +214,9 @@ def test_rayjob_has_the_fields_of_a_rayjob() -> None:
     cluster = spec["rayClusterSpec"]
     assert set(cluster) <= CLUSTER_FIELDS
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    output = next(word for word in spec["entrypoint"].split() if word.startswith("output_dir=")).removeprefix("output_dir=")
+    output = next(
+        word for word in spec["entrypoint"].split() if word.startswith("output_dir=")
+    ).removeprefix("output_dir=")
     for group in groups:
         assert set(group) <= GROUP_FIELDS
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
@@ -183,11 +225,14 @@ def test_rayjob_has_the_fields_of_a_rayjob() -> None:
         volumes = {volume["name"] for volume in pod["volumes"]}
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert set(mounts) <= volumes
-        assert any(output.startswith(path + "/") for path in mounts.values())  # what the run leaves outlives the cluster
+        assert any(
+            output.startswith(path + "/") for path in mounts.values()
+        )  # what the run leaves outlives the cluster
         assert container["resources"]["limits"] == container["resources"]["requests"]
     workers = int(re.findall(r"workers=(\d+)", spec["entrypoint"])[0])
     room = sum(
-        each["replicas"] * int(each["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+        each["replicas"]
+        * int(each["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
         for each in cluster["workerGroupSpecs"]
     )
     assert workers <= room
@@ -195,7 +240,9 @@ def test_rayjob_has_the_fields_of_a_rayjob() -> None:
 
 
 def test_rayjobs_command_runs(tmp_path):
-    """As it is there, in a folder like the image's, but short, and to an output that this machine has."""
+    """As it is there, in a folder like the image's, but short, and to an output that this machine
+    has.
+    """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     words = shlex.split(yaml.safe_load(text("rayjob.yaml"))["spec"]["entrypoint"])
     assert words[0] == "bomemeta"
@@ -208,8 +255,18 @@ def test_rayjobs_command_runs(tmp_path):
 
 def test_the_image_has_what_it_copies_and_runs() -> None:
     logical = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", text("Dockerfile"), flags=re.MULTILINE))
-    instructions = [(line.split()[0], line.partition(" ")[2]) for line in logical.splitlines() if line.strip()]
-    assert {name for name, _ in instructions} <= {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER", "CMD"}
+    instructions = [
+        (line.split()[0], line.partition(" ")[2]) for line in logical.splitlines() if line.strip()
+    ]
+    assert {name for name, _ in instructions} <= {
+        "FROM",
+        "RUN",
+        "WORKDIR",
+        "COPY",
+        "ENV",
+        "USER",
+        "CMD",
+    }
     assert instructions[0][0] == "FROM"
     stages = re.findall(r"^FROM \S+ AS (\w+)$", logical, re.MULTILINE)
     for name, rest in instructions:
@@ -218,7 +275,9 @@ def test_the_image_has_what_it_copies_and_runs() -> None:
         if name == "COPY":
             options = [word for word in rest.split() if word.startswith("--")]
             sources = [word for word in rest.split() if not word.startswith("--")][:-1]
-            stage = [option.removeprefix("--from=") for option in options if option.startswith("--from=")]
+            stage = [
+                option.removeprefix("--from=") for option in options if option.startswith("--from=")
+            ]
             assert all(each in stages for each in stage)
             assert stage or all((ROOT / source).exists() for source in sources)
         if name == "RUN":

@@ -1,4 +1,6 @@
-"""The baselines that run learn2learn's algorithms, against their gradients written out by hand and against finite differences."""
+"""The baselines that run learn2learn's algorithms, against their gradients written out by hand and
+against finite differences.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ ALL = [MAML, FOMAML, ANIL, MetaSGD, Reptile]
 POLICIES = ["transductive", "inductive"]
 TASKS = range(3)
 OPTIONS = {"inner_steps": 3, "inner_lr": 0.3}
-# The same float64 sums in another order: rounding, which the inner steps and their derivatives make larger.
+# The same float64 sums in another order: rounding, which the inner steps and their derivatives make
+# larger.
 TOLERANCE = 1e-10
 
 
@@ -37,21 +40,38 @@ def _one_thread():
 
 
 def network(batch_norm="transductive", **fields):
-    return attached(FewShot(form="network", ways=3, shots=2, queries=2, test_queries=3, width=4, batch_norm=batch_norm, **fields))
+    return attached(
+        FewShot(
+            form="network",
+            ways=3,
+            shots=2,
+            queries=2,
+            test_queries=3,
+            width=4,
+            batch_norm=batch_norm,
+            **fields,
+        )
+    )
 
 
 def start(problem, solver):
-    """x as a run has it at step 0, its head away from 0: at a head of 0 the backbone's inner gradients vanish."""
+    """x as a run has it at step 0, its head away from 0: at a head of 0 the backbone's inner
+    gradients vanish.
+    """
     x = problem.init_upper(torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     x = {
-        name: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / 3 if name in problem.head_names else tensor
+        name: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / 3
+        if name in problem.head_names
+        else tensor
         for name, tensor in x.items()
     }
     x = dict(solver.start(x, 1).params)
     for name, tensor in x.items():
         if name.startswith(STEP_SIZE):  # each its own
-            x[name] = tensor * (0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
+            x[name] = tensor * (
+                0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+            )
     return x
 
 
@@ -60,12 +80,22 @@ def kernel(problem, solver, x, tasks=TASKS):
 
 
 def by_hand(problem, solver, x, task, second_order=True):
-    """(y, query loss, support loss) of one task, in autograd alone and from the problem's documented BatchNorm policy."""
+    """(y, query loss, support loss) of one task, in autograd alone and from the problem's
+    documented BatchNorm policy.
+    """
     support, labels = task["support"], task["support_labels"]
-    names = list(problem.head_names) if isinstance(solver, ANIL) else [name for name in x if not name.startswith(STEP_SIZE)]
+    names = (
+        list(problem.head_names)
+        if isinstance(solver, ANIL)
+        else [name for name in x if not name.startswith(STEP_SIZE)]
+    )
 
     def loss(y, images, wanted, rows):
-        backbone = {name: tensor for name, tensor in y.items() if name not in problem.head_names and STEP_SIZE not in name}
+        backbone = {
+            name: tensor
+            for name, tensor in y.items()
+            if name not in problem.head_names and STEP_SIZE not in name
+        }
         features = torch.func.functional_call(problem._skeleton, backbone, (images, rows))
         logits = features @ y["head.weight"] + y["head.bias"]
         return functional.cross_entropy(logits[len(logits) - len(wanted) :], wanted)
@@ -73,7 +103,9 @@ def by_hand(problem, solver, x, task, second_order=True):
     y = dict(x)
     for _ in range(solver.inner_steps):
         value = loss(y, support, labels, None)
-        grads = torch.autograd.grad(value, [y[name] for name in names], create_graph=second_order, retain_graph=True)
+        grads = torch.autograd.grad(
+            value, [y[name] for name in names], create_graph=second_order, retain_graph=True
+        )
         for name, grad in zip(names, grads, strict=True):
             size = x[STEP_SIZE + name] if isinstance(solver, MetaSGD) else solver.inner_lr
             y[name] = y[name] - size * grad
@@ -96,7 +128,13 @@ def leaves(x):
 def assert_close(got, wanted):
     assert list(got) == list(wanted)
     for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name],
+            wanted[name],
+            atol=TOLERANCE,
+            rtol=TOLERANCE,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 # Directions
@@ -111,10 +149,17 @@ def test_direction_is_the_gradient_through_the_steps(kind, batch_norm):
     found = [by_hand(problem, solver, leaf, task) for task in tasks_of(problem)]
     total = torch.stack([query for _, query, _ in found]).sum()
     sums = kernel(problem, solver, x).sums
-    assert_close(sums["direction"], dict(zip(x, torch.autograd.grad(total, list(leaf.values())), strict=True)))
+    assert_close(
+        sums["direction"],
+        dict(zip(x, torch.autograd.grad(total, list(leaf.values())), strict=True)),
+    )
     torch.testing.assert_close(sums["upper_loss"], total.detach())
-    torch.testing.assert_close(sums["lower_loss"], torch.stack([support for *_, support in found]).sum().detach())
-    assert all(grad.abs().max() > 1e-6 for grad in sums["direction"].values())  # none is trivially equal
+    torch.testing.assert_close(
+        sums["lower_loss"], torch.stack([support for *_, support in found]).sum().detach()
+    )
+    assert all(
+        grad.abs().max() > 1e-6 for grad in sums["direction"].values()
+    )  # none is trivially equal
 
 
 @pytest.mark.parametrize("batch_norm", POLICIES)
@@ -124,7 +169,9 @@ def test_first_order_direction_is_the_gradient_at_the_adapted_network(batch_norm
     wanted = {name: torch.zeros_like(tensor) for name, tensor in x.items()}
     for task in tasks_of(problem):
         y = leaves(by_hand(problem, solver, leaves(x), task, second_order=False)[0])
-        _, query, _ = by_hand(problem, FOMAML(inner_steps=1, inner_lr=1e-300), y, task, second_order=False)  # the loss at y
+        _, query, _ = by_hand(
+            problem, FOMAML(inner_steps=1, inner_lr=1e-300), y, task, second_order=False
+        )  # the loss at y
         for name, grad in zip(x, torch.autograd.grad(query, list(y.values())), strict=True):
             wanted[name] += grad
     got = kernel(problem, solver, x).sums["direction"]
@@ -135,16 +182,30 @@ def test_first_order_direction_is_the_gradient_at_the_adapted_network(batch_norm
 
 @pytest.mark.parametrize("kind", [MAML, ANIL, MetaSGD])
 def test_direction_against_finite_differences(kind):
-    """Central differences of the mean query loss along a random direction, and for Meta-SGD along the step sizes alone."""
+    """Central differences of the mean query loss along a random direction, and for Meta-SGD along
+    the step sizes alone.
+    """
     problem, solver = network(), kind(**OPTIONS)
     x = start(problem, solver)
     generator = torch.Generator().manual_seed(2)
-    along = {name: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) for name, tensor in x.items()}
+    along = {
+        name: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        for name, tensor in x.items()
+    }
     if kind is MetaSGD:
-        along = {name: tensor if name.startswith(STEP_SIZE) else torch.zeros_like(tensor) for name, tensor in along.items()}
-    # Small enough that no ReLU or max-pool changes sides: the loss is then smooth, and the error h^2 and rounding / h.
+        along = {
+            name: tensor if name.startswith(STEP_SIZE) else torch.zeros_like(tensor)
+            for name, tensor in along.items()
+        }
+    # Small enough that no ReLU or max-pool changes sides: the loss is then smooth, and the error
+    # h^2 and rounding / h.
     h = 1e-6
-    ends = [kernel(problem, solver, {name: x[name] + sign * h * along[name] for name in x}).sums["upper_loss"] for sign in (1, -1)]
+    ends = [
+        kernel(problem, solver, {name: x[name] + sign * h * along[name] for name in x}).sums[
+            "upper_loss"
+        ]
+        for sign in (1, -1)
+    ]
     direction = kernel(problem, solver, x).sums["direction"]
     slope = torch.stack([(direction[name] * along[name]).sum() for name in x]).sum()
     torch.testing.assert_close((ends[0] - ends[1]) / (2 * h), slope, rtol=1e-5, atol=1e-7)
@@ -154,23 +215,37 @@ def test_direction_against_finite_differences(kind):
 def test_reptile_moves_x_to_the_mean_of_the_adapted_networks():
     problem, solver = network(), Reptile(**OPTIONS, upper_lr=1.0)
     x = start(problem, solver)
-    adapted = [by_hand(problem, solver, leaves(x), task, second_order=False)[0] for task in tasks_of(problem)]
+    adapted = [
+        by_hand(problem, solver, leaves(x), task, second_order=False)[0]
+        for task in tasks_of(problem)
+    ]
     direction = kernel(problem, solver, x).sums["direction"]
     assert_close(direction, {name: sum(x[name] - y[name].detach() for y in adapted) for name in x})
 
     bench = Bench(problem, solver, 1)
     bench.upper = solver.start(x, 1)
     bench.advance(TASKS)
-    assert_close(bench.upper.params, {name: sum(y[name].detach() for y in adapted) / len(TASKS) for name in x})
+    assert_close(
+        bench.upper.params,
+        {name: sum(y[name].detach() for y in adapted) / len(TASKS) for name in x},
+    )
 
 
 def test_anil_is_maml_where_the_backbone_does_not_adapt():
-    """The same two learners of learn2learn: Meta-SGD with step sizes of 0 in the backbone is ANIL, and equal ones are MAML."""
+    """The same two learners of learn2learn: Meta-SGD with step sizes of 0 in the backbone is ANIL,
+    and equal ones are MAML.
+    """
     problem = network()
     sizes = MetaSGD(**OPTIONS)
-    x = {name: tensor for name, tensor in start(problem, sizes).items() if not name.startswith(STEP_SIZE)}
+    x = {
+        name: tensor
+        for name, tensor in start(problem, sizes).items()
+        if not name.startswith(STEP_SIZE)
+    }
     for solver, adapts in ((MAML(**OPTIONS), list(x)), (ANIL(**OPTIONS), problem.head_names)):
-        step = {STEP_SIZE + name: torch.full_like(x[name], 0.3 if name in adapts else 0.0) for name in x}
+        step = {
+            STEP_SIZE + name: torch.full_like(x[name], 0.3 if name in adapts else 0.0) for name in x
+        }
         got = kernel(problem, sizes, {**x, **step}).sums["direction"]
         assert_close({name: got[name] for name in x}, kernel(problem, solver, x).sums["direction"])
 
@@ -191,7 +266,10 @@ def test_evaluation_adapts_as_training_does(kind, batch_norm):
     figures = oracle.evaluate(y)
     for i, task in enumerate(tasks_of(problem, "test")):
         wanted, query, _ = by_hand(problem, solver, leaves(x), task)
-        assert_close({name: tensor[i] for name, tensor in y.items()}, {name: wanted[name].detach() for name in y})
+        assert_close(
+            {name: tensor[i] for name, tensor in y.items()},
+            {name: wanted[name].detach() for name in y},
+        )
         torch.testing.assert_close(figures["loss"][i], query.detach())
 
 
@@ -199,7 +277,10 @@ def test_anil_leaves_the_backbone_alone_and_maml_does_not():
     problem = network()
     for solver in (MAML(**OPTIONS), ANIL(**OPTIONS)):
         x = start(problem, solver)
-        y = solver.adapt(LocalOracle(problem, x, problem.load(TASKS, 0, "test"), "loop", differentiable=False), None)
+        y = solver.adapt(
+            LocalOracle(problem, x, problem.load(TASKS, 0, "test"), "loop", differentiable=False),
+            None,
+        )
         moved = {name for name in y if not torch.equal(y[name], x[name].expand_as(y[name]))}
         assert moved == set(problem.head_names if isinstance(solver, ANIL) else x)
 
@@ -208,7 +289,9 @@ def test_anil_leaves_the_backbone_alone_and_maml_does_not():
 def test_adaptation_without_steps_is_x(kind):
     problem, solver = network(), kind(**OPTIONS)
     x = start(problem, solver)
-    y = solver.adapt(LocalOracle(problem, x, problem.load(TASKS, 0, "test"), "loop", differentiable=False), 0)
+    y = solver.adapt(
+        LocalOracle(problem, x, problem.load(TASKS, 0, "test"), "loop", differentiable=False), 0
+    )
     assert all(torch.equal(y[name], x[name].expand_as(y[name])) for name in y)
 
 
@@ -217,7 +300,9 @@ def test_adaptation_without_steps_is_x(kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_steps_repeat_bit_for_bit_and_touch_no_global_state(kind):
-    """Also with another solver run in between, which shares learn2learn's classes and the problem's network."""
+    """Also with another solver run in between, which shares learn2learn's classes and the problem's
+    network.
+    """
     problem = network()
     ends = []
     for seed in (0, 1):
@@ -244,7 +329,8 @@ def test_number_of_shards_changes_rounding_alone(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "gradients", "products"), [(MAML, 4, 3), (FOMAML, 4, 0), (ANIL, 4, 3), (MetaSGD, 4, 3), (Reptile, 3, 0)]
+    ("kind", "gradients", "products"),
+    [(MAML, 4, 3), (FOMAML, 4, 0), (ANIL, 4, 3), (MetaSGD, 4, 3), (Reptile, 3, 0)],
 )
 def test_costs_and_names_in_the_log(kind, gradients, products):
     metrics = Bench(network(), kind(**OPTIONS), 1).advance(TASKS).metrics
@@ -254,20 +340,33 @@ def test_costs_and_names_in_the_log(kind, gradients, products):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_learns(kind):
-    """On tasks that were not trained on, against the untrained network: measured to gain 0.22 or more."""
-    problem = attached(FewShot(form="network", ways=3, shots=2, queries=3, test_queries=5, width=8), dtype=torch.float32)
+    """On tasks that were not trained on, against the untrained network: measured to gain 0.22 or
+    more.
+    """
+    problem = attached(
+        FewShot(form="network", ways=3, shots=2, queries=3, test_queries=5, width=8),
+        dtype=torch.float32,
+    )
     adam = {"upper_lr": 0.01, "upper_optimizer": "adam"}
     solver = kind(inner_steps=3, inner_lr=0.2, **({"upper_lr": 1.0} if kind is Reptile else adam))
     bench = Bench(problem, solver, 12)
 
     def accuracy():
-        oracle = LocalOracle(problem, bench.upper.params, problem.load(range(20), 0, "test"), "loop", differentiable=False)
+        oracle = LocalOracle(
+            problem,
+            bench.upper.params,
+            problem.load(range(20), 0, "test"),
+            "loop",
+            differentiable=False,
+        )
         return float(oracle.evaluate(solver.adapt(oracle, None))["accuracy"].mean())
 
     before = accuracy()
     while bench.step < bench.steps:
         bench.advance(range(4 * bench.step, 4 * bench.step + 4))
-    assert accuracy() > before + 0.1  # 20 tasks of 15 queries: the gain's standard error is about 0.03
+    assert (
+        accuracy() > before + 0.1
+    )  # 20 tasks of 15 queries: the gain's standard error is about 0.03
 
 
 # x with entries of the solver's own
@@ -286,7 +385,12 @@ def test_problem_ignores_entries_that_are_not_its_own():
     head = attached(FewShot(form="head", ways=3, queries=2, width=4))
     upper = head.init_upper(torch.Generator().manual_seed(0))
     one = {name: tensor[0] for name, tensor in head.load([0], 0, "train").items()}
-    torch.testing.assert_close(head.encode({**upper, "extra": torch.zeros(1)}, one), head.encode(upper, one), atol=0, rtol=0)
+    torch.testing.assert_close(
+        head.encode({**upper, "extra": torch.zeros(1)}, one),
+        head.encode(upper, one),
+        atol=0,
+        rtol=0,
+    )
 
 
 # What is refused
@@ -303,8 +407,14 @@ class Shared(FewShot):
     [
         (FewShot(form="head"), "problem.form: .* set problem.form=network"),
         (FewShot(form="network", fixed_tasks=7), "problem.fixed_tasks: got 7 tasks .* take it out"),
-        (Analytic(case="coreset"), "problem.name: Analytic offers no network; .* use problem few_shot"),
-        (Shared(form="network"), "problem.name: Shared has one lower variable .* use problem few_shot"),
+        (
+            Analytic(case="coreset"),
+            "problem.name: Analytic offers no network; .* use problem few_shot",
+        ),
+        (
+            Shared(form="network"),
+            "problem.name: Shared has one lower variable .* use problem few_shot",
+        ),
     ],
 )
 def test_refused_problems(kind, problem, words):

@@ -1,4 +1,6 @@
-"""`load_ahead`: the next step's tasks are loaded in a thread while this one computes, and nobody can tell but by the clock."""
+"""`load_ahead`: the next step's tasks are loaded in a thread while this one computes, and nobody
+can tell but by the clock.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def trained(folder: Path, *keys: str) -> Any:
 
 def lines(folder: Path) -> list[dict[str, float]]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_s")} for line in found]
+    return [
+        {name: value for name, value in line.items() if not name.endswith("_s")} for line in found
+    ]
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
@@ -71,7 +75,8 @@ def test_same_bits_and_the_tasks_come_from_the_thread(
     on = trained(tmp_path / "on", f"shards={shards}", "load_ahead=true")
     assert (on.upper_sha256, on.metrics) == (off.upper_sha256, off.metrics)
     assert lines(tmp_path / "on") == lines(tmp_path / "off")
-    # Nothing is drawn twice; only the first step's tasks, validation and test are drawn where they are computed.
+    # Nothing is drawn twice; only the first step's tasks, validation and test are drawn where they
+    # are computed.
     assert sorted(key for _, key in heard) == drawn
     train = [(thread, task) for thread, (_, split, task) in heard if split == 0]
     assert [task for thread, task in train if thread == "ahead"] == list(range(5, 30))
@@ -88,7 +93,9 @@ def test_same_bits_on_a_worker(tmp_path: Path) -> None:
     assert (on.upper_sha256, on.metrics) == (off.upper_sha256, off.metrics)
 
 
-def requests(worker_calls: list[tuple[tuple[int, ...], int]], next_ids: tuple[int, ...]) -> list[Request]:
+def requests(
+    worker_calls: list[tuple[tuple[int, ...], int]], next_ids: tuple[int, ...]
+) -> list[Request]:
     """Requests for these tasks and steps, all of which announce `next_ids`."""
     asked: list[Request] = []
 
@@ -104,13 +111,22 @@ def requests(worker_calls: list[tuple[tuple[int, ...], int]], next_ids: tuple[in
     upper = solver.start(problem.init_upper(torch.Generator().manual_seed(0)), 9)
     for ids, step in worker_calls:
         with pytest.raises(StopIteration):
-            solver.step(upper, LowerStates.none(), StepRun(Noted(), ids, 1, step=step, steps=9, persistent=False))  # type: ignore[arg-type]
+            solver.step(
+                upper,
+                LowerStates.none(),
+                StepRun(Noted(), ids, 1, step=step, steps=9, persistent=False),
+            )  # type: ignore[arg-type]
     return asked
 
 
 def test_a_wrong_guess_does_no_harm() -> None:
     problem = attached(FewShot(width=4, ways=3, queries=2))
-    x = torch.cat([tensor.reshape(-1) for tensor in problem.init_upper(torch.Generator().manual_seed(0)).values()]).numpy()
+    x = torch.cat(
+        [
+            tensor.reshape(-1)
+            for tensor in problem.init_upper(torch.Generator().manual_seed(0)).values()
+        ]
+    ).numpy()
 
     def worker(load_ahead: bool) -> ShardWorker:
         return ShardWorker(lambda changes: variant_of(problem, changes), "loop", "cpu", load_ahead)
@@ -131,13 +147,20 @@ def test_what_is_held_is_one_batch_and_what_is_expected_does_not_pile_up() -> No
 
     ahead = Ahead(load)
     for step in range(50):  # the guesses are of another worker's shard
-        mine, guess = Asked((step,), step, "train", ""), Asked((1000 + step,), step + 1, "train", "")
+        mine, guess = (
+            Asked((step,), step, "train", ""),
+            Asked((1000 + step,), step + 1, "train", ""),
+        )
         assert ahead.batch(mine, guess)["ids"].tolist() == [step]
         assert len(ahead._expected) <= 2
-    assert {asked for asked in loaded if asked.task_ids[0] < 1000} == {Asked((step,), step, "train", "") for step in range(50)}
+    assert {asked for asked in loaded if asked.task_ids[0] < 1000} == {
+        Asked((step,), step, "train", "") for step in range(50)
+    }
 
 
-def test_an_error_is_met_where_it_is_due_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_met_where_it_is_due_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = Toy.episode
     threads: list[bool] = []
 
@@ -155,7 +178,9 @@ def test_an_error_is_met_where_it_is_due_and_once(tmp_path: Path, monkeypatch: p
     assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2]
 
 
-def test_an_error_in_the_thread_alone_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_thread_alone_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     off = trained(tmp_path / "off", "load_ahead=false")
     plain = Toy.episode
 
@@ -168,7 +193,9 @@ def test_an_error_in_the_thread_alone_is_forgotten(tmp_path: Path, monkeypatch: 
     assert trained(tmp_path / "on", "load_ahead=true").upper_sha256 == off.upper_sha256
 
 
-def test_tasks_that_cannot_be_told_are_not_announced(tmp_path: Path, heard: list[tuple[str, tuple[int, ...]]]) -> None:
+def test_tasks_that_cannot_be_told_are_not_announced(
+    tmp_path: Path, heard: list[tuple[str, tuple[int, ...]]]
+) -> None:
     trained(tmp_path / "run", "load_ahead=true", "problem.fixed_tasks=6", "tasks_per_step=2")
     assert {thread for thread, _ in heard} == {"main"}
 

@@ -53,7 +53,9 @@ def test_a_chosen_folder_is_never_overwritten(config: Config, tmp_path: Path) ->
     assert load_config(folder.config_file) == config
 
 
-def test_what_is_not_a_run_is_refused_with_the_runs_there_are(config: Config, tmp_path: Path) -> None:
+def test_what_is_not_a_run_is_refused_with_the_runs_there_are(
+    config: Config, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"it has no config.yaml. `bomemeta train` prints"):
         RunFolder.open(tmp_path)
     RunFolder.create(None, "a", config)
@@ -63,7 +65,9 @@ def test_what_is_not_a_run_is_refused_with_the_runs_there_are(config: Config, tm
 
 def test_results_are_valid_json(config: Config) -> None:
     folder = RunFolder.create(None, "a", config)
-    folder.write_result({"metrics": {"x": math.nan, "y": 1.5}, "final": {"upper": {"w": [1.0, math.inf]}}})
+    folder.write_result(
+        {"metrics": {"x": math.nan, "y": 1.5}, "final": {"upper": {"w": [1.0, math.inf]}}}
+    )
     result = json.loads(folder.result_file.read_text(), parse_constant=pytest.fail)
     assert result == {"metrics": {"x": None, "y": 1.5}, "final": {"upper": {"w": [1.0, None]}}}
 
@@ -83,7 +87,9 @@ def test_one_line_a_step_is_on_the_disk_at_once(config: Config) -> None:
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 5, "upper_lo', "7", "\x00\x00"])
-def test_resuming_drops_the_steps_to_be_computed_again_and_a_torn_line(config: Config, torn: str) -> None:
+def test_resuming_drops_the_steps_to_be_computed_again_and_a_torn_line(
+    config: Config, torn: str
+) -> None:
     folder = RunFolder.create(None, "a", config)
     with MetricsLog(folder, tensorboard=False) as log:
         for step in range(5):
@@ -112,12 +118,16 @@ def test_a_full_disk_is_named(config: Config) -> None:
     log = MetricsLog(folder, tensorboard=False)
     log._file.close()
     log._file = Path("/dev/full").open("w")  # noqa: SIM115  # the log closes it
-    with pytest.raises(BomemetaError, match=r"metrics.jsonl could not be written: No space left on device"):
+    with pytest.raises(
+        BomemetaError, match=r"metrics.jsonl could not be written: No space left on device"
+    ):
         log.write(0, {"upper_loss": 1.0})
     log.close()
 
 
-def test_a_result_on_a_full_disk_leaves_the_old_one(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_on_a_full_disk_leaves_the_old_one(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder.create(None, "a", config)
     folder.write_result({"a": 1})
 
@@ -125,7 +135,9 @@ def test_a_result_on_a_full_disk_leaves_the_old_one(config: Config, monkeypatch:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BomemetaError, match=r"result.json could not be written: No space left on device"):
+    with pytest.raises(
+        BomemetaError, match=r"result.json could not be written: No space left on device"
+    ):
         folder.write_result({"a": 2})
     assert json.loads(folder.result_file.read_text()) == {"a": 1}
     assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "result.json"]
@@ -141,5 +153,9 @@ def test_tensorboard_shows_each_step_once_after_a_resume(config: Config) -> None
     with MetricsLog(folder, tensorboard=True, from_step=2) as log:
         log.write(2, {"upper_loss": 20.0, "own": 1.0})
     events = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss/upper")] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+    assert [(event.step, event.value) for event in events.Scalars("loss/upper")] == [
+        (0, 0.0),
+        (1, 1.0),
+        (2, 20.0),
+    ]
     assert set(events.Tags()["scalars"]) == {"loss/upper", "own"}

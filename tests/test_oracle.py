@@ -1,4 +1,6 @@
-"""The oracle against finite differences and against itself: every problem, every way to map tasks, float64."""
+"""The oracle against finite differences and against itself: every problem, every way to map tasks,
+float64.
+"""
 
 import pytest
 import torch
@@ -30,12 +32,15 @@ EPS = 1e-6  # central differences in float64: truncation 1e-12, rounding 1e-10
 
 def make(name, task_map="loop"):
     problem = attached(PROBLEMS[name]())
-    tasks = problem.pool or 3
+    tasks = problem.num_tasks or 3
     generator = torch.Generator().manual_seed(1)
     upper = problem.init_upper(generator)
     oracle = LocalOracle(problem, upper, problem.load(range(tasks), 0, "train"), task_map)
     start = oracle.init_lower()
-    lower = {k: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in start.items()}
+    lower = {
+        k: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype)
+        for k, v in start.items()
+    }
     return problem, upper, oracle, lower
 
 
@@ -45,7 +50,13 @@ def random_like(params, seed):
 
 
 def values(problem, upper, lower, loss):
-    oracle = LocalOracle(problem, upper, problem.load(range(len(next(iter(lower.values())))), 0, "train"), "loop", False)
+    oracle = LocalOracle(
+        problem,
+        upper,
+        problem.load(range(len(next(iter(lower.values())))), 0, "train"),
+        "loop",
+        False,
+    )
     return getattr(oracle, loss)(lower).value
 
 
@@ -56,13 +67,21 @@ def test_gradients_equal_finite_differences(name, loss):
     weight = torch.arange(1, oracle.tasks + 1, dtype=torch.float64)
     total = oracle.total(Term(loss, lower, weight))
     direction = random_like(lower, 2)
-    plus, minus = (values(problem, upper, tree.axpy(s * EPS, direction, lower), loss) for s in (1, -1))
+    plus, minus = (
+        values(problem, upper, tree.axpy(s * EPS, direction, lower), loss) for s in (1, -1)
+    )
     numeric = (plus - minus) / (2 * EPS)
-    torch.testing.assert_close(tree.dot_tasks(getattr(oracle, loss)(lower).lower, direction), numeric, atol=1e-7, rtol=1e-5)
-    torch.testing.assert_close(tree.dot_tasks(total.lowers[0], direction), weight * numeric, atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(
+        tree.dot_tasks(getattr(oracle, loss)(lower).lower, direction), numeric, atol=1e-7, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        tree.dot_tasks(total.lowers[0], direction), weight * numeric, atol=1e-7, rtol=1e-5
+    )
 
     direction = random_like(upper, 3)
-    plus, minus = (values(problem, tree.axpy(s * EPS, direction, upper), lower, loss) for s in (1, -1))
+    plus, minus = (
+        values(problem, tree.axpy(s * EPS, direction, upper), lower, loss) for s in (1, -1)
+    )
     numeric = (weight * (plus - minus)).sum() / (2 * EPS)
     # max-pool and ReLU kinks within EPS cost a little of the central difference's accuracy
     torch.testing.assert_close(tree.dot(total.upper, direction), numeric, atol=1e-5, rtol=1e-4)
@@ -74,7 +93,9 @@ def test_curvature_equals_finite_differences_of_the_gradient(name):
     weight = torch.arange(1, oracle.tasks + 1, dtype=torch.float64)
     u = random_like(lower, 2)
     got = curvature(oracle, lower, u, ("upper", 0.3), ("lower", weight))
-    gradient = tree.axpy(0.3, oracle.upper(lower).lower, tree.scaled(weight, oracle.lower(lower).lower))
+    gradient = tree.axpy(
+        0.3, oracle.upper(lower).lower, tree.scaled(weight, oracle.lower(lower).lower)
+    )
     torch.testing.assert_close(got.lower, gradient)
 
     def moved(in_x, in_y):
@@ -88,10 +109,14 @@ def test_curvature_equals_finite_differences_of_the_gradient(name):
     torch.testing.assert_close(got.lower_product, numeric, atol=1e-5, rtol=1e-4)
     # <towards, (d2 psi / dx dy) u> = d/dt <grad_y psi(x + t towards), u>
     change = tree.axpy(-1.0, moved(-EPS, 0.0), moved(EPS, 0.0))
-    torch.testing.assert_close(tree.dot(got.upper_product, towards), tree.dot(change, u) / (2 * EPS), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        tree.dot(got.upper_product, towards), tree.dot(change, u) / (2 * EPS), atol=1e-5, rtol=1e-4
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in PROBLEMS if name in ("prototype", "ridge", "span")])
+@pytest.mark.parametrize(
+    "name", [name for name in PROBLEMS if name in ("prototype", "ridge", "span")]
+)
 def test_closed_forms_equal_autograd(name, monkeypatch):
     _, _, oracle, lower = make(name)
     closed = oracle.upper(lower), oracle.lower(lower)
@@ -123,7 +148,9 @@ def test_tasks_do_not_see_each_other(name):
         alone = LocalOracle(problem, upper, problem.load([task], 0, "train"), "loop")
         own = alone.lower({k: v[task : task + 1] for k, v in lower.items()})
         torch.testing.assert_close(own.value[0], stacked.value[task])
-        torch.testing.assert_close({k: v[0] for k, v in own.lower.items()}, {k: v[task] for k, v in stacked.lower.items()})
+        torch.testing.assert_close(
+            {k: v[0] for k, v in own.lower.items()}, {k: v[task] for k, v in stacked.lower.items()}
+        )
 
 
 @pytest.mark.parametrize("name", ["prototype", "prototype_inductive"])
@@ -131,8 +158,14 @@ def test_backbone_runs_once_whatever_the_number_of_inner_steps(name, monkeypatch
     problem, upper, _, _ = make(name)
     calls = []
     backbone, passes = FewShot._backbone, few_shot.Conv4Passes
-    monkeypatch.setattr(FewShot, "_backbone", lambda self, *args: calls.append(1) or backbone(self, *args))
-    monkeypatch.setattr(few_shot, "Conv4Passes", lambda upper, images, *rest: calls.extend(images) or passes(upper, images, *rest))
+    monkeypatch.setattr(
+        FewShot, "_backbone", lambda self, *args: calls.append(1) or backbone(self, *args)
+    )
+    monkeypatch.setattr(
+        few_shot,
+        "Conv4Passes",
+        lambda upper, images, *rest: calls.extend(images) or passes(upper, images, *rest),
+    )
     oracle = LocalOracle(problem, upper, problem.load(range(3), 0, "train"), "loop")
     lower = oracle.init_lower()
     for _ in range(10):

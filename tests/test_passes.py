@@ -25,21 +25,31 @@ def network(channels: int, dtype: torch.dtype) -> torch.nn.Module:
 
 @pytest.mark.parametrize(("channels", "size", "pieces"), [(1, 28, 1), (1, 28, 3), (3, 21, 4)])
 def test_conv4_passes_equal_autograd(channels, size, pieces, monkeypatch):
-    """Sides of 21 leave a row and a column out of every pool, but not out of the statistics; 7 images do not fill whole pieces."""
+    """Sides of 21 leave a row and a column out of every pool, but not out of the statistics; 7
+    images do not fill whole pieces.
+    """
     per_image = 8 * 5 * size**2
     monkeypatch.setattr(conv4_passes, "PIECE_BYTES", per_image * -(-7 // pieces))
     net = network(channels, torch.float64)
-    images = torch.rand(2, 7, channels, size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    images = torch.rand(
+        2, 7, channels, size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     wanted = torch.stack([net(task) for task in images])
-    cotangent = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    cotangent = torch.randn(
+        wanted.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     wanted.backward(cotangent)
-    upper = {name: tensor.detach() for name, tensor in net.named_parameters()} | {"another": torch.zeros(1)}
+    upper = {name: tensor.detach() for name, tensor in net.named_parameters()} | {
+        "another": torch.zeros(1)
+    }
     passes = Conv4Passes(upper, images)
     assert len(passes._kept[0][0].pieces) == pieces
     torch.testing.assert_close(passes.features, wanted.detach())
     for _ in range(2):  # it may be asked again
         found = passes.pull_back(cotangent)
-        torch.testing.assert_close(found, {name: tensor.grad for name, tensor in net.named_parameters()})
+        torch.testing.assert_close(
+            found, {name: tensor.grad for name, tensor in net.named_parameters()}
+        )
 
 
 def test_a_blank_image_and_a_dead_channel_are_as_under_autograd():
@@ -49,17 +59,34 @@ def test_a_blank_image_and_a_dead_channel_are_as_under_autograd():
     upper = {name: tensor.detach() for name, tensor in net.named_parameters()}
     passes = Conv4Passes(upper, images)
     torch.testing.assert_close(passes.features[0], net(images[0]).detach())
-    assert all(tensor.isfinite().all() for tensor in passes.pull_back(torch.ones_like(passes.features)).values())
+    assert all(
+        tensor.isfinite().all()
+        for tensor in passes.pull_back(torch.ones_like(passes.features)).values()
+    )
 
 
 def test_single_precision_is_as_near_to_double_as_autograds():
     net = network(1, torch.float64)
-    images = (torch.rand(1, 10, 1, 28, 28, generator=torch.Generator().manual_seed(2), dtype=torch.float64) > 0.9).double()
+    images = (
+        torch.rand(
+            1, 10, 1, 28, 28, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+        )
+        > 0.9
+    ).double()
     upper = {name: tensor.detach() for name, tensor in net.named_parameters()}
     exact = Conv4Passes(upper, images).features[0]
     with torch.no_grad():
         plain = (net.float()(images[0].float()) - exact).abs().max()
-    ours = (Conv4Passes({name: tensor.float() for name, tensor in upper.items()}, images.float()).features[0] - exact).abs().max()
+    ours = (
+        (
+            Conv4Passes(
+                {name: tensor.float() for name, tensor in upper.items()}, images.float()
+            ).features[0]
+            - exact
+        )
+        .abs()
+        .max()
+    )
     assert ours < 10 * plain  # both are some roundings; one bit's worth of luck is a factor of 2
 
 
@@ -71,10 +98,15 @@ def test_encoding_of_a_stack_equals_encode_of_each_task(head, monkeypatch):
     plain = LocalOracle(problem, upper, fast.batch, "loop")
     assert plain._encoding is None
     torch.testing.assert_close(fast.encoded, plain.encoded)
-    terms = Term("upper", lower, 0.3), Term("lower", lower, torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    terms = (
+        Term("upper", lower, 0.3),
+        Term("lower", lower, torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)),
+    )
     torch.testing.assert_close(fast.total(*terms).upper, plain.total(*terms).upper)
     v = random_like(lower, 4)
-    torch.testing.assert_close(fast.adjoint(lower, v, ("lower", 1.0)).upper, plain.adjoint(lower, v, ("lower", 1.0)).upper)
+    torch.testing.assert_close(
+        fast.adjoint(lower, v, ("lower", 1.0)).upper, plain.adjoint(lower, v, ("lower", 1.0)).upper
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -82,7 +114,11 @@ def test_closed_total_equals_autograd(head, monkeypatch):
     _, _, oracle, lower = make(head)
     other = tree.axpy(0.3, random_like(lower, 5), lower)
     weight = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
-    terms = Term("upper", lower), Term("lower", lower, weight), Term("lower", other, -weight, in_y=False)
+    terms = (
+        Term("upper", lower),
+        Term("lower", lower, weight),
+        Term("lower", other, -weight, in_y=False),
+    )
     closed = oracle.total(*terms)
     monkeypatch.setattr(FewShot, "loss_gradient", lambda *_, **__: None)
     plain = oracle.total(*terms)

@@ -1,6 +1,8 @@
-"""Where two methods coincide in mathematics they agree in numbers: before their times may be compared.
+"""Where two methods coincide in mathematics they agree in numbers: before their times may be
+compared.
 
-learn2learn is a dependency; TorchOpt and higher are tested where they are installed (benchmarks/peers/requirements.txt).
+learn2learn is a dependency; TorchOpt and higher are tested where they are installed
+(benchmarks/peers/requirements.txt).
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ def peer(request, monkeypatch):
     peers = importlib.import_module("benchmarks.peers")
     missing = peers.absent()
     if request.param in missing:
-        pytest.skip(f"{missing[request.param]}: install benchmarks/peers/requirements.txt into an environment of its own")
+        pytest.skip(
+            f"{missing[request.param]}: install benchmarks/peers/requirements.txt into an environment of its own"
+        )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the peers' own code about newer versions of Python and torch
+        warnings.simplefilter(
+            "ignore"
+        )  # of the peers' own code about newer versions of Python and torch
         yield peers, peers.PEERS[request.param]
 
 
@@ -49,7 +55,9 @@ def few_shot(**fields):
 
 def tasks(peers, batch):
     for i in range(len(batch["support"])):
-        yield peers.Task(*(batch[name][i] for name in ("support", "support_labels", "query", "query_labels")))
+        yield peers.Task(
+            *(batch[name][i] for name in ("support", "support_labels", "query", "query_labels"))
+        )
 
 
 class Whole(nn.Module):
@@ -74,25 +82,36 @@ def test_maml_is_the_same_everywhere(peer):
     """Solver `maml` on the network form against the peer on the same network as a module."""
     peers, make = peer
     problem, upper, batch = few_shot(form="network", shots=2)
-    upper["head.weight"] = 0.1 * torch.randn(upper["head.weight"].shape, generator=torch.Generator().manual_seed(2)).double()
+    upper["head.weight"] = (
+        0.1
+        * torch.randn(
+            upper["head.weight"].shape, generator=torch.Generator().manual_seed(2)
+        ).double()
+    )
     net = Whole(problem, upper)
     query_loss = make(net, LR, STEPS)
     for task in tasks(peers, batch):
         query_loss(task).backward()
 
-    bench = Bench(problem, MAML(inner_steps=STEPS, inner_lr=LR, upper_lr=1.0, upper_optimizer="sgd"), 1)
+    bench = Bench(
+        problem, MAML(inner_steps=STEPS, inner_lr=LR, upper_lr=1.0, upper_optimizer="sgd"), 1
+    )
     for name, tensor in upper.items():
         bench.upper.params[name].copy_(tensor)
     before = {name: tensor.clone() for name, tensor in bench.upper.params.items()}
     bench.advance(range(2))
-    moved = {name: 2 * (before[name] - tensor) for name, tensor in bench.upper.params.items()}  # x moved by the mean of 2 tasks
+    moved = {
+        name: 2 * (before[name] - tensor) for name, tensor in bench.upper.params.items()
+    }  # x moved by the mean of 2 tasks
     for name, parameter in net.features.named_parameters():
         torch.testing.assert_close(moved[name], parameter.grad, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(moved["head.weight"], net.head.weight.grad.T, rtol=1e-5, atol=1e-9)
 
 
 def test_anil_from_a_head_of_zeros_is_iterative_differentiation(peer):
-    """Solver `itd` on the head form (no regularisation, y from 0) against the peer's ANIL: the same gradient in the backbone."""
+    """Solver `itd` on the head form (no regularisation, y from 0) against the peer's ANIL: the same
+    gradient in the backbone.
+    """
     peers, make = peer
     problem, upper, batch = few_shot(head="ridge", regularisation=0.0, shots=2)
     oracle = LocalOracle(problem, upper, batch, "loop")
@@ -108,9 +127,13 @@ def test_anil_from_a_head_of_zeros_is_iterative_differentiation(peer):
     query_loss = make(head, LR, STEPS)
     losses = []
     for task in tasks(peers, batch):
-        features = problem.feature_scale * functional.normalize(backbone(torch.cat([task.support, task.query])), dim=1)
+        features = problem.feature_scale * functional.normalize(
+            backbone(torch.cat([task.support, task.query])), dim=1
+        )
         supports = len(task.support)
-        losses.append(query_loss(task._replace(support=features[:supports], query=features[supports:])))
+        losses.append(
+            query_loss(task._replace(support=features[:supports], query=features[supports:]))
+        )
     torch.stack(losses).sum().backward()
     torch.testing.assert_close(ours.upper_value, torch.stack(losses).detach(), rtol=1e-5, atol=1e-9)
     for name, parameter in backbone.named_parameters():
@@ -118,7 +141,9 @@ def test_anil_from_a_head_of_zeros_is_iterative_differentiation(peer):
 
 
 def test_learn2learns_first_order_version_leaves_the_second_derivatives_out(monkeypatch):
-    """What is timed as first order is first order: its gradient differs, and it is that of the queries' loss at the adapted network."""
+    """What is timed as first order is first order: its gradient differs, and it is that of the
+    queries' loss at the adapted network.
+    """
     monkeypatch.syspath_prepend(str(ROOT))
     peers = importlib.import_module("benchmarks.peers")
     problem, upper, batch = few_shot(form="network", shots=2)
@@ -132,8 +157,14 @@ def test_learn2learns_first_order_version_leaves_the_second_derivatives_out(monk
     for _ in range(STEPS):
         loss = functional.cross_entropy(adapted(task.support), task.support_labels)
         with torch.no_grad():
-            for parameter, grad in zip(adapted.parameters(), torch.autograd.grad(loss, list(adapted.parameters())), strict=True):
+            for parameter, grad in zip(
+                adapted.parameters(),
+                torch.autograd.grad(loss, list(adapted.parameters())),
+                strict=True,
+            ):
                 parameter -= LR * grad
     functional.cross_entropy(adapted(task.query), task.query_labels).backward()
-    torch.testing.assert_close(grads[0], torch.cat([parameter.grad.reshape(-1) for parameter in adapted.parameters()]))
+    torch.testing.assert_close(
+        grads[0], torch.cat([parameter.grad.reshape(-1) for parameter in adapted.parameters()])
+    )
     assert (grads[0] - grads[1]).norm() > 1e-3 * grads[1].norm()

@@ -37,7 +37,8 @@ def test_an_inner_span_is_not_counted_twice():
                 time.sleep(0.03)
         with span("outer"):
             pass
-    # Sleeping takes at least as long as was asked for, and by what it takes longer nothing is known but that both have it.
+    # Sleeping takes at least as long as was asked for, and by what it takes longer nothing is known
+    # but that both have it.
     assert found.seconds["inner"] >= 0.03
     assert 0.01 <= found.seconds["outer"] < found.seconds["inner"]
     with span("unheard"):
@@ -46,17 +47,29 @@ def test_an_inner_span_is_not_counted_twice():
 
 
 def test_the_spans_of_a_step_are_what_the_solver_does():
-    bench = Bench(attached(FewShot(ways=3, queries=2, width=4)), BOME(inner_steps=2, barrier="per_task", diagnose_every=0), 2)
+    bench = Bench(
+        attached(FewShot(ways=3, queries=2, width=4)),
+        BOME(inner_steps=2, barrier="per_task", diagnose_every=0),
+        2,
+    )
     with heard() as found:
         bench.advance()
-    assert set(found.seconds) == {spans.LOAD, spans.ENCODE, spans.INNER_LOOP, spans.LOSSES, spans.PULL_BACK}
+    assert set(found.seconds) == {
+        spans.LOAD,
+        spans.ENCODE,
+        spans.INNER_LOOP,
+        spans.LOSSES,
+        spans.PULL_BACK,
+    }
     assert all(seconds > 0 for seconds in found.seconds.values())
 
 
 def test_a_profile_adds_up(tmp_path):
     found = profile(TOY, steps=3, warm_up=1)
     assert set(found.parts) == set(STEP)
-    assert sum(found.parts.values()) == pytest.approx(found.step_s, rel=0.5)  # medians of the parts, not parts of one step
+    assert sum(found.parts.values()) == pytest.approx(
+        found.step_s, rel=0.5
+    )  # medians of the parts, not parts of one step
     assert (found.tasks, found.shards, found.reduces) == (4, 2, 1)
     assert found.within[spans.ENCODE] > 0
     assert REST in found.within
@@ -69,11 +82,28 @@ def test_a_profile_adds_up(tmp_path):
 
 @pytest.mark.parametrize(
     ("parts", "largest"),
-    [({"broadcast": 3.0, "compute": 1.0}, "broadcast"), ({"broadcast": 1.0, "compute": 3.0}, spans.PULL_BACK)],
+    [
+        ({"broadcast": 3.0, "compute": 1.0}, "broadcast"),
+        ({"broadcast": 1.0, "compute": 3.0}, spans.PULL_BACK),
+    ],
 )
 def test_the_largest_part_is_named_with_its_knob(parts, largest):
     within = {spans.PULL_BACK: 0.2, spans.ENCODE: 0.1}
-    found = Profile(1, 1, 1, 0, 1, 4.0, parts, within, {"a": 1.0}, None, 1, 1, {"cores": 1, "cpu": "x", "versions": {}})
+    found = Profile(
+        1,
+        1,
+        1,
+        0,
+        1,
+        4.0,
+        parts,
+        within,
+        {"a": 1.0},
+        None,
+        1,
+        1,
+        {"cores": 1, "cpu": "x", "versions": {}},
+    )
     assert found.largest == largest
     assert f"largest part: {largest}. {KNOBS[largest]}" in found.lines()
 
@@ -86,7 +116,9 @@ def test_every_part_has_a_knob():
 def test_the_command_prints_it_and_writes_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = str(ROOT / "configs" / "analytic_quadratic.yaml")
-    done = CliRunner().invoke(app, ["profile", config, "workers=0", "--steps", "2", "--warm-up", "1", "--json", "p.json"])
+    done = CliRunner().invoke(
+        app, ["profile", config, "workers=0", "--steps", "2", "--warm-up", "1", "--json", "p.json"]
+    )
     assert done.exit_code == 0, done.output
     assert "largest part: " in done.output
     assert set(json.loads((tmp_path / "p.json").read_text())["parts"]) == set(STEP)
@@ -97,4 +129,7 @@ def test_a_run_that_is_too_short_is_refused():
     config = str(ROOT / "configs" / "analytic_quadratic.yaml")
     done = CliRunner().invoke(app, ["profile", config, "steps=5"])
     assert done.exit_code == 2
-    assert "steps: the run has 5; 3 to warm up and 10 to profile are more: set fewer with --steps" in done.output
+    assert (
+        "steps: the run has 5; 3 to warm up and 10 to profile are more: set fewer with --steps"
+        in done.output
+    )

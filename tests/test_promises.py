@@ -1,6 +1,8 @@
-"""What bomemeta promises its users, bit for bit: the same x for any number of workers, any deaths, any interruption.
+"""What bomemeta promises its users, bit for bit: the same x for any number of workers, any deaths,
+any interruption.
 
-Real processes, real signals, real Ray. The reference of every comparison is the undisturbed serial run.
+Real processes, real signals, real Ray. The reference of every comparison is the undisturbed serial
+run.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ QUADRATIC: dict[str, Any] = {
     "steps": STEPS, "tasks_per_step": 4, "shards": 3, "dtype": "float64",
     "checkpoint": {"every_steps": 3}, "log": {"tensorboard": False},
 }  # fmt: skip
-# One lower variable, its data in five uneven blocks on the workers; the Krylov basis is part of its state.
+# One lower variable, its data in five uneven blocks on the workers; the Krylov basis is part of its
+# state.
 SHARED: dict[str, Any] = {
     "imports": [MORTAL],
     "problem": {
@@ -77,7 +80,9 @@ JOBS = {"few_shot": FEW_SHOT, "quadratic": QUADRATIC, "shared": SHARED, "stream"
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bomemeta.Result]:
     """Each job's undisturbed serial run."""
     folder = tmp_path_factory.mktemp("reference")
-    return {name: bomemeta.train(job, [f"output_dir={folder / name}"]) for name, job in JOBS.items()}
+    return {
+        name: bomemeta.train(job, [f"output_dir={folder / name}"]) for name, job in JOBS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +95,34 @@ def ray_cluster() -> Iterator[None]:
 
 def struck(signal_name: str, mark: Path) -> list[str]:
     """Overrides that arm mortal.py at step 4."""
-    return ["problem.strike_step=4", f"problem.strike_signal={signal_name}", f"problem.strike_mark={mark}"]
+    return [
+        "problem.strike_step=4",
+        f"problem.strike_signal={signal_name}",
+        f"problem.strike_mark={mark}",
+    ]
 
 
 # Two: below, with one of them killed.
 @pytest.mark.parametrize(("job", "workers"), [("few_shot", 1), *((job, 3) for job in JOBS)])
 def test_same_bits_for_any_number_of_workers(job, workers, reference, ray_cluster, tmp_path):
-    result = bomemeta.train(JOBS[job], [f"output_dir={tmp_path / 'run'}", f"workers={workers}", "cpus_per_worker=0.5"])
+    result = bomemeta.train(
+        JOBS[job], [f"output_dir={tmp_path / 'run'}", f"workers={workers}", "cpus_per_worker=0.5"]
+    )
     assert result.upper_sha256 == reference[job].upper_sha256
     assert result.metrics == reference[job].metrics
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_same_bits_when_a_worker_is_killed_in_the_middle_of_a_step(job, reference, ray_cluster, tmp_path):
+def test_same_bits_when_a_worker_is_killed_in_the_middle_of_a_step(
+    job, reference, ray_cluster, tmp_path
+):
     mark = tmp_path / "mark"
-    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", *struck("SIGKILL", mark)]
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        "workers=2",
+        "cpus_per_worker=0.5",
+        *struck("SIGKILL", mark),
+    ]
     result = bomemeta.train(JOBS[job], overrides)
     assert mark.exists()
     assert any("died" in note for note in result.notes), result.notes
@@ -113,11 +131,25 @@ def test_same_bits_when_a_worker_is_killed_in_the_middle_of_a_step(job, referenc
 
 @pytest.mark.parametrize(
     ("job", "reduce"),
-    [("few_shot", "tree"), ("quadratic", "tree"), ("shared", "tree"), ("shared", "collective"), ("stream", "collective")],
+    [
+        ("few_shot", "tree"),
+        ("quadratic", "tree"),
+        ("shared", "tree"),
+        ("shared", "collective"),
+        ("stream", "collective"),
+    ],
 )
-def test_same_bits_wherever_shards_are_added_with_a_worker_killed(job, reduce, reference, ray_cluster, tmp_path):
+def test_same_bits_wherever_shards_are_added_with_a_worker_killed(
+    job, reduce, reference, ray_cluster, tmp_path
+):
     mark = tmp_path / "mark"
-    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", f"reduce={reduce}", *struck("SIGKILL", mark)]
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        "workers=2",
+        "cpus_per_worker=0.5",
+        f"reduce={reduce}",
+        *struck("SIGKILL", mark),
+    ]
     result = bomemeta.train(JOBS[job], overrides)
     assert mark.exists()
     assert any("died" in note for note in result.notes), result.notes
@@ -127,7 +159,13 @@ def test_same_bits_wherever_shards_are_added_with_a_worker_killed(job, reduce, r
 
 def test_same_bits_when_a_member_of_all_workers_together_hangs(reference, ray_cluster, tmp_path):
     mark = tmp_path / "mark"
-    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", "reduce=collective", "step_timeout_s=20"]
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        "workers=2",
+        "cpus_per_worker=0.5",
+        "reduce=collective",
+        "step_timeout_s=20",
+    ]
     result = bomemeta.train(SHARED, [*overrides, *struck("SIGSTOP", mark)])
     assert any("did not answer" in note for note in result.notes), result.notes
     assert result.upper_sha256 == reference["shared"].upper_sha256
@@ -135,14 +173,25 @@ def test_same_bits_when_a_member_of_all_workers_together_hangs(reference, ray_cl
 
 @pytest.mark.parametrize("job", ["few_shot", "quadratic", "shared"])
 def test_same_bits_with_as_many_workers_as_there_is_room_for(job, reference, ray_cluster, tmp_path):
-    overrides = [f"output_dir={tmp_path / 'run'}", "workers=auto", "max_workers=3", "cpus_per_worker=0.5", "backup_after=1.5"]
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        "workers=auto",
+        "max_workers=3",
+        "cpus_per_worker=0.5",
+        "backup_after=1.5",
+    ]
     result = bomemeta.train(JOBS[job], overrides)
     assert result.upper_sha256 == reference[job].upper_sha256
 
 
 def test_same_bits_when_a_worker_hangs(reference, ray_cluster, tmp_path):
     mark = tmp_path / "mark"
-    overrides = [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5", "step_timeout_s=8"]
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        "workers=2",
+        "cpus_per_worker=0.5",
+        "step_timeout_s=8",
+    ]
     result = bomemeta.train(FEW_SHOT, [*overrides, *struck("SIGSTOP", mark)])
     assert mark.exists()
     assert any("did not answer" in note for note in result.notes), result.notes
@@ -155,8 +204,19 @@ def start(job: dict[str, Any], folder: Path, *overrides: str) -> subprocess.Pope
     config.write_text(yaml.safe_dump(job))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     arm = struck("SIGSTOP", folder.with_suffix(".mark"))
-    command = [sys.executable, "-m", "bomemeta", "train", str(config), f"output_dir={folder}", *arm, *overrides]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [
+        sys.executable,
+        "-m",
+        "bomemeta",
+        "train",
+        str(config),
+        f"output_dir={folder}",
+        *arm,
+        *overrides,
+    ]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def wait_for(condition, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
@@ -171,7 +231,9 @@ def wait_for(condition, process: subprocess.Popen[str], timeout_s: float = 120) 
 def test_same_bits_after_kill_9_of_the_driver_and_resume(job, reference, tmp_path):
     folder = tmp_path / "run"
     process = start(JOBS[job], folder)
-    wait_for(lambda: folder.with_suffix(".mark").exists(), process)  # stopped in the middle of step 4
+    wait_for(
+        lambda: folder.with_suffix(".mark").exists(), process
+    )  # stopped in the middle of step 4
     process.kill()
     process.communicate()
     assert len(read_metrics(folder / "metrics.jsonl")) == 4
@@ -181,7 +243,9 @@ def test_same_bits_after_kill_9_of_the_driver_and_resume(job, reference, tmp_pat
     assert result.upper_sha256 == reference[job].upper_sha256
     assert result.metrics == reference[job].metrics
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(STEPS))
-    assert json.loads((folder / "result.json").read_text())["first_step"] == 3  # the checkpoint before the kill
+    assert (
+        json.loads((folder / "result.json").read_text())["first_step"] == 3
+    )  # the checkpoint before the kill
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -196,7 +260,9 @@ def test_same_bits_after_ctrl_c_and_resume(workers, reference, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert f"bomemeta resume {folder}" in output
-    assert len(read_metrics(folder / "metrics.jsonl")) == 5  # the step in hand was finished, no further one begun
+    assert (
+        len(read_metrics(folder / "metrics.jsonl")) == 5
+    )  # the step in hand was finished, no further one begun
 
     result = bomemeta.resume(folder, ["workers=0"])
     assert result.upper_sha256 == reference["few_shot"].upper_sha256
@@ -220,14 +286,24 @@ def test_longer_training_goes_on_from_a_finished_run(tmp_path):
 
 
 def test_resume_refuses_another_config(reference):
-    with pytest.raises(bomemeta.errors.CheckpointError, match=r"solver\.inner_steps: checkpoint 4, config 7"):
+    with pytest.raises(
+        bomemeta.errors.CheckpointError, match=r"solver\.inner_steps: checkpoint 4, config 7"
+    ):
         bomemeta.resume(reference["quadratic"].run_dir, ["solver.inner_steps=7"])
 
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path):
-    job = {**QUADRATIC, "problem": {"name": "analytic", "case": "quadratic"}, "tasks_per_step": None, "steps": 2000}
+    job = {
+        **QUADRATIC,
+        "problem": {"name": "analytic", "case": "quadratic"},
+        "tasks_per_step": None,
+        "steps": 2000,
+    }
     solver = {"name": "bome", "inner_lr": 50.0, "upper_lr": 100.0, "lower_lr": 50.0}
-    with pytest.raises(bomemeta.errors.DivergenceError, match=r"step \d+: not finite: .*last good checkpoint is .*step_\d+\.pt"):
+    with pytest.raises(
+        bomemeta.errors.DivergenceError,
+        match=r"step \d+: not finite: .*last good checkpoint is .*step_\d+\.pt",
+    ):
         bomemeta.train({**job, "solver": solver}, [f"output_dir={tmp_path / 'run'}"])
 
 

@@ -1,4 +1,6 @@
-"""One shared lower problem, its data spread over blocks: the same solvers, and the same answers as for one task."""
+"""One shared lower problem, its data spread over blocks: the same solvers, and the same answers as
+for one task.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,29 @@ FLOAT = 8  # bytes
 
 SOLVERS = {
     "bome": BOME(inner_steps=5, inner_lr=0.1, lower_lr=0.1, upper_lr=0.1),
-    "bome_gap": BOME(inner_steps=5, inner_lr=0.1, lower_lr=0.1, upper_lr=0.1, phi="gap", lower_momentum=0.9),
-    "bome_per_task": BOME(inner_steps=5, inner_lr=0.1, lower_lr=0.1, upper_lr=0.1, barrier="per_task", diagnose_every=0),
+    "bome_gap": BOME(
+        inner_steps=5, inner_lr=0.1, lower_lr=0.1, upper_lr=0.1, phi="gap", lower_momentum=0.9
+    ),
+    "bome_per_task": BOME(
+        inner_steps=5,
+        inner_lr=0.1,
+        lower_lr=0.1,
+        upper_lr=0.1,
+        barrier="per_task",
+        diagnose_every=0,
+    ),
     "sl_bamm": SlBAMM(schedule="constant", mu=0.1, lower_lr=0.1, upper_lr=0.05),
-    "sl_bamm_cauchy": SlBAMM(schedule="constant", mu=0.1, lower_lr=0.1, upper_lr=0.05, aux_step="cauchy"),
-    "sl_bamm_gauss": SlBAMM(schedule="constant", mu=0.1, lower_lr=0.1, upper_lr=0.05, order="gauss_seidel", aux_step="cauchy"),
+    "sl_bamm_cauchy": SlBAMM(
+        schedule="constant", mu=0.1, lower_lr=0.1, upper_lr=0.05, aux_step="cauchy"
+    ),
+    "sl_bamm_gauss": SlBAMM(
+        schedule="constant",
+        mu=0.1,
+        lower_lr=0.1,
+        upper_lr=0.05,
+        order="gauss_seidel",
+        aux_step="cauchy",
+    ),
     "lancbio": LancBiO(subspace=4, inner_steps=3, inner_lr=0.1, upper_lr=0.1),
     "subbio": SubBiO(inner_steps=3, inner_lr=0.1, aux_lr=0.1, upper_lr=0.1),
     "itd": ITD(inner_steps=5, inner_lr=0.1, upper_lr=0.1),
@@ -62,7 +82,9 @@ def normal(*shape, seed=0):
 
 
 def oracles(blocks: int) -> tuple[Oracle, LocalOracle, SharedSynthetic]:
-    """The reduced oracle of a problem, and a local one of the same blocks with y repeated, which answers for each block."""
+    """The reduced oracle of a problem, and a local one of the same blocks with y repeated, which
+    answers for each block.
+    """
     problem = shared(blocks)
     x = {"x": normal(X, seed=1)}
     local = LocalOracle(problem, x, problem.load(range(blocks), 0, "train"), "loop")
@@ -73,7 +95,9 @@ def oracles(blocks: int) -> tuple[Oracle, LocalOracle, SharedSynthetic]:
         groups = {name: repeated(stack, len(ids)) for name, stack in sent.items()}
         sums = kernel(None, oracle, groups, **arguments).sums
         return {
-            name: value / len(ids) if isinstance(value, torch.Tensor) else tree.scaled(1 / len(ids), value)
+            name: value / len(ids)
+            if isinstance(value, torch.Tensor)
+            else tree.scaled(1 / len(ids), value)
             for name, value in sums.items()
         }
 
@@ -92,11 +116,20 @@ def test_gradients_and_totals_are_means_over_the_blocks(blocks):
     reduced, local, _ = oracles(blocks)
     y, z = {"y": normal(1, Y, seed=2)}, {"y": normal(1, Y, seed=3)}
     rows_y, rows_z = (repeated({"y": stack["y"][0]}, blocks) for stack in (y, z))
-    for asked, there in ((reduced.lower(y), local.lower(rows_y)), (reduced.upper(z), local.upper(rows_z))):
+    for asked, there in (
+        (reduced.lower(y), local.lower(rows_y)),
+        (reduced.upper(z), local.upper(rows_z)),
+    ):
         torch.testing.assert_close(asked.value, there.value.mean()[None])
         torch.testing.assert_close(asked.lower["y"], there.lower["y"].mean(0)[None])
-    got = reduced.totals((Term("upper", y),), (Term("lower", y, torch.tensor([0.7])), Term("lower", z, -2.0, in_y=False)))
-    want = local.totals((Term("upper", rows_y),), (Term("lower", rows_y, 0.7), Term("lower", rows_z, -2.0, in_y=False)))
+    got = reduced.totals(
+        (Term("upper", y),),
+        (Term("lower", y, torch.tensor([0.7])), Term("lower", z, -2.0, in_y=False)),
+    )
+    want = local.totals(
+        (Term("upper", rows_y),),
+        (Term("lower", rows_y, 0.7), Term("lower", rows_z, -2.0, in_y=False)),
+    )
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine.upper["x"], theirs.upper["x"] / blocks)
         for value, other in zip(mine.values, theirs.values, strict=True):
@@ -116,7 +149,9 @@ def test_second_order_answers_are_means_over_the_blocks(blocks):
     torch.testing.assert_close(found.lower["y"][0], a @ y - b @ x - c)
     torch.testing.assert_close(found.residual["y"][0], a @ v - (y - t))
     torch.testing.assert_close(found.upper["x"], problem.rho * x + b.mT @ v)
-    without = reduced.adjoint(stack[0], stack[1], ("lower", 1.0), right=0.0, gradient=False, residual=False)
+    without = reduced.adjoint(
+        stack[0], stack[1], ("lower", 1.0), right=0.0, gradient=False, residual=False
+    )
     torch.testing.assert_close(without.upper["x"], b.mT @ v)
     assert without.lower == {} == without.residual
     system = reduced.system(stack[0], stack[1])
@@ -142,7 +177,9 @@ def test_figures_are_means_over_the_blocks():
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_unrolled_backwards_by_products_equals_autograd_through_the_steps(blocks):
-    """Two ways to the same gradient: the recursion over kept points on the reduced oracle, autograd's graph on the mean problem."""
+    """Two ways to the same gradient: the recursion over kept points on the reduced oracle,
+    autograd's graph on the mean problem.
+    """
     reduced, _, problem = oracles(blocks)
     a, b, c, t = (tensor.mean(0) for tensor in problem._data.values())
     x, y = normal(X, seed=1).requires_grad_(), normal(Y, seed=2)
@@ -163,7 +200,9 @@ def test_one_block_is_one_task(name):
     for _ in range(6):
         apart, together = one.advance(), block.advance()
         for key in set(apart.metrics) - {"gradient_evaluations", "hessian_products"}:
-            assert together.metrics[key] == pytest.approx(apart.metrics[key], rel=1e-9, abs=1e-12), key
+            assert together.metrics[key] == pytest.approx(
+                apart.metrics[key], rel=1e-9, abs=1e-12
+            ), key
     torch.testing.assert_close(block.x(), one.x(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(block.y(), one.y(), rtol=1e-10, atol=1e-12)
 
@@ -207,7 +246,8 @@ def test_lower_state_is_one_and_in_the_layout_of_the_groups():
     assert kept(bench)["krylov"]["basis"].shape == (1, 4, Y)
 
 
-# Traffic: rounds per outer step as in the table of docs/architecture.md; numbers sent to the driver by each shard
+# Traffic: rounds per outer step as in the table of docs/architecture.md; numbers sent to the driver
+# by each shard
 
 
 SHARDS = 2
@@ -242,7 +282,9 @@ def test_reduces_and_numbers_sent(name):
         bench.step += 1
         restart = name == "lancbio" and step % M == 0  # one round more for A v_bar
         assert run.traffic.reduces == rounds + restart
-        assert run.traffic.bytes_reduced == FLOAT * SHARDS * (vectors + losses + (Y if restart else 0))
+        assert run.traffic.bytes_reduced == FLOAT * SHARDS * (
+            vectors + losses + (Y if restart else 0)
+        )
 
 
 @pytest.mark.parametrize("every", [1, 3])

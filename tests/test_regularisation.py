@@ -1,4 +1,6 @@
-"""Learnable l2 on sparse counts: the data set on made-up archives, the problem against dense matrices, and the real archive's sizes."""
+"""Learnable l2 on sparse counts: the data set on made-up archives, the problem against dense
+matrices, and the real archive's sizes.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +53,21 @@ def csr(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def made_up() -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {
         "label_name": np.array([f"group.{c}" for c in range(CLASSES)]),
-        "vocabulary_utf8": np.frombuffer("\n".join(f"wörd{j}" for j in range(FEATURES)).encode(), np.uint8),
+        "vocabulary_utf8": np.frombuffer(
+            "\n".join(f"wörd{j}" for j in range(FEATURES)).encode(), np.uint8
+        ),
     }
     for part in ROWS:
         dense, label = counts(part)
         start, column, value = csr(dense)
-        arrays[f"{part}_indptr"], arrays[f"{part}_indices"] = start.astype(np.int32), column.astype(np.int32)
-        arrays[f"{part}_counts"], arrays[f"y_{part}"] = value.astype(np.uint16), label.astype(np.uint8)
+        arrays[f"{part}_indptr"], arrays[f"{part}_indices"] = (
+            start.astype(np.int32),
+            column.astype(np.int32),
+        )
+        arrays[f"{part}_counts"], arrays[f"y_{part}"] = (
+            value.astype(np.uint16),
+            label.astype(np.uint8),
+        )
     return arrays
 
 
@@ -82,10 +92,20 @@ def test_rows_have_length_one_and_keep_their_counts(source: TwentyNewsgroups) ->
     for part in ("train", "test"):
         dense, label = counts(part)
         documents = source.documents(part)
-        assert [tensor.dtype for tensor in documents] == [torch.int64, torch.int64, torch.float32, torch.int64]
+        assert [tensor.dtype for tensor in documents] == [
+            torch.int64,
+            torch.int64,
+            torch.float32,
+            torch.int64,
+        ]
         assert documents.label.tolist() == label.tolist()
         # Rounded to float32 once.
-        torch.testing.assert_close(dense_of(documents), functional.normalize(torch.from_numpy(dense).double()), rtol=1e-7, atol=0)
+        torch.testing.assert_close(
+            dense_of(documents),
+            functional.normalize(torch.from_numpy(dense).double()),
+            rtol=1e-7,
+            atol=0,
+        )
 
 
 def test_halves_are_stratified_and_share_no_row(source: TwentyNewsgroups) -> None:
@@ -95,12 +115,17 @@ def test_halves_are_stratified_and_share_no_row(source: TwentyNewsgroups) -> Non
         assert sorted([*a.tolist(), *b.tolist()]) == list(range(len(label)))
         assert 0 <= len(a) - len(b) <= 1
         assert (torch.bincount(label[a]) - torch.bincount(label[b])).abs().max() <= 1
-        assert [half.tolist() for half in stratified_halves(label, (SEED, 0))] == [a.tolist(), b.tolist()]
+        assert [half.tolist() for half in stratified_halves(label, (SEED, 0))] == [
+            a.tolist(),
+            b.tolist(),
+        ]
         assert stratified_halves(label, (SEED + 1, 0))[0].tolist() != a.tolist()
 
 
 def test_halves_of_shuffled_labels_are_stratified_too() -> None:
-    label = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(np.arange(4), (5, 6, 7, 8))))
+    label = torch.from_numpy(
+        np.random.default_rng(0).permutation(np.repeat(np.arange(4), (5, 6, 7, 8)))
+    )
     a, b = stratified_halves(label, (0,))
     assert (torch.bincount(label[a]) - torch.bincount(label[b])).abs().max() <= 1
 
@@ -151,7 +176,9 @@ def test_damaged_archive_is_refused(damage: str, words: str, tmp_path: Path) -> 
 
 
 def test_missing_archive_says_where_it_looked_and_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{tmp_path}.*bomemeta data prepare twenty_newsgroups --root"):
+    with pytest.raises(
+        DataError, match=f"{tmp_path}.*bomemeta data prepare twenty_newsgroups --root"
+    ):
         TwentyNewsgroups(root=str(tmp_path)).prepare()
 
 
@@ -170,9 +197,15 @@ def test_conversion_orders_rows_and_columns(source: TwentyNewsgroups, tmp_path: 
             rows[mixed == c] = np.flatnonzero(label == c)
         start, column, value = csr(dense[rows])
         backwards = np.concatenate([np.arange(a, b)[::-1] for a, b in itertools.pairwise(start)])
-        data = SimpleNamespace(indptr=start, indices=column[backwards], data=value[backwards].astype(np.int16))
+        data = SimpleNamespace(
+            indptr=start, indices=column[backwards], data=value[backwards].astype(np.int16)
+        )
         names = np.array([f"wörd{j}" for j in range(FEATURES)], object)
-        bunches.append(SimpleNamespace(data=data, target=mixed, target_names=["a", "b", "c"], feature_names=names))
+        bunches.append(
+            SimpleNamespace(
+                data=data, target=mixed, target_names=["a", "b", "c"], feature_names=names
+            )
+        )
     (tmp_path / "made").mkdir()
     archives.write(tmp_path / "made" / FILE, prepare.newsgroups_arrays(*bunches), compress=True)
     with np.load(tmp_path / "made" / FILE) as made, np.load(tmp_path / FILE) as wanted:
@@ -193,18 +226,23 @@ def attached(source: Any, dtype: torch.dtype = torch.float64, **fields: Any) -> 
 
 
 def oracle_of(problem: Regularisation, x: Tensor, split: Any = "train") -> LocalOracle:
-    return LocalOracle(problem, {"log_decay": x}, problem.load(range(problem.pool), 0, split), "loop")
+    return LocalOracle(
+        problem, {"log_decay": x}, problem.load(range(problem.num_tasks), 0, split), "loop"
+    )
 
 
 def repeated(problem: Regularisation, y: Tensor) -> dict[str, Tensor]:
     """As a shared y reaches the blocks."""
-    return {"weights": y.expand(problem.pool, *y.shape)}
+    return {"weights": y.expand(problem.num_tasks, *y.shape)}
 
 
 def point(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Some x and y, where the penalty counts as much as the cross-entropy does."""
     rng = torch.Generator().manual_seed(1)
-    x, y = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((FEATURES,), (FEATURES, CLASSES)))
+    x, y = (
+        torch.randn(*shape, generator=rng, dtype=torch.float64)
+        for shape in ((FEATURES,), (FEATURES, CLASSES))
+    )
     return (x + 1).to(dtype), (2 * y).to(dtype)
 
 
@@ -226,7 +264,9 @@ def dense_problem(source: TwentyNewsgroups) -> Dense:
     rows, label = {}, {}
     for number, names in enumerate((("train", "validation"), ("test", "selection"))):
         documents = source.documents(names[0])
-        for name, half in zip(names, stratified_halves(documents.label, (SEED, number)), strict=True):
+        for name, half in zip(
+            names, stratified_halves(documents.label, (SEED, number)), strict=True
+        ):
             rows[name], label[name] = dense_of(documents)[half], documents.label[half]
     return Dense(rows, label)
 
@@ -249,7 +289,9 @@ def test_means_over_blocks_are_the_whole_problem(source: TwentyNewsgroups, block
 
 @BLOCKS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_closed_forms_are_the_gradients(source: TwentyNewsgroups, blocks: int, dtype: torch.dtype) -> None:
+def test_closed_forms_are_the_gradients(
+    source: TwentyNewsgroups, blocks: int, dtype: torch.dtype
+) -> None:
     problem = attached(source, dtype, blocks=blocks)
     x, y = point(dtype)
     oracle, stack = oracle_of(problem, x), repeated(problem, y)
@@ -263,7 +305,9 @@ def test_closed_forms_are_the_gradients(source: TwentyNewsgroups, blocks: int, d
 
 
 @BLOCKS
-def test_second_derivatives_are_those_of_dense_matrices(source: TwentyNewsgroups, blocks: int) -> None:
+def test_second_derivatives_are_those_of_dense_matrices(
+    source: TwentyNewsgroups, blocks: int
+) -> None:
     problem, dense = attached(source, blocks=blocks), dense_problem(source)
     x, y = (tensor.requires_grad_() for tensor in point())
     v = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
@@ -271,7 +315,9 @@ def test_second_derivatives_are_those_of_dense_matrices(source: TwentyNewsgroups
     cross, image = torch.autograd.grad((slope * v).sum(), (x, y))
     (right,) = torch.autograd.grad(dense.f(x, y), y)
     oracle, stack, direction = oracle_of(problem, x), repeated(problem, y), repeated(problem, v)
-    torch.testing.assert_close(tree.detached(oracle.hessian(stack)(direction))["weights"].mean(0), image)
+    torch.testing.assert_close(
+        tree.detached(oracle.hessian(stack)(direction))["weights"].mean(0), image
+    )
     adjoint = oracle.adjoint(stack, direction, ("lower", 1.0))
     torch.testing.assert_close(adjoint.residual["weights"].mean(0), image - right)
     torch.testing.assert_close(adjoint.upper["log_decay"] / blocks, -cross)  # f has no x
@@ -281,7 +327,10 @@ def test_second_derivatives_are_those_of_dense_matrices(source: TwentyNewsgroups
 def test_evaluation_is_over_test_and_selection(source: TwentyNewsgroups, blocks: int) -> None:
     problem, dense = attached(source, blocks=blocks), dense_problem(source)
     x, y = point()
-    means = {name: float(value.mean()) for name, value in oracle_of(problem, x, "test").evaluate(repeated(problem, y)).items()}
+    means = {
+        name: float(value.mean())
+        for name, value in oracle_of(problem, x, "test").evaluate(repeated(problem, y)).items()
+    }
     wanted = {}
     for part in ("test", "selection"):
         logits = dense.rows[part] @ y
@@ -318,14 +367,23 @@ def test_images_are_no_data_for_it() -> None:
         attached(Toy())
 
 
-def test_training_is_the_same_for_any_number_of_blocks(source: TwentyNewsgroups, tmp_path: Path) -> None:
+def test_training_is_the_same_for_any_number_of_blocks(
+    source: TwentyNewsgroups, tmp_path: Path
+) -> None:
     threads = torch.get_num_threads()
     results = []
     for blocks in (1, 3):
         config = {
             "problem": {"name": "regularisation", "blocks": blocks},
             "data": {"dataset": "twenty_newsgroups", "root": source.root},
-            "solver": {"name": "bome", "phi": "gap", "eta": 1.0, "inner_lr": 1.0, "lower_lr": 1.0, "upper_lr": 10.0},
+            "solver": {
+                "name": "bome",
+                "phi": "gap",
+                "eta": 1.0,
+                "inner_lr": 1.0,
+                "lower_lr": 1.0,
+                "upper_lr": 10.0,
+            },
             "steps": 30,
             "dtype": "float64",
             "workers": 0,
@@ -339,7 +397,9 @@ def test_training_is_the_same_for_any_number_of_blocks(source: TwentyNewsgroups,
     torch.set_num_threads(threads)
     names = ("test_accuracy", "test_loss", "selection_accuracy", "selection_loss")
     # Sums in another order: what float64 leaves after 30 steps.
-    assert [results[0][name] for name in names] == pytest.approx([results[1][name] for name in names], rel=1e-9)
+    assert [results[0][name] for name in names] == pytest.approx(
+        [results[1][name] for name in names], rel=1e-9
+    )
 
 
 # The real archive
@@ -349,7 +409,9 @@ def test_training_is_the_same_for_any_number_of_blocks(source: TwentyNewsgroups,
 def real() -> TwentyNewsgroups:
     folder = os.environ.get("BOMEMETA_DATA")
     if not folder or not (Path(folder) / FILE).is_file():
-        pytest.skip(f"needs {FILE}: run `bomemeta data prepare twenty_newsgroups --root FOLDER` and set BOMEMETA_DATA=FOLDER")
+        pytest.skip(
+            f"needs {FILE}: run `bomemeta data prepare twenty_newsgroups --root FOLDER` and set BOMEMETA_DATA=FOLDER"
+        )
     return TwentyNewsgroups()
 
 
@@ -359,13 +421,17 @@ def test_real_archive_has_the_published_sizes(real: TwentyNewsgroups) -> None:
         documents = real.documents(part)
         assert len(documents.label) == rows
         row = torch.repeat_interleave(torch.arange(rows), documents.row_start.diff())
-        squares = torch.zeros(rows, dtype=torch.float64).index_add_(0, row, documents.value.double() ** 2)
+        squares = torch.zeros(rows, dtype=torch.float64).index_add_(
+            0, row, documents.value.double() ** 2
+        )
         torch.testing.assert_close(squares, torch.ones_like(squares), rtol=1e-5, atol=0)
 
 
 def test_real_problem_learns(real: TwentyNewsgroups) -> None:
     problem = attached(real, torch.float32)
-    assert [len(problem._parts[part].label) for part in ("train", "validation", "test", "selection")] == [5657, 5657, 3766, 3766]
+    assert [
+        len(problem._parts[part].label) for part in ("train", "validation", "test", "selection")
+    ] == [5657, 5657, 3766, 3766]
     x = problem.init_upper(torch.Generator())["log_decay"]
     oracle = oracle_of(problem, x)
     y = oracle.init_lower()

@@ -28,9 +28,13 @@ HEALTHY = {
 }
 
 
-def watch(metrics: Callable[[int], dict[str, float]], steps: int, monitor: HealthMonitor | None = None) -> list[str]:
+def watch(
+    metrics: Callable[[int], dict[str, float]], steps: int, monitor: HealthMonitor | None = None
+) -> list[str]:
     monitor = monitor or HealthMonitor(window=20)
-    return [text for step in range(steps) for text in monitor.update(step, {**HEALTHY, **metrics(step)})]
+    return [
+        text for step in range(steps) for text in monitor.update(step, {**HEALTHY, **metrics(step)})
+    ]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,9 @@ def watch(metrics: Callable[[int], dict[str, float]], steps: int, monitor: Healt
         ({"grad_upper_gap_norm": 1e-7}, ["|grad_x q| is negligible", "|grad_x q| 1.00e-07, |grad_y q| 5.00e-01, q 1.00e-01"]),
     ],
 )  # fmt: skip
-def test_each_silent_failure_is_said_once_with_figures_and_advice(broken: dict[str, float], words: list[str]) -> None:
+def test_each_silent_failure_is_said_once_with_figures_and_advice(
+    broken: dict[str, float], words: list[str]
+) -> None:
     said = watch(lambda step: broken, 200)
     assert len(said) == 1
     assert all(word in said[0] for word in words)
@@ -50,12 +56,19 @@ def test_each_silent_failure_is_said_once_with_figures_and_advice(broken: dict[s
 
 def test_an_oscillating_multiplier_is_said() -> None:
     assert "lambda oscillates" in watch(lambda step: {"multiplier": 1.0 + (step % 2)}, 40)[0]
-    assert "solver.lower_lr" in watch(lambda step: {"multiplier": 100.0 if step % 19 == 0 else 0.0}, 40)[0]
+    assert (
+        "solver.lower_lr"
+        in watch(lambda step: {"multiplier": 100.0 if step % 19 == 0 else 0.0}, 40)[0]
+    )
 
 
 def test_a_healthy_run_hears_nothing() -> None:
     draw = random.Random(0)
-    noisy = watch(lambda step: {"multiplier": draw.expovariate(1.0), "multiplier_zero_share": draw.random()}, 2000, HealthMonitor())
+    noisy = watch(
+        lambda step: {"multiplier": draw.expovariate(1.0), "multiplier_zero_share": draw.random()},
+        2000,
+        HealthMonitor(),
+    )
     assert noisy == []
     assert watch(lambda step: {"multiplier": math.nan}, 100) == []
 
@@ -73,7 +86,11 @@ def test_metrics_that_are_missing_or_rare_are_no_trouble() -> None:
     monitor = HealthMonitor(window=20)
     assert [text for step in range(50) for text in monitor.update(step, {"upper_loss": 1.0})] == []
     rare = {"grad_upper_gap_norm": 1e-9, "grad_lower_gap_norm": 1.0}
-    said = [text for step in range(50, 100) for text in monitor.update(step, rare if step % 15 == 0 else {})]
+    said = [
+        text
+        for step in range(50, 100)
+        for text in monitor.update(step, rare if step % 15 == 0 else {})
+    ]
     assert len(said) == 1
     assert monitor.summary()["multiplier_zero_share"] is None
 
@@ -87,7 +104,10 @@ def test_a_finding_is_said_again_after_it_cleared() -> None:
     said = watch(phases, 220, monitor)
     summary = monitor.summary()
     assert len(said) == 2
-    assert [finding["step"] for finding in summary["findings"]] == [19, 168]  # full window; 95 % of the window again
+    assert [finding["step"] for finding in summary["findings"]] == [
+        19,
+        168,
+    ]  # full window; 95 % of the window again
     assert {finding["finding"] for finding in summary["findings"]} == {"multiplier_zero"}
     assert summary["multiplier_zero_share"] == pytest.approx(130 / 220)  # float sums
     assert summary["steps"] == 220
@@ -139,7 +159,13 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 class Ended(NamedTuple):
     run_dir: Path = Path("/runs/quickstart")
     steps: int = 800
-    metrics: Any = {"test_accuracy": 0.9512, "test_ci95": 0.0034, "baseline_accuracy": 0.443, "f": 0.72, "g": math.nan}  # noqa: RUF012
+    metrics: Any = {  # noqa: RUF012
+        "test_accuracy": 0.9512,
+        "test_ci95": 0.0034,
+        "baseline_accuracy": 0.443,
+        "f": 0.72,
+        "g": math.nan,
+    }
     upper_sha256: str = "ab" * 32
     notes: Any = ("a note",)
     uri: str | None = None

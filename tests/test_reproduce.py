@@ -1,4 +1,6 @@
-"""Experiments: every one, cut down, writes what it promises; what is done is not done again; nothing of another experiment is touched."""
+"""Experiments: every one, cut down, writes what it promises; what is done is not done again;
+nothing of another experiment is touched.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +56,17 @@ def newsgroups(folder: Path) -> str:
     rng = np.random.default_rng(2)
     arrays: dict[str, np.ndarray] = {
         "label_name": np.array([f"group.{c}" for c in range(4)]),
-        "vocabulary_utf8": np.frombuffer("\n".join(f"word{j}" for j in range(12)).encode(), np.uint8),
+        "vocabulary_utf8": np.frombuffer(
+            "\n".join(f"word{j}" for j in range(12)).encode(), np.uint8
+        ),
     }
     for part, rows in (("train", 40), ("test", 24)):
         label = np.sort(np.arange(rows) % 4)
         dense = rng.poisson(0.3 + 2 * (np.arange(12) % 4 == label[:, None]))
         row, column = dense.nonzero()
-        arrays[f"{part}_indptr"] = np.cumsum([0, *np.bincount(row, minlength=rows)]).astype(np.int32)
+        arrays[f"{part}_indptr"] = np.cumsum([0, *np.bincount(row, minlength=rows)]).astype(
+            np.int32
+        )
         arrays[f"{part}_indices"] = column.astype(np.int32)
         arrays[f"{part}_counts"] = dense[row, column].astype(np.uint16)
         arrays[f"y_{part}"] = label.astype(np.uint8)
@@ -77,10 +83,16 @@ def tiny(tmp_path: Path) -> Callable[[Run], Run]:
         problem = run.config["problem"]["name"]
         changes: dict[str, Any] = {"steps": STEPS}
         if problem == "hyper_cleaning":
-            changes |= {"data": {"dataset": "toy_labelled"}, "problem": {"train": 40, "validation": 20}}
+            changes |= {
+                "data": {"dataset": "toy_labelled"},
+                "problem": {"train": 40, "validation": 20},
+            }
             changes["problem"]["selection"] = min(run.config["problem"]["selection"], 20)
         elif problem == "regularisation":
-            changes |= {"data": {"dataset": "twenty_newsgroups", "root": root}, "evaluation": {"solve_steps": 3}}
+            changes |= {
+                "data": {"dataset": "twenty_newsgroups", "root": root},
+                "evaluation": {"solve_steps": 3},
+            }
         elif "dim_upper" in run.config["problem"]:
             changes["problem"] = {"dim_upper": 3}
         return dataclasses.replace(run, config=merged(run.config, **changes), points=2)
@@ -115,11 +127,15 @@ def agree(cell: str, value: Any, column: str) -> bool:
         return cell == (value if value is not None else "-")
     mantissa, _, exponent = cell.partition("e")
     unit = 10.0 ** (-len(mantissa.partition(".")[2]) + int(exponent or 0))
-    return abs(float(cell) - value * (100 if column.endswith("%") else 1)) <= 0.5 * unit * (1 + 1e-9)
+    return abs(float(cell) - value * (100 if column.endswith("%") else 1)) <= 0.5 * unit * (
+        1 + 1e-9
+    )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_writes_table_and_figure_that_agree(name: str, tiny: Callable[[Run], Run], tmp_path: Path) -> None:
+def test_experiment_writes_table_and_figure_that_agree(
+    name: str, tiny: Callable[[Run], Run], tmp_path: Path
+) -> None:
     said: list[str] = []
     folder = reproduce(name, out=tmp_path / "out", say=said.append, change=tiny)
     runs = EXPERIMENTS[name]("short", 0).runs
@@ -127,14 +143,22 @@ def test_experiment_writes_table_and_figure_that_agree(name: str, tiny: Callable
     assert said[-1].endswith("all done")
     assert (folder / "figure.png").read_bytes().startswith(PNG)
     written = read(folder)
-    assert (written["experiment"], written["length"], written["seed"], written["runs_missing"]) == (name, "short", 0, [])
+    assert (written["experiment"], written["length"], written["seed"], written["runs_missing"]) == (
+        name,
+        "short",
+        0,
+        [],
+    )
     assert written["environments"][0]["versions"]["torch"]
     rows = [row for table in written["tables"] for row in table["rows"]]
     assert len(rows) >= len(runs)
     shown = markdown_rows((folder / "table.md").read_text())
     assert len(shown) == len(rows)
     for cells, row in zip(shown, rows, strict=True):
-        assert all(agree(cell, value, column) for cell, (column, value) in zip(cells, row.items(), strict=True)), (cells, row)
+        assert all(
+            agree(cell, value, column)
+            for cell, (column, value) in zip(cells, row.items(), strict=True)
+        ), (cells, row)
     for run in runs:
         record = json.loads((folder / "runs" / f"{run.name}.json").read_text())
         costs = [(point["step"], point["gradients"]) for point in record["curve"]]
@@ -142,18 +166,30 @@ def test_experiment_writes_table_and_figure_that_agree(name: str, tiny: Callable
         assert record["diverged"] is not None or 0 < costs[-1][0] <= STEPS
 
 
-def test_numbers_of_the_table_are_those_of_a_plain_run(tiny: Callable[[Run], Run], tmp_path: Path) -> None:
+def test_numbers_of_the_table_are_those_of_a_plain_run(
+    tiny: Callable[[Run], Run], tmp_path: Path
+) -> None:
     """A second witness: `bomemeta.train` of the same config."""
     import bomemeta
 
-    (run,) = (tiny(run) for run in EXPERIMENTS["hyper_cleaning_mnist"]("short", 3).runs if run.name == "soba")
+    (run,) = (
+        tiny(run)
+        for run in EXPERIMENTS["hyper_cleaning_mnist"]("short", 3).runs
+        if run.name == "soba"
+    )
     run = dataclasses.replace(run, budget=None)
     result = bomemeta.train(run.config, [f"output_dir={tmp_path / 'run'}", "log.tensorboard=false"])
     last = execute(run).last
-    assert {name: last[name] for name in ("test_accuracy", "f1", "test_loss", "selection_accuracy")} == {
-        name: result.metrics[name] for name in ("test_accuracy", "f1", "test_loss", "selection_accuracy")
+    assert {
+        name: last[name] for name in ("test_accuracy", "f1", "test_loss", "selection_accuracy")
+    } == {
+        name: result.metrics[name]
+        for name in ("test_accuracy", "f1", "test_loss", "selection_accuracy")
     }
-    assert last["gradients"] == result.metrics["gradient_evaluations"] + 2 * result.metrics["hessian_products"]
+    assert (
+        last["gradients"]
+        == result.metrics["gradient_evaluations"] + 2 * result.metrics["hessian_products"]
+    )
 
 
 def one_run(name: str, **changes: Any) -> Run:
@@ -181,7 +217,9 @@ def test_a_run_that_diverges_has_a_record() -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_whose_runs_are_all_missing_can_be_written_up(name: str) -> None:
     experiment = EXPERIMENTS[name]("full", 0)
-    assert all(len(row) == len(table.columns) for table in experiment.tables({}) for row in table.rows)
+    assert all(
+        len(row) == len(table.columns) for table in experiment.tables({}) for row in table.rows
+    )
     experiment.draw(Figure(), {})
 
 
@@ -216,11 +254,17 @@ def test_an_interrupted_experiment_keeps_its_runs_and_goes_on(
         reproduce("bome_toys", out=tmp_path / "out", say=said.append, change=tiny)
     assert said[-1] == "2 of 5 runs are done and kept; the same command goes on from there"
     assert read(tmp_path / "out")["runs_missing"] == names_of("bome_toys")[2:]
-    before = [(tmp_path / "out" / "runs" / f"{name}.json").read_text() for name in names_of("bome_toys")[:2]]
+    before = [
+        (tmp_path / "out" / "runs" / f"{name}.json").read_text()
+        for name in names_of("bome_toys")[:2]
+    ]
     started = counted(monkeypatch)
     reproduce("bome_toys", out=tmp_path / "out", change=tiny)
     assert started == names_of("bome_toys")[2:]
-    assert [(tmp_path / "out" / "runs" / f"{name}.json").read_text() for name in names_of("bome_toys")[:2]] == before
+    assert [
+        (tmp_path / "out" / "runs" / f"{name}.json").read_text()
+        for name in names_of("bome_toys")[:2]
+    ] == before
     assert [row["problem"].partition(",")[0] for row in read(tmp_path / "out")["tables"][0]["rows"]] == [
         "coreset", "coreset", "coreset", "minimax", "degenerate",
     ]  # fmt: skip
@@ -235,7 +279,11 @@ def test_a_run_of_other_settings_or_a_damaged_file_is_run_again(
 
     def other(run: Run) -> Run:
         run = tiny(run)
-        return dataclasses.replace(run, config=merged(run.config, steps=3)) if run.name == "minimax" else run
+        return (
+            dataclasses.replace(run, config=merged(run.config, steps=3))
+            if run.name == "minimax"
+            else run
+        )
 
     started = counted(monkeypatch)
     reproduce("bome_toys", out=tmp_path / "out", change=other)
@@ -244,14 +292,25 @@ def test_a_run_of_other_settings_or_a_damaged_file_is_run_again(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_nothing_of_another_experiment_is_written_over(tiny: Callable[[Run], Run], tmp_path: Path) -> None:
+def test_nothing_of_another_experiment_is_written_over(
+    tiny: Callable[[Run], Run], tmp_path: Path
+) -> None:
     reproduce("bome_toys", out=tmp_path / "out", change=tiny)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    for arguments in ({"name": "lancbio_synthetic"}, {"name": "bome_toys", "seed": 1}, {"name": "bome_toys", "full": True}):
+    for arguments in (
+        {"name": "lancbio_synthetic"},
+        {"name": "bome_toys", "seed": 1},
+        {"name": "bome_toys", "full": True},
+    ):
         given: Mapping[str, Any] = arguments
-        with pytest.raises(ConfigError, match="holds another experiment, experiment bome_toys, length short, seed 0; this one is"):
+        with pytest.raises(
+            ConfigError,
+            match="holds another experiment, experiment bome_toys, length short, seed 0; this one is",
+        ):
             reproduce(out=tmp_path / "out", change=tiny, **given)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not an experiment's; nothing is written over"):
@@ -265,9 +324,14 @@ def test_default_folder_follows_length_and_seed(
     tiny: Callable[[Run], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(session.EXPERIMENTS, "bome_toys", lambda length, seed: _small(bome_toys.make(length, seed)))
+    monkeypatch.setitem(
+        session.EXPERIMENTS, "bome_toys", lambda length, seed: _small(bome_toys.make(length, seed))
+    )
     assert reproduce("bome_toys", change=tiny) == tmp_path / "reproduced" / "bome_toys"
-    assert reproduce("bome_toys", full=True, seed=2, change=tiny) == tmp_path / "reproduced" / "bome_toys-full-seed2"
+    assert (
+        reproduce("bome_toys", full=True, seed=2, change=tiny)
+        == tmp_path / "reproduced" / "bome_toys-full-seed2"
+    )
 
 
 def _small(experiment: Any) -> Any:
@@ -280,7 +344,11 @@ def _small(experiment: Any) -> Any:
 def test_an_unknown_name_shows_them_all() -> None:
     result = CliRunner().invoke(app, ["reproduce", "bome_toy"])
     assert result.exit_code == 2
-    assert "bome_toy is not an experiment. Did you mean bome_toys? There are: " + ", ".join(EXPERIMENTS) in result.stderr
+    assert (
+        "bome_toy is not an experiment. Did you mean bome_toys? There are: "
+        + ", ".join(EXPERIMENTS)
+        in result.stderr
+    )
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -290,9 +358,14 @@ def test_the_command_prints_the_table(tmp_path: Path, monkeypatch: pytest.Monkey
         return dataclasses.replace(experiment, runs=[one_run("degenerate", seed=seed)])
 
     monkeypatch.setitem(session.EXPERIMENTS, "bome_toys", small)
-    result = CliRunner().invoke(app, ["reproduce", "bome_toys", "--out", str(tmp_path / "out"), "--seed", "5"])
+    result = CliRunner().invoke(
+        app, ["reproduce", "bome_toys", "--out", str(tmp_path / "out"), "--seed", "5"]
+    )
     assert result.exit_code == 0
-    assert result.stdout == (tmp_path / "out" / "table.md").read_text() + f"written: {tmp_path / 'out'}\n"
+    assert (
+        result.stdout
+        == (tmp_path / "out" / "table.md").read_text() + f"written: {tmp_path / 'out'}\n"
+    )
     assert "short version, seed 5" in result.stdout
     assert result.stderr.splitlines()[0].startswith("bome_toys: 1 runs, 0 of them done before")
 
@@ -331,7 +404,9 @@ def test_base_config_is_the_shipped_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.parametrize("length", ["short", "full"])
-def test_every_run_has_a_config_that_can_be_read_and_a_name_of_its_own(name: str, length: Any) -> None:
+def test_every_run_has_a_config_that_can_be_read_and_a_name_of_its_own(
+    name: str, length: Any
+) -> None:
     experiment = EXPERIMENTS[name](length, 7)
     assert experiment.name == name
     assert len({run.name for run in experiment.runs}) == len(experiment.runs)

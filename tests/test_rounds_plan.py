@@ -1,4 +1,6 @@
-"""What a round consists of and who is given what, without Ray: the tree of sums, the plan that survives losses, the pace of workers."""
+"""What a round consists of and who is given what, without Ray: the tree of sums, the plan that
+survives losses, the scheduler of workers.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bomemeta.distributed.pace import Key, Pace
 from bomemeta.distributed.plan import Plan
+from bomemeta.distributed.scheduler import Key, Scheduler
 from bomemeta.distributed.summation import TreeSum, added, merges
 from bomemeta.distributed.transport import ShardReply
 
@@ -20,7 +22,10 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 13]
 def shares(count: int) -> list[np.ndarray]:
     """Numbers whose sum depends on the order in which they are added."""
     generator = np.random.default_rng(count)
-    return [(generator.standard_normal(50) * 10.0 ** generator.integers(-6, 6, 50)).astype(np.float32) for _ in range(count)]
+    return [
+        (generator.standard_normal(50) * 10.0 ** generator.integers(-6, 6, 50)).astype(np.float32)
+        for _ in range(count)
+    ]
 
 
 def by_merges(parts: list[np.ndarray]) -> np.ndarray:
@@ -72,7 +77,9 @@ def test_overflow_is_left_to_whoever_asked_for_the_sum():
 
 
 def run_plan(plan: Plan, parts: list[np.ndarray], losses: list[int], seed: int) -> np.ndarray:
-    """Works the plan off in random order; the share of each job in `losses` is lost once, when it is first needed or at the end."""
+    """Works the plan off in random order; the share of each job in `losses` is lost once, when it
+    is first needed or at the end.
+    """
     dice = random.Random(seed)
     values: dict[int, np.ndarray] = {}
     losses = list(losses)
@@ -130,63 +137,67 @@ def test_a_plan_without_merges_is_its_calls():
 KEYS = [Key("descend", 4, number) for number in range(4)]
 
 
-def trained(seconds: dict[int, float], rounds: int = 6) -> Pace:
-    """A pace that has seen workers take so long for every call."""
-    pace = Pace()
+def trained(seconds: dict[int, float], rounds: int = 6) -> Scheduler:
+    """A scheduler that has seen workers take so long for every call."""
+    scheduler = Scheduler()
     for _ in range(rounds):
         for key in KEYS:
             for worker, took in seconds.items():
-                pace.learn(worker, key, took)
-    return pace
+                scheduler.learn(worker, key, took)
+    return scheduler
 
 
 def test_equal_workers_get_calls_in_order():
-    assert Pace().assign([0, 1], KEYS, {}) == [(0, KEYS[0]), (1, KEYS[1])]
+    assert Scheduler().assign([0, 1], KEYS, {}) == [(0, KEYS[0]), (1, KEYS[1])]
     assert {key.number for _, key in trained({0: 1.0, 1: 1.1}).assign([0, 1], KEYS, {})} == {0, 1}
 
 
 def test_a_shard_goes_to_the_worker_that_had_it():
-    pace = Pace()
+    scheduler = Scheduler()
     for number, worker in enumerate([1, 0, 2, 1]):
-        pace.learn(worker, KEYS[number], 1.0)
-    assert sorted(pace.assign([0, 1, 2], [Key("other", 4, number) for number in range(4)], {})) == [
+        scheduler.learn(worker, KEYS[number], 1.0)
+    assert sorted(scheduler.assign([0, 1, 2], [Key("other", 4, number) for number in range(4)], {})) == [
         (0, Key("other", 4, 1)), (1, Key("other", 4, 0)), (2, Key("other", 4, 2)),
     ]  # fmt: skip
-    assert pace.assign([3], KEYS[:1], {}) == [(3, KEYS[0])]
+    assert scheduler.assign([3], KEYS[:1], {}) == [(3, KEYS[0])]
 
 
 def test_the_longest_calls_go_first():
-    pace = Pace()
+    scheduler = Scheduler()
     for key, seconds in zip(KEYS, (1.0, 4.0, 2.0, 3.0), strict=True):
-        pace.learn(0, key, seconds)
-    assert {key.number for _, key in pace.assign([0, 1], KEYS, {})} == {1, 3}
+        scheduler.learn(0, key, seconds)
+    assert {key.number for _, key in scheduler.assign([0, 1], KEYS, {})} == {1, 3}
 
 
 def test_a_slow_worker_is_left_out_where_the_others_are_done_sooner():
-    pace = trained({0: 1.0, 1: 10.0})
-    assert pace.slowness(1) > 4 * pace.slowness(0)
-    assert pace.assign([1, 0], KEYS[:2], {}) == [(0, KEYS[0])]
-    assert pace.assign([1], KEYS[:1], {0: 0.5}) == []  # worth waiting for
-    assert pace.assign([1], KEYS[:1], {0: 100.0}) == [(1, KEYS[0])]  # not worth waiting for
-    assert pace.assign([1], KEYS[:1], {}) == [(1, KEYS[0])]  # nobody else is there
+    scheduler = trained({0: 1.0, 1: 10.0})
+    assert scheduler.slowness(1) > 4 * scheduler.slowness(0)
+    assert scheduler.assign([1, 0], KEYS[:2], {}) == [(0, KEYS[0])]
+    assert scheduler.assign([1], KEYS[:1], {0: 0.5}) == []  # worth waiting for
+    assert scheduler.assign([1], KEYS[:1], {0: 100.0}) == [(1, KEYS[0])]  # not worth waiting for
+    assert scheduler.assign([1], KEYS[:1], {}) == [(1, KEYS[0])]  # nobody else is there
 
 
 def test_a_slow_worker_is_given_another_chance_and_a_new_process_a_fresh_start():
-    pace = trained({0: 1.0, 1: 10.0})
+    scheduler = trained({0: 1.0, 1: 10.0})
     for _ in range(60):
-        pace.fade([1])
-    assert len(pace.assign([0, 1], KEYS, {})) == 2
-    pace = trained({0: 1.0, 1: 10.0})
-    pace.forget(1)
-    assert len(pace.assign([0, 1], KEYS, {})) == 2
+        scheduler.fade([1])
+    assert len(scheduler.assign([0, 1], KEYS, {})) == 2
+    scheduler = trained({0: 1.0, 1: 10.0})
+    scheduler.forget(1)
+    assert len(scheduler.assign([0, 1], KEYS, {})) == 2
 
 
 def test_short_calls_are_not_planned():
     assert len(trained({0: 0.001, 1: 0.01}).assign([0, 1], KEYS, {})) == 2
 
 
-def played(pace: Pace, seconds: dict[int, float], rounds: int, first: float | None = None) -> list[Counter[int]]:
-    """Plays rounds of four calls on workers that take so long for each; how many each had, by round. `first`: of worker 0's first call."""
+def played(
+    scheduler: Scheduler, seconds: dict[int, float], rounds: int, first: float | None = None
+) -> list[Counter[int]]:
+    """Plays rounds of four calls on workers that take so long for each; how many each had, by
+    round. `first`: of worker 0's first call.
+    """
     counts = []
     for _ in range(rounds):
         ready, begun, now = list(KEYS), {}, 0.0
@@ -194,15 +205,17 @@ def played(pace: Pace, seconds: dict[int, float], rounds: int, first: float | No
         while ready or begun:
             idle = [worker for worker in seconds if worker not in begun]
             busy = {worker: end - now for worker, (end, _, _) in begun.items()}
-            for worker, key in pace.assign(idle, ready, busy):
-                took, first = (first, None) if worker == 0 and first is not None else (seconds[worker], first)
+            for worker, key in scheduler.assign(idle, ready, busy):
+                took, first = (
+                    (first, None) if worker == 0 and first is not None else (seconds[worker], first)
+                )
                 begun[worker] = now + took, took, key
                 ready.remove(key)
                 count[worker] += 1
             worker = min(begun, key=lambda worker: begun[worker][0])
             now, took, key = begun.pop(worker)
-            pace.learn(worker, key, took)
-        pace.fade([worker for worker in seconds if worker not in count])
+            scheduler.learn(worker, key, took)
+        scheduler.fade([worker for worker in seconds if worker not in count])
         counts.append(count)
     return counts
 
@@ -210,22 +223,26 @@ def played(pace: Pace, seconds: dict[int, float], rounds: int, first: float | No
 @pytest.mark.parametrize("seconds", [0.02, 0.2])
 @pytest.mark.parametrize("hiccup", [0.0, 5.0])
 def test_a_bad_moment_is_forgotten(seconds, hiccup):
-    pace, equal = Pace(), {0: seconds, 1: seconds}
-    assert set(played(pace, equal, 6, first=3.0)[-1]) == {0, 1}  # imports, data
-    assert set(played(pace, equal, 30, first=hiccup or None)[-1]) == {0, 1}
-    assert pace.slowness(0) == pytest.approx(1, rel=0.05)
-    assert pace.slowness(1) == pytest.approx(1, rel=0.05)
-    assert [pace.expected(key) for key in KEYS] == pytest.approx([seconds] * 4, rel=0.1)
+    scheduler, equal = Scheduler(), {0: seconds, 1: seconds}
+    assert set(played(scheduler, equal, 6, first=3.0)[-1]) == {0, 1}  # imports, data
+    assert set(played(scheduler, equal, 30, first=hiccup or None)[-1]) == {0, 1}
+    assert scheduler.slowness(0) == pytest.approx(1, rel=0.05)
+    assert scheduler.slowness(1) == pytest.approx(1, rel=0.05)
+    assert [scheduler.expected(key) for key in KEYS] == pytest.approx([seconds] * 4, rel=0.1)
 
 
 @pytest.mark.parametrize("slow", [0, 1, 2])
 @pytest.mark.parametrize("first", [None, 0.5, 4.0])
 @pytest.mark.parametrize("short", [0, 1, 5])
 def test_a_slow_worker_is_found_by_its_second_answer(slow, first, short):
-    """Whether its first answers were those of calls so short that nothing can be told of them, or not."""
-    pace = Pace()
+    """Whether its first answers were those of calls so short that nothing can be told of them, or
+    not.
+    """
+    scheduler = Scheduler()
     for worker in list(range(3)) * short:
-        pace.learn(worker, Key("evaluate", 3, worker), 0.002)
-    counts = played(pace, {worker: 2.0 if worker == slow else 0.1 for worker in range(3)}, 5, first)
+        scheduler.learn(worker, Key("evaluate", 3, worker), 0.002)
+    counts = played(
+        scheduler, {worker: 2.0 if worker == slow else 0.1 for worker in range(3)}, 5, first
+    )
     assert sum(count[slow] for count in counts) <= 2, counts
-    assert pace.slowness(slow) > 2, counts
+    assert scheduler.slowness(slow) > 2, counts

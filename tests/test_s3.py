@@ -1,4 +1,6 @@
-"""Runs and searches at s3://, against a server that speaks S3's protocol: no folders, no renames, and other processes elsewhere."""
+"""Runs and searches at s3://, against a server that speaks S3's protocol: no folders, no renames,
+and other processes elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ BUCKET = "s3://bucket"
 
 @pytest.fixture(scope="module", autouse=True)
 def bucket() -> Iterator[str]:
-    """An empty bucket, and the environment in which processes find it, as those of an S3-compatible store do."""
+    """An empty bucket, and the environment in which processes find it, as those of an S3-compatible
+    store do.
+    """
     from pyarrow.fs import FileSystem
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -54,7 +58,11 @@ def test_files_of_a_store(bucket: str, tmp_path: Path, caplog: pytest.LogCapture
     large = tmp_path / "large"
     large.write_bytes(os.urandom(12_000_000))  # sent in parts
     store.put("c", large)
-    assert (store.names(), store.read("a/b"), store.read("c")) == (["a/b", "c"], b"2", large.read_bytes())
+    assert (store.names(), store.read("a/b"), store.read("c")) == (
+        ["a/b", "c"],
+        b"2",
+        large.read_bytes(),
+    )
     requests = len(caplog.records)
     store.get("c", tmp_path / "new" / "c")
     assert (tmp_path / "new" / "c").read_bytes() == large.read_bytes()
@@ -68,35 +76,52 @@ def test_files_of_a_store(bucket: str, tmp_path: Path, caplog: pytest.LogCapture
     store.clear()
     assert same.names() == []
     with pytest.raises(
-        StorageError, match=r"s3://no-such-bucket/a cannot be written to \(b\), in 4 tries: .*bucket does not exist"
+        StorageError,
+        match=r"s3://no-such-bucket/a cannot be written to \(b\), in 4 tries: .*bucket does not exist",
     ):
         Store.at("s3://no-such-bucket/a").put("b", b"")
 
 
 def test_a_run_is_gone_on_with_by_another_machine(tmp_path: Path) -> None:
     reference = bomemeta.train(QUADRATIC, [f"output_dir={tmp_path / 'reference'}"])
-    place, mark = f"{BUCKET}/run", tmp_path / "mark"
+    location, mark = f"{BUCKET}/run", tmp_path / "mark"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(QUADRATIC))
     armed = struck("sleep", mark)
-    words = [sys.executable, "-m", "bomemeta", "train", str(tmp_path / "run.yaml"), f"output_dir={place}", *armed, "--auto-resume"]
+    words = [
+        sys.executable,
+        "-m",
+        "bomemeta",
+        "train",
+        str(tmp_path / "run.yaml"),
+        f"output_dir={location}",
+        *armed,
+        "--auto-resume",
+    ]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     wait_for(mark.exists, process)
     process.kill()
     process.communicate()
-    left = Mirror(place)
+    left = Mirror(location)
     left.fetch()
     assert load_latest(left.folder / "checkpoints").checkpoint.step == 3
 
-    result = bomemeta.train(QUADRATIC, [f"output_dir={place}", *armed], auto_resume=True)
+    result = bomemeta.train(QUADRATIC, [f"output_dir={location}", *armed], auto_resume=True)
     assert (result.upper_sha256, result.metrics) == (reference.upper_sha256, reference.metrics)
-    names = Store.at(place).names()
+    names = Store.at(location).names()
     assert {"config.yaml", "metrics.jsonl", "result.json"} <= set(names)
-    assert [name for name in names if name.endswith(".pt")] == ["checkpoints/step_00000006.pt", "checkpoints/step_00000008.pt"]
-    assert json.loads(Store.at(place).read("result.json") or b"")["first_step"] == 3
-    assert bomemeta.evaluate(place).metrics == reference.metrics
-    with pytest.raises(ConfigError, match="exists and is not empty; a run never overwrites another"):
-        bomemeta.train(QUADRATIC, [f"output_dir={place}"])
+    assert [name for name in names if name.endswith(".pt")] == [
+        "checkpoints/step_00000006.pt",
+        "checkpoints/step_00000008.pt",
+    ]
+    assert json.loads(Store.at(location).read("result.json") or b"")["first_step"] == 3
+    assert bomemeta.evaluate(location).metrics == reference.metrics
+    with pytest.raises(
+        ConfigError, match="exists and is not empty; a run never overwrites another"
+    ):
+        bomemeta.train(QUADRATIC, [f"output_dir={location}"])
 
 
 def test_seeds_go_below_a_uri_with_options(bucket: str, tmp_path: Path) -> None:
@@ -104,10 +129,14 @@ def test_seeds_go_below_a_uri_with_options(bucket: str, tmp_path: Path) -> None:
     options = f"?endpoint_override={bucket}&scheme=http"
     result = bomemeta.train(QUADRATIC, [f"output_dir={BUCKET}/seeds{options}", "seeds=2"])
     assert result.upper_sha256 == whole.upper_sha256
-    assert {"result.json", "seed-0/result.json", "seed-1/result.json"} <= set(Store.at(f"{BUCKET}/seeds").names())
+    assert {"result.json", "seed-0/result.json", "seed-1/result.json"} <= set(
+        Store.at(f"{BUCKET}/seeds").names()
+    )
 
 
-def test_a_search_without_a_shared_disk_goes_on_after_the_death_of_its_driver(tmp_path: Path) -> None:
+def test_a_search_without_a_shared_disk_goes_on_after_the_death_of_its_driver(
+    tmp_path: Path,
+) -> None:
     """Trial 1 is done; trial 2 stands still in the middle, and its driver is killed."""
     from bomemeta.distributed import cluster
     from bomemeta.tune import tune
@@ -120,24 +149,30 @@ def test_a_search_without_a_shared_disk_goes_on_after_the_death_of_its_driver(tm
         concurrent=1,
         driver_cpus=0.5,
     )
-    path, place = tmp_path / "search.yaml", f"{BUCKET}/search"
+    path, location = tmp_path / "search.yaml", f"{BUCKET}/search"
     path.write_text(yaml.safe_dump(file))
     lines: list[str] = []
     with cluster.local(cluster.RayOptions(workers=4), print):
-        words = [sys.executable, "-m", "bomemeta", "tune", str(path), f"output_dir={place}"]
+        words = [sys.executable, "-m", "bomemeta", "tune", str(path), f"output_dir={location}"]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        process = subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         wait_for((tmp_path / "mark.0").exists, process)
         process.kill()
         output = process.communicate()[0]
-        assert f"search folder: {place}" in output
+        assert f"search folder: {location}" in output
         assert "trial 1/2 step 12: upper_error" in output, output
-        with pytest.raises(ConfigError, match=r"s3://bucket/search holds another search, with other seed"):
-            tune(file, [f"output_dir={place}", "seed=3"])
-        result = tune(file, [], resume=place, say=lines.append)
+        with pytest.raises(
+            ConfigError, match=r"s3://bucket/search holds another search, with other seed"
+        ):
+            tune(file, [f"output_dir={location}", "seed=3"])
+        result = tune(file, [], resume=location, say=lines.append)
         with pytest.raises(ConfigError, match="s3://bucket/search holds this search, finished"):
-            tune(file, [f"output_dir={place}"])
-    assert [(row.trial, row.ended, row.steps) for row in sorted(result.rows, key=lambda row: row.trial)] == [
+            tune(file, [f"output_dir={location}"])
+    assert [
+        (row.trial, row.ended, row.steps) for row in sorted(result.rows, key=lambda row: row.trial)
+    ] == [
         (1, "done", STEPS),
         (2, "done", STEPS),
     ], lines
@@ -146,10 +181,19 @@ def test_a_search_without_a_shared_disk_goes_on_after_the_death_of_its_driver(tm
     assert {row.upper_sha256 for row in result.rows} == {reference.upper_sha256}
     assert {row.metrics["upper_error"] for row in result.rows} == {reference.metrics["upper_error"]}
 
-    assert (result.output_dir, result.best_config) == (place, f"{place}/best.yaml")
-    names = Store.at(place).names()
-    assert {"search.yaml", "results.md", "results.json", "best.yaml", "trials/tuner.pkl"} <= set(names)
+    assert (result.output_dir, result.best_config) == (location, f"{location}/best.yaml")
+    names = Store.at(location).names()
+    assert {"search.yaml", "results.md", "results.json", "best.yaml", "trials/tuner.pkl"} <= set(
+        names
+    )
     for row in result.rows:
-        run = [name.removeprefix(f"{row.run_dir}/") for name in names if name.startswith(row.run_dir)]
-        assert {"config.yaml", "metrics.jsonl", "result.json", f"checkpoints/step_{STEPS:08d}.pt"} <= set(run)
-        assert bomemeta.evaluate(f"{place}/{row.run_dir}").upper_sha256 == row.upper_sha256
+        run = [
+            name.removeprefix(f"{row.run_dir}/") for name in names if name.startswith(row.run_dir)
+        ]
+        assert {
+            "config.yaml",
+            "metrics.jsonl",
+            "result.json",
+            f"checkpoints/step_{STEPS:08d}.pt",
+        } <= set(run)
+        assert bomemeta.evaluate(f"{location}/{row.run_dir}").upper_sha256 == row.upper_sha256

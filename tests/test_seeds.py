@@ -1,4 +1,6 @@
-"""Several seeds of one config: the same runs as one by one, whoever computes them, and what they come to together."""
+"""Several seeds of one config: the same runs as one by one, whoever computes them, and what they
+come to together.
+"""
 
 from __future__ import annotations
 
@@ -48,16 +50,23 @@ def test_metrics_are_means_with_students_interval(serial):
     mean = sum(values) / 3
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 2)
     assert serial.metrics["test_accuracy"] == pytest.approx(mean)
-    assert serial.metrics["test_accuracy_ci95"] == pytest.approx(4.302653 * deviation / math.sqrt(3), rel=1e-6)
+    assert serial.metrics["test_accuracy_ci95"] == pytest.approx(
+        4.302653 * deviation / math.sqrt(3), rel=1e-6
+    )
     assert "test_ci95_ci95" not in serial.metrics
 
 
 def test_a_figure_that_not_all_runs_have_is_left_out():
-    assert over_seeds([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "a_ci95": pytest.approx(12.7062, rel=1e-5)}
+    assert over_seeds([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {
+        "a": 2.0,
+        "a_ci95": pytest.approx(12.7062, rel=1e-5),
+    }
 
 
 def test_workers_take_seeds_side_by_side_to_the_same_bits(serial, tmp_path):
-    result = bomemeta.train(JOB, [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5"])
+    result = bomemeta.train(
+        JOB, [f"output_dir={tmp_path / 'run'}", "workers=2", "cpus_per_worker=0.5"]
+    )
     assert (result.upper_sha256, result.metrics) == (serial.upper_sha256, serial.metrics)
 
 

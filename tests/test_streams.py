@@ -1,4 +1,6 @@
-"""Streams of tasks from one data set: what each task does to its inputs, which samples it has, what is refused."""
+"""Streams of tasks from one data set: what each task does to its inputs, which samples it has, what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,21 @@ from bomemeta.data.streams import Stream, StreamSpec, build_stream, image_shape,
 from bomemeta.errors import ConfigError, DataError
 
 CLASSES, SIDE = 6, 4
-SPEC = StreamSpec(kind="permuted", tasks=3, samples=12, test_samples=5, classes_per_task=None, shuffle_classes=False, seed=3)
+SPEC = StreamSpec(
+    kind="permuted",
+    tasks=3,
+    samples=12,
+    test_samples=5,
+    classes_per_task=None,
+    shuffle_classes=False,
+    seed=3,
+)
 
 
 class Rows:
-    """60 training and 30 test rows; each number of a row says which row, part and place it is, so that it can be found again."""
+    """60 training and 30 test rows; each number of a row says which row, part and place it is, so
+    that it can be found again.
+    """
 
     features, classes = SIDE * SIDE, CLASSES
 
@@ -31,7 +43,9 @@ class Rows:
 
     def examples(self, part: str) -> Examples:
         count, first = (60, 0) if part == "train" else (30, 1000)
-        inputs = (first + torch.arange(count, dtype=torch.float64))[:, None] + torch.arange(self.features) / 100
+        inputs = (first + torch.arange(count, dtype=torch.float64))[:, None] + torch.arange(
+            self.features
+        ) / 100
         return Examples(inputs, torch.arange(count) % CLASSES)
 
 
@@ -40,7 +54,9 @@ def stream(**changes: Any) -> Stream:
 
 
 def rows_of(stream: Stream, part: str) -> torch.Tensor:
-    """The data set's row of each sample; its smallest number is the row's own, wherever a permutation has put it."""
+    """The data set's row of each sample; its smallest number is the row's own, wherever a
+    permutation has put it.
+    """
     return getattr(stream, part).examples.inputs.min(1).values.floor()
 
 
@@ -75,16 +91,16 @@ def test_all_samples_where_no_number_is_given() -> None:
 
 def test_a_task_has_one_permutation() -> None:
     made = stream(samples=None, test_samples=None)
-    places = {}
+    locations = {}
     for part, count in (("train", 60), ("test", 30)):
         inputs = getattr(made, part).examples.inputs.reshape(3, count, -1)
-        places[part] = ((inputs - inputs.floor()) * 100).round().long()
+        locations[part] = ((inputs - inputs.floor()) * 100).round().long()
     for t in range(3):
-        order = places["train"][t, 0]
+        order = locations["train"][t, 0]
         assert sorted(order.tolist()) == list(range(SIDE * SIDE))
-        assert (places["train"][t] == order).all()
-        assert (places["test"][t] == order).all()
-    assert len({tuple(places["train"][t, 0].tolist()) for t in range(3)}) == 3
+        assert (locations["train"][t] == order).all()
+        assert (locations["test"][t] == order).all()
+    assert len({tuple(locations["train"][t, 0].tolist()) for t in range(3)}) == 3
 
 
 def test_permutations_do_not_depend_on_how_many_tasks_there_are() -> None:
@@ -101,7 +117,9 @@ def test_split_has_classes_of_its_own() -> None:
     assert shuffled.allowed.sum(0).tolist() == [1] * CLASSES
     assert shuffled.allowed.sum(1).tolist() == [2] * 3
     assert not torch.equal(shuffled.allowed, made.allowed)
-    assert stream(kind="split", tasks=2, classes_per_task=2).allowed.sum().item() == 4  # two classes are left out
+    assert (
+        stream(kind="split", tasks=2, classes_per_task=2).allowed.sum().item() == 4
+    )  # two classes are left out
     assert stream().allowed.all()
 
 
@@ -109,7 +127,9 @@ def test_split_has_classes_of_its_own() -> None:
 def test_quarter_turns_are_exact(quarters: int) -> None:
     images = torch.rand(2, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     # sin and cos of a quarter turn are right to 1e-16.
-    torch.testing.assert_close(rotated(images, 90.0 * quarters), torch.rot90(images, quarters, (2, 3)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        rotated(images, 90.0 * quarters), torch.rot90(images, quarters, (2, 3)), rtol=0, atol=1e-12
+    )
 
 
 def test_an_image_that_is_no_square_is_turned_and_not_sheared() -> None:
@@ -132,7 +152,10 @@ def test_grey_levels_stay_grey_levels() -> None:
     class Bytes(Rows):
         def examples(self, part: str) -> Examples:
             generator = torch.Generator().manual_seed(0)
-            return Examples(torch.randint(0, 256, (60, 16), generator=generator, dtype=torch.uint8), torch.arange(60) % CLASSES)
+            return Examples(
+                torch.randint(0, 256, (60, 16), generator=generator, dtype=torch.uint8),
+                torch.arange(60) % CLASSES,
+            )
 
     made = build_stream(Bytes(), dataclasses.replace(SPEC, kind="rotated", samples=None))
     assert made.train.examples.inputs.dtype == torch.uint8
@@ -150,13 +173,31 @@ def test_grey_levels_stay_grey_levels() -> None:
             DataError,
             r"samples_per_task: task 0 \(classes 0, 1, 2, 3, 4, 5\) wants 61 samples; the train part .* 60",
         ),
-        ({"kind": "split", "samples": 21}, DataError, r"samples_per_task: task 0 \(classes 0, 1\) wants 21 .* has 20"),
-        ({"test_samples": 31}, DataError, r"test_samples_per_task: .* wants 31 samples; the test part of the data set has 30"),
-        ({"kind": "split", "tasks": 4}, ConfigError, "6 classes do not make 4 equal groups.* one of: 2, 3, 6"),
-        ({"kind": "split", "tasks": 4, "classes_per_task": 2}, ConfigError, "4 tasks of 2 classes want 8 classes; .* has 6"),
+        (
+            {"kind": "split", "samples": 21},
+            DataError,
+            r"samples_per_task: task 0 \(classes 0, 1\) wants 21 .* has 20",
+        ),
+        (
+            {"test_samples": 31},
+            DataError,
+            r"test_samples_per_task: .* wants 31 samples; the test part of the data set has 30",
+        ),
+        (
+            {"kind": "split", "tasks": 4},
+            ConfigError,
+            "6 classes do not make 4 equal groups.* one of: 2, 3, 6",
+        ),
+        (
+            {"kind": "split", "tasks": 4, "classes_per_task": 2},
+            ConfigError,
+            "4 tasks of 2 classes want 8 classes; .* has 6",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_what_does_not_fit_is_refused(
+    changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         stream(**changes)
 
@@ -165,7 +206,9 @@ def test_rows_that_are_no_images() -> None:
     class Narrow(Rows):
         features = 15
 
-    with pytest.raises(ConfigError, match="stream: rotated wants images; a row of this data set has 15 numbers"):
+    with pytest.raises(
+        ConfigError, match="stream: rotated wants images; a row of this data set has 15 numbers"
+    ):
         build_stream(Narrow(), dataclasses.replace(SPEC, kind="rotated"))
     assert image_shape(Rows(), "a test") == (1, SIDE, SIDE)
 
@@ -189,7 +232,12 @@ def test_cifar10_rows_have_the_channels_first(tmp_path: Path) -> None:
     x = rng.integers(0, 256, (12, 5, 4, 3), np.uint8)
     archives.write(
         tmp_path / "cifar10_subset.npz",
-        {"x_train": x, "y_train": np.arange(12, dtype=np.uint8) % 10, "x_test": x[:3], "y_test": np.arange(3, dtype=np.uint8)},
+        {
+            "x_train": x,
+            "y_train": np.arange(12, dtype=np.uint8) % 10,
+            "x_test": x[:3],
+            "y_test": np.arange(3, dtype=np.uint8),
+        },
         compress=False,
     )
     data = Cifar10Subset(root=str(tmp_path))
@@ -209,7 +257,9 @@ def test_cifar10_as_shipped() -> None:
     assert data.examples("train").labels.bincount().tolist() == [800] * 10
 
 
-def test_cifar100_as_torchvision_lays_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar100_as_torchvision_lays_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torchvision
 
     folder = tmp_path / "cifar-100-python"
@@ -218,9 +268,13 @@ def test_cifar100_as_torchvision_lays_it_out(tmp_path: Path, monkeypatch: pytest
     stored = {}
     for part, count in (("train", 200), ("test", 100)):
         stored[part] = rng.integers(0, 256, (count, 3072), np.uint8)
-        (folder / part).write_bytes(pickle.dumps({"data": stored[part], "fine_labels": [i % 100 for i in range(count)]}))
+        (folder / part).write_bytes(
+            pickle.dumps({"data": stored[part], "fine_labels": [i % 100 for i in range(count)]})
+        )
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)  # these are not the real files
+    monkeypatch.setattr(
+        torchvision.datasets.cifar, "check_integrity", lambda *_: True
+    )  # these are not the real files
     data = Cifar100(root=str(tmp_path))
     data.prepare()
     assert (data.features, data.classes) == (3072, 100)
@@ -228,11 +282,15 @@ def test_cifar100_as_torchvision_lays_it_out(tmp_path: Path, monkeypatch: pytest
     assert data.examples("test").labels.tolist() == list(range(100))
 
 
-def test_mini_imagenet_joins_the_three_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mini_imagenet_joins_the_three_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Part:
         def __init__(self, classes: list[int]) -> None:
             self.y = np.repeat(classes, 3)[::-1].copy()
-            self.x = torch.arange(len(self.y), dtype=torch.float32)[:, None, None, None].expand(-1, 3, 84, 84)
+            self.x = torch.arange(len(self.y), dtype=torch.float32)[:, None, None, None].expand(
+                -1, 3, 84, 84
+            )
 
     class Split:
         def __init__(self, classes: list[int]) -> None:
@@ -248,7 +306,13 @@ def test_mini_imagenet_joins_the_three_splits(tmp_path: Path, monkeypatch: pytes
     train, test = data.examples("train"), data.examples("test")
     assert train.labels.bincount().tolist() == [2] * 5
     assert test.labels.bincount().tolist() == [1] * 5
-    assert test.inputs[:, 0].tolist() == [2, 5, 2, 2, 5]  # the last of its class, in the order of the files
+    assert test.inputs[:, 0].tolist() == [
+        2,
+        5,
+        2,
+        2,
+        5,
+    ]  # the last of its class, in the order of the files
     assert test.labels.tolist() == [1, 0, 2, 4, 3]
 
 
@@ -265,6 +329,7 @@ def test_missing_files_say_how_to_get_them(kind: Any, words: str, tmp_path: Path
         kind(root=str(tmp_path)).prepare()
     if kind is MiniImagenetImages:
         with pytest.raises(
-            DataError, match=r"has no mini-imagenet-cache-train\.pkl.*bomemeta data prepare learn2learn/mini-imagenet"
+            DataError,
+            match=r"has no mini-imagenet-cache-train\.pkl.*bomemeta data prepare learn2learn/mini-imagenet",
         ):
             kind(root=str(tmp_path), trust_pickles=True).prepare()

@@ -1,4 +1,6 @@
-"""Jobs on a real Ray head with its dashboard: submitted, stopped, killed and submitted again, with and without tokens."""
+"""Jobs on a real Ray head with its dashboard: submitted, stopped, killed and submitted again, with
+and without tokens.
+"""
 
 from __future__ import annotations
 
@@ -66,20 +68,30 @@ def test_the_job_is_the_command_with_auto_resume(inside, monkeypatch):
     monkeypatch.setenv("BOMEMETA_DATA", "/shared/data")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("SECRET", "s")
-    made = submit.prepare("job", ["output_dir=/shared/a b", "steps=3"], environment=["SECRET", "N=1=2"])
-    assert made.entrypoint == "bomemeta train job.yaml 'output_dir=/shared/a b' steps=3 --auto-resume --restarts 3"
+    made = submit.prepare(
+        "job", ["output_dir=/shared/a b", "steps=3"], environment=["SECRET", "N=1=2"]
+    )
+    assert (
+        made.entrypoint
+        == "bomemeta train job.yaml 'output_dir=/shared/a b' steps=3 --auto-resume --restarts 3"
+    )
     assert made.output_dir == "/shared/a b"
     assert made.runtime_env["working_dir"] == str(inside)
     assert made.runtime_env["env_vars"] == {
         "BOMEMETA_DATA": "/shared/data", "RAY_AUTH_MODE": "token", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "SECRET": "s", "N": "1=2",
     }  # fmt: skip
-    sent = {path.relative_to(inside).as_posix() for path in submit._files(inside, made.runtime_env["excludes"])}
+    sent = {
+        path.relative_to(inside).as_posix()
+        for path in submit._files(inside, made.runtime_env["excludes"])
+    }
     assert sent == {"job.yaml", "mortal.py", "toy.py", "sub/data/file"}
     assert made.files == len(sent)
 
     (inside / "pyproject.toml").write_text("")
     made = submit.prepare("job.yaml", ["output_dir=s3://bucket/run"], uv=True, restarts=0)
-    assert made.entrypoint == "uv run bomemeta train job.yaml output_dir=s3://bucket/run --auto-resume"
+    assert (
+        made.entrypoint == "uv run bomemeta train job.yaml output_dir=s3://bucket/run --auto-resume"
+    )
     assert made.runtime_env["env_vars"]["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "1"
     (inside / "pyproject.toml").unlink()
     shutil.rmtree(inside / "sub")
@@ -88,13 +100,29 @@ def test_the_job_is_the_command_with_auto_resume(inside, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        ([], {}, r"output_dir: got None; a job runs in a copy of this folder that is thrown away\. .*s3://"),
+        (
+            [],
+            {},
+            r"output_dir: got None; a job runs in a copy of this folder that is thrown away\. .*s3://",
+        ),
         (["output_dir=runs/a"], {}, r"output_dir: got 'runs/a'; a job runs in a copy"),
         (["output_dir=/a"], {"uv": True}, r"--uv: there is no pyproject\.toml"),
-        (["output_dir=/a"], {"environment": ["NOT_SET"]}, r"--env NOT_SET: it is not set here; give its value"),
-        (["output_dir=/a"], {"excludes": ["*.yaml"]}, r"job\.yaml is not sent: it is outside of .*, or excluded"),
+        (
+            ["output_dir=/a"],
+            {"environment": ["NOT_SET"]},
+            r"--env NOT_SET: it is not set here; give its value",
+        ),
+        (
+            ["output_dir=/a"],
+            {"excludes": ["*.yaml"]},
+            r"job\.yaml is not sent: it is outside of .*, or excluded",
+        ),
         (["output_dir=/a"], {"excludes": ["mortal.py"]}, r"imports: .*mortal\.py is not sent"),
-        (["output_dir=/a", f"imports=[{TESTS / 'mortal.py'}]"], {}, r"imports: .*mortal\.py is not sent: it is outside"),
+        (
+            ["output_dir=/a", f"imports=[{TESTS / 'mortal.py'}]"],
+            {},
+            r"imports: .*mortal\.py is not sent: it is outside",
+        ),
         (["output_dir=/a", "solver.inner_step=3"], {}, r"Did you mean solver\.inner_steps\?"),
     ],
 )
@@ -110,7 +138,8 @@ def test_files_that_the_job_would_not_have_are_named(inside, tmp_path):
     path = inside / "absolute.yaml"
     path.write_text(yaml.safe_dump({**QUADRATIC, "imports": [str(inside / "mortal.py")]}))
     with pytest.raises(
-        ConfigError, match=r"absolute\.yaml:\d+: imports: /.*mortal\.py is not there on the cluster; write it relative"
+        ConfigError,
+        match=r"absolute\.yaml:\d+: imports: /.*mortal\.py is not there on the cluster; write it relative",
     ):
         submit.prepare("absolute", ["output_dir=/a"])
     path.unlink()
@@ -120,7 +149,8 @@ def test_a_folder_that_is_too_large_names_its_biggest_files(inside, monkeypatch)
     with (inside / "big.bin").open("wb") as file:
         file.truncate(submit.LARGEST_UPLOAD + 1)  # a hole: it takes no room
     with pytest.raises(
-        ConfigError, match=r"has 100 MiB to send, a cluster takes 100\. The biggest files:\n +100\.0 MiB  big\.bin\n"
+        ConfigError,
+        match=r"has 100 MiB to send, a cluster takes 100\. The biggest files:\n +100\.0 MiB  big\.bin\n",
     ):
         submit.prepare("job", ["output_dir=/a"])
     assert submit.prepare("job", ["output_dir=/a"], excludes=["*.bin"]).size < 1e6
@@ -129,7 +159,10 @@ def test_a_folder_that_is_too_large_names_its_biggest_files(inside, monkeypatch)
 
 def test_nobody_at_the_address(inside):
     made = submit.prepare("job", ["output_dir=/a"])
-    with pytest.raises(ClusterError, match=r"no job could be submitted to http://127\.0\.0\.1:9: .*Wanted is the address"):
+    with pytest.raises(
+        ClusterError,
+        match=r"no job could be submitted to http://127\.0\.0\.1:9: .*Wanted is the address",
+    ):
         submit.submit(made, "http://127.0.0.1:9", wait=True, say=print, show=print)
 
 
@@ -141,13 +174,31 @@ def test_options_reach_the_job(inside, monkeypatch):
         return 130
 
     monkeypatch.setattr(submit, "submit", send)
-    typed = ["submit", "job", "output_dir=/a", "steps=3", "--address", "http://h:1", "--no-wait", "--restarts", "7"]
+    typed = [
+        "submit",
+        "job",
+        "output_dir=/a",
+        "steps=3",
+        "--address",
+        "http://h:1",
+        "--no-wait",
+        "--restarts",
+        "7",
+    ]
     assert CliRunner().invoke(app, typed).exit_code == 130
-    assert sent == [("bomemeta train job.yaml output_dir=/a steps=3 --auto-resume --restarts 7", "http://h:1", False)]
+    assert sent == [
+        (
+            "bomemeta train job.yaml output_dir=/a steps=3 --auto-resume --restarts 7",
+            "http://h:1",
+            False,
+        )
+    ]
 
 
 class Flaky:
-    """A job whose log is lost in the middle of a line, then comes again from its beginning, in other pieces."""
+    """A job whose log is lost in the middle of a line, then comes again from its beginning, in
+    other pieces.
+    """
 
     def __init__(self) -> None:
         self.pieces = [["one\ntw", OSError("reset")], ["o", "ne\ntwo\n", "three\n"]]
@@ -190,7 +241,9 @@ def run(head: Head, folder: Path, *words: str, **changes: str) -> subprocess.Com
 
 def environment_of(head: Head, folder: Path) -> dict[str, str]:
     # A job has its folder on Python's path; here mortal.py is to find toy.py too.
-    return head.environment | {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    return head.environment | {
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -207,12 +260,22 @@ def client_of(head: Head) -> Any:
 
 
 def logs(head: Head) -> str:
-    return "\n".join(path.read_text() for path in head.folder.glob("session_*/logs/job-driver-*.log"))
+    return "\n".join(
+        path.read_text() for path in head.folder.glob("session_*/logs/job-driver-*.log")
+    )
 
 
 def test_stopped_and_submitted_again_it_reaches_the_same_bits(head, project, reference, tmp_path):
     folder, mark = tmp_path / "run", tmp_path / "mark"
-    words = ["bomemeta", "submit", "job", f"output_dir={folder}", "workers=1", "cpus_per_worker=0.5", *struck("sleep", mark)]
+    words = [
+        "bomemeta",
+        "submit",
+        "job",
+        f"output_dir={folder}",
+        "workers=1",
+        "cpus_per_worker=0.5",
+        *struck("sleep", mark),
+    ]
     words += ["--address", head.dashboard]
     first = run(head, project, *words, "--no-wait")
     assert first.returncode == 0, first.stderr
@@ -229,8 +292,18 @@ def test_stopped_and_submitted_again_it_reaches_the_same_bits(head, project, ref
     assert checkpoint.load_latest(folder / "checkpoints").checkpoint.step == 4, logs(head)
     assert not (folder / "result.json").exists()
 
-    script = ["bash", str(TESTS.parent / "launch" / "job_submit.sh"), "job", str(folder), "1", *words[4:]]
-    environment = {"BOMEMETA": f"{sys.executable} -m bomemeta", "RAY_API_SERVER_ADDRESS": head.dashboard}
+    script = [
+        "bash",
+        str(TESTS.parent / "launch" / "job_submit.sh"),
+        "job",
+        str(folder),
+        "1",
+        *words[4:],
+    ]
+    environment = {
+        "BOMEMETA": f"{sys.executable} -m bomemeta",
+        "RAY_API_SERVER_ADDRESS": head.dashboard,
+    }
     again = run(head, project, *script, **environment)
     assert again.returncode == 0, again.stdout + again.stderr
     result = json.loads((folder / "result.json").read_text())
@@ -244,17 +317,29 @@ def test_stopped_and_submitted_again_it_reaches_the_same_bits(head, project, ref
     assert "\x1b" not in again.stdout
 
 
-def test_a_killed_driver_is_started_again_by_its_job_and_reaches_the_same_bits(head, project, reference, tmp_path):
+def test_a_killed_driver_is_started_again_by_its_job_and_reaches_the_same_bits(
+    head, project, reference, tmp_path
+):
     """With all of the cluster's CPUs, which the dead driver's worker must have given back."""
     folder, mark = tmp_path / "run", tmp_path / "mark"
-    words = ["bomemeta", "submit", "job", f"output_dir={folder}", "workers=1", "cpus_per_worker=2", *struck("sleep", mark)]
+    words = [
+        "bomemeta",
+        "submit",
+        "job",
+        f"output_dir={folder}",
+        "workers=1",
+        "cpus_per_worker=2",
+        *struck("sleep", mark),
+    ]
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name(words[0])), *words[1:], "--address", head.dashboard],
         cwd=project, env=environment_of(head, project), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     wait_for(mark.exists, logs(head))
     drivers = [
-        number for number, typed in commands() if {f"output_dir={folder}", "train"} <= {*typed} and "--restarts" not in typed
+        number
+        for number, typed in commands()
+        if {f"output_dir={folder}", "train"} <= {*typed} and "--restarts" not in typed
     ]
     assert len(drivers) == 1
     os.kill(drivers[0], signal.SIGKILL)
@@ -268,7 +353,15 @@ def test_a_killed_driver_is_started_again_by_its_job_and_reaches_the_same_bits(h
 
 
 def test_a_job_that_fails_says_why_on_its_last_line(head, project, tmp_path):
-    words = ["bomemeta", "submit", "job", f"output_dir={tmp_path / 'run'}", "workers=50", "--address", head.dashboard]
+    words = [
+        "bomemeta",
+        "submit",
+        "job",
+        f"output_dir={tmp_path / 'run'}",
+        "workers=50",
+        "--address",
+        head.dashboard,
+    ]
     failed = run(head, project, *words)
     assert failed.returncode == 1
     last = [line for line in failed.stdout.splitlines() if line][-1]
@@ -277,13 +370,38 @@ def test_a_job_that_fails_says_why_on_its_last_line(head, project, tmp_path):
 
 
 def test_with_tokens(project, reference, tmp_path):
-    """`ray job submit` by hand on a cluster that wants a token, and what a client without one is told."""
+    """`ray job submit` by hand on a cluster that wants a token, and what a client without one is
+    told.
+    """
     folder = tmp_path / "run"
     with ray_head("token") as head:
-        command = ["bomemeta", "train", "job.yaml", f"output_dir={folder}", "workers=2", "cpus_per_worker=0.5", "--auto-resume"]
-        done = run(head, project, "ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *command)
+        command = [
+            "bomemeta",
+            "train",
+            "job.yaml",
+            f"output_dir={folder}",
+            "workers=2",
+            "cpus_per_worker=0.5",
+            "--auto-resume",
+        ]
+        done = run(
+            head,
+            project,
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            head.dashboard,
+            "--working-dir",
+            ".",
+            "--",
+            *command,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert json.loads((folder / "result.json").read_text())["upper_sha256"] == reference.upper_sha256
+        assert (
+            json.loads((folder / "result.json").read_text())["upper_sha256"]
+            == reference.upper_sha256
+        )
         words = ["bomemeta", "submit", "job", f"output_dir={folder}", "--address", head.dashboard]
         refused = run(head, project, *words, RAY_AUTH_MODE="disabled")
         assert refused.returncode == 1

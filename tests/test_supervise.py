@@ -1,4 +1,6 @@
-"""`bomemeta train --restarts`: who is started again and who is not, who gets which signal, and that nobody stays behind."""
+"""`bomemeta train --restarts`: who is started again and who is not, who gets which signal, and that
+nobody stays behind.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,18 @@ import bomemeta
 from bomemeta import checkpoint, supervise
 from bomemeta.cli import app
 
-# What a supervisor is, with a command of the test's own in the place of the run. Called: PAUSE_S PLACE RESTARTS COMMAND...
+# What a supervisor is, with a command of the test's own in the place of the run. Called: PAUSE_S
+# PLACE RESTARTS COMMAND...
 SUPERVISOR = """
 import signal, sys
 from bomemeta import supervise
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as some launchers leave it
-pause_s, place, restarts, *command = sys.argv[1:]
+pause_s, location, restarts, *command = sys.argv[1:]
 supervise.FIRST_PAUSE_S = float(pause_s)
-sys.exit(supervise.supervise(command, place, int(restarts), lambda text: print(text, flush=True)))
+sys.exit(supervise.supervise(command, location, int(restarts), lambda text: print(text, flush=True)))
 """
-# Notes its number, counts the signals that it gets, and ends a while after the first as a stopped run does.
+# Notes its number, counts the signals that it gets, and ends a while after the first as a stopped
+# run does.
 COUNTS = """
 import os, signal, sys, time
 def note(number, frame):
@@ -48,16 +52,30 @@ sys.exit(130)
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
 
 
-def supervised(folder: Path, *command: str, restarts: int = 2, pause_s: float = 0.0) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", SUPERVISOR, str(pause_s), str(folder / "run"), str(restarts), *command]
-    return subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def supervised(
+    folder: Path, *command: str, restarts: int = 2, pause_s: float = 0.0
+) -> subprocess.Popen[str]:
+    words = [
+        sys.executable,
+        "-c",
+        SUPERVISOR,
+        str(pause_s),
+        str(folder / "run"),
+        str(restarts),
+        *command,
+    ]
+    return subprocess.Popen(
+        words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def lines_of(process: subprocess.Popen[str]) -> list[str]:
     return process.communicate(timeout=60)[0].splitlines()
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 60) -> None:
+def wait_for(
+    condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 60
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -82,7 +100,9 @@ def test_what_ends_by_itself_is_passed_through(code, tmp_path):
     assert process.returncode == code
 
 
-@pytest.mark.parametrize(("killer", "hint"), [("SEGV", ""), ("KILL", " (a system that is short of memory does that)")])
+@pytest.mark.parametrize(
+    ("killer", "hint"), [("SEGV", ""), ("KILL", " (a system that is short of memory does that)")]
+)
 def test_after_n_restarts_without_a_new_checkpoint_it_gives_up(killer, hint, tmp_path):
     process = supervised(tmp_path, "sh", "-c", f"echo begun; kill -{killer} $$")
     assert lines_of(process) == [
@@ -116,20 +136,31 @@ def test_a_new_checkpoint_gives_all_restarts_back(tmp_path):
 
 
 def test_checkpoints_at_a_uri_are_seen(tmp_path):
-    for name in ("checkpoints/step_00000003.pt", "seed-1/checkpoints/step_00000001.pt", "metrics.jsonl"):
+    for name in (
+        "checkpoints/step_00000003.pt",
+        "seed-1/checkpoints/step_00000001.pt",
+        "metrics.jsonl",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = supervise._checkpoints(tmp_path.as_uri())
-    assert found == {"checkpoints/step_00000003.pt", "seed-1/checkpoints/step_00000001.pt"} == supervise._checkpoints(str(tmp_path))
+    assert (
+        found
+        == {"checkpoints/step_00000003.pt", "seed-1/checkpoints/step_00000001.pt"}
+        == supervise._checkpoints(str(tmp_path))
+    )
     assert supervise._checkpoints("nowhere://there") is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_was_asked_to_end_is_not_started_again(number, tmp_path):
-    # A shell could not take back that SIGINT is ignored, as it is where the tests run in the background of a script.
+    # A shell could not take back that SIGINT is ignored, as it is where the tests run in the
+    # background of a script.
     end = f"import os, signal; signal.signal({number.value}, signal.SIG_DFL); os.kill(os.getpid(), {number.value})"
     process = supervised(tmp_path, sys.executable, "-c", end)
-    assert lines_of(process) == [f"interrupted: the run was ended by {number.name}; go on with the same command"]
+    assert lines_of(process) == [
+        f"interrupted: the run was ended by {number.name}; go on with the same command"
+    ]
     assert process.returncode == 128 + number
 
 
@@ -164,7 +195,9 @@ def test_sigterm_arrives_once(counted):
 
 
 def test_sigint_of_a_process_never_arrives_twice(counted):
-    """As where `ray job stop` sends SIGINT: to the supervisor and to the command. A second one to the supervisor is meant."""
+    """As where `ray job stop` sends SIGINT: to the supervisor and to the command. A second one to
+    the supervisor is meant.
+    """
     process, number, signals = counted
     os.kill(number, signal.SIGINT)
     wait_for(signals.exists, process)
@@ -190,7 +223,18 @@ def test_ctrl_c_at_a_terminal_arrives_once(tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)
-        words = [sys.executable, "-c", SUPERVISOR, "0", "run", "2", sys.executable, "-c", COUNTS, "0.3"]
+        words = [
+            sys.executable,
+            "-c",
+            SUPERVISOR,
+            "0",
+            "run",
+            "2",
+            sys.executable,
+            "-c",
+            COUNTS,
+            "0.3",
+        ]
         os.execv(sys.executable, words)
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists():
@@ -242,9 +286,15 @@ def test_a_killed_run_goes_on_by_itself_to_the_same_bits(reference, tmp_path):
     assert process.returncode == 0, said
     assert reference.upper_sha256 in output
     result = json.loads((folder / "result.json").read_text())
-    assert (result["upper_sha256"], result["metrics"]) == (reference.upper_sha256, reference.metrics)
+    assert (result["upper_sha256"], result["metrics"]) == (
+        reference.upper_sha256,
+        reference.metrics,
+    )
     assert result["first_step"] == 3
-    assert "note: the run was killed by SIGKILL; restart 1 of 1, in 1 s, goes on from its last checkpoint" in said.splitlines()
+    assert (
+        "note: the run was killed by SIGKILL; restart 1 of 1, in 1 s, goes on from its last checkpoint"
+        in said.splitlines()
+    )
     assert said.splitlines()[-1] == f"done after 8 steps; run folder: {folder}"
 
 
@@ -286,8 +336,13 @@ def test_what_is_wrong_is_said_once(tmp_path):
     assert "restart" not in done.stderr
     refused = CliRunner().invoke(app, ["train", str(config), "--restarts", "3"])
     assert refused.exit_code == 2
-    assert refused.stderr == "--restarts 3: a run that is started again goes on where it was; give --auto-resume too\n"
-    gone = CliRunner().invoke(app, ["train", str(tmp_path / "nothing"), "--auto-resume", "--restarts", "3"])
+    assert (
+        refused.stderr
+        == "--restarts 3: a run that is started again goes on where it was; give --auto-resume too\n"
+    )
+    gone = CliRunner().invoke(
+        app, ["train", str(tmp_path / "nothing"), "--auto-resume", "--restarts", "3"]
+    )
     assert gone.exit_code == 2
     assert gone.stderr.startswith("no config file")
 
@@ -297,4 +352,11 @@ def test_the_child_is_called_as_its_parent_was(how, monkeypatch):
     typed = ["train", "job", "steps=3", "--restarts", "3", "--auto-resume"]
     monkeypatch.setattr(sys, "orig_argv", ["python", *how, *typed])
     monkeypatch.setattr(sys, "argv", ["bomemeta", *typed])
-    assert supervise.same_command("job", ["steps=3"]) == [sys.executable, *how, "train", "job", "steps=3", "--auto-resume"]
+    assert supervise.same_command("job", ["steps=3"]) == [
+        sys.executable,
+        *how,
+        "train",
+        "job",
+        "steps=3",
+        "--auto-resume",
+    ]

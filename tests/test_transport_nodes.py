@@ -1,4 +1,6 @@
-"""The ray transport on several nodes (processes of this machine): what is lost with a node, who comes with one, who is slow."""
+"""The ray transport on several nodes (processes of this machine): what is lost with a node, who
+comes with one, who is slow.
+"""
 
 import os
 import signal
@@ -36,7 +38,9 @@ WIDE: dict[str, Any] = {
 
 class Order(NamedTuple):
     trouble: str = ""  # the first to touch this file stops
-    slow: str = ""  # the process that is named in this file, the first to come, takes 20 times as long
+    slow: str = (
+        ""  # the process that is named in this file, the first to come, takes 20 times as long
+    )
     leaf: int = 0
 
 
@@ -52,19 +56,30 @@ class Adder:
             if not Path(order.slow).exists():
                 Path(order.slow).write_text(str(os.getpid()))
             time.sleep(2.0 if Path(order.slow).read_text() == str(os.getpid()) else 0.1)
-        return os.getpid(), broadcast * (1 + 10.0**-order.leaf), *(state + broadcast[0] for state in states)
+        return (
+            os.getpid(),
+            broadcast * (1 + 10.0**-order.leaf),
+            *(state + broadcast[0] for state in states),
+        )
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
-    """A head without CPUs, for the driver; tests say how many nodes beside it they want (`with_nodes`)."""
+    """A head without CPUs, for the driver; tests say how many nodes beside it they want
+    (`with_nodes`).
+    """
     with pytest.MonkeyPatch.context() as monkeypatch:
-        # With tokens, as a cluster that bomemeta starts: earlier tests may have done so in this process.
+        # With tokens, as a cluster that bomemeta starts: earlier tests may have done so in this
+        # process.
         cluster._make_token()
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         Config.initialize("")  # reads it again
         # The cluster finds a dead node within 3 s instead of 15.
-        quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+        quick = {
+            "health_check_period_ms": 500,
+            "health_check_timeout_ms": 1000,
+            "health_check_failure_threshold": 3,
+        }
         with cluster._local_settings():  # loopback only here too
             head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
             cluster_of_nodes = Cluster(initialize_head=True, head_node_args=head)
@@ -75,7 +90,9 @@ def nodes() -> Iterator[Cluster]:
 
 
 def with_nodes(nodes: Cluster, wanted: int) -> list[Any]:
-    """Brings the cluster to so many nodes of one CPU each: what an earlier test left is used again, since a node takes seconds to start."""
+    """Brings the cluster to so many nodes of one CPU each: what an earlier test left is used again,
+    since a node takes seconds to start.
+    """
     while len(nodes.worker_nodes) > wanted:
         nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=True)
     while len(nodes.worker_nodes) < wanted:
@@ -110,12 +127,17 @@ def test_an_address_where_nobody_listens():  # before the file's cluster is ther
 def test_a_lost_node(nodes, tmp_path):
     (first,) = with_nodes(nodes, 1)
     with closing(RayTransport(Adder, RayOptions(workers=1, step_timeout_s=20.0))) as transport:
-        one = np.ones(200_000, np.float32)  # large enough for the store of the node that computes it
+        one = np.ones(
+            200_000, np.float32
+        )  # large enough for the store of the node that computes it
         reply = transport.run(one, [ShardCall(Order(), (one,), 1, summed=True)]).replies[0]
 
-        # The worker hangs on a node that is not the driver's: its process must go, or its CPU is never free again.
+        # The worker hangs on a node that is not the driver's: its process must go, or its CPU is
+        # never free again.
         transport._options = transport._fleet.options = RayOptions(workers=1, step_timeout_s=1.0)
-        second = transport.run(one, [ShardCall(Order(str(tmp_path / "mark")), reply.states, 1, summed=True)]).replies[0]
+        second = transport.run(
+            one, [ShardCall(Order(str(tmp_path / "mark")), reply.states, 1, summed=True)]
+        ).replies[0]
         transport._options = transport._fleet.options = RayOptions(workers=1, step_timeout_s=20.0)
         assert second.reply != reply.reply
         assert not Path(f"/proc/{reply.reply}").exists()
@@ -136,7 +158,9 @@ def test_workers_are_spread_and_sums_meet_in_a_tree_on_them(nodes):
     calls = [ShardCall(Order(leaf=leaf), summed=True) for leaf in range(7)]
     x = np.linspace(0, 1, 100_000, dtype=np.float32)
     expected = SerialTransport(Adder).run(x, calls).total
-    with closing(RayTransport(Adder, RayOptions(workers=3, step_timeout_s=30.0, reduce="tree"))) as transport:
+    with closing(
+        RayTransport(Adder, RayOptions(workers=3, step_timeout_s=30.0, reduce="tree"))
+    ) as transport:
         all_ready(transport, 3)
         assert len(set(transport.worker_nodes())) == 3
         got = transport.run(x, calls)
@@ -148,7 +172,9 @@ def test_workers_are_spread_and_sums_meet_in_a_tree_on_them(nodes):
     assert got.driver_bytes == 7 * expected.nbytes
 
 
-def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked_for(nodes, tmp_path):
+def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked_for(
+    nodes, tmp_path
+):
     with_nodes(nodes, 3)
     rounds = 10
     for backup_after in (None, 2.0):
@@ -156,7 +182,11 @@ def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked
         options = RayOptions(workers=3, step_timeout_s=30.0, backup_after=backup_after)
         calls = [ShardCall(Order(slow=mark, leaf=leaf), summed=True, kind="k") for leaf in range(4)]
         x = np.ones(10, np.float32)
-        expected = SerialTransport(Adder).run(x, [ShardCall(Order(leaf=leaf), summed=True) for leaf in range(4)]).total
+        expected = (
+            SerialTransport(Adder)
+            .run(x, [ShardCall(Order(leaf=leaf), summed=True) for leaf in range(4)])
+            .total
+        )
         answered: Counter[int] = Counter()
         with closing(RayTransport(Adder, options)) as transport:
             all_ready(transport, 3)
@@ -164,25 +194,37 @@ def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked
                 got = transport.run(x, calls)
                 assert np.array_equal(got.total, expected)
                 answered.update(reply.reply for reply in got.replies)
-        # If nothing were learned, it would have a call in every round. tests/test_rounds_plan.py says after how many answers it is known on
-        # a quiet machine.
+        # If nothing were learned, it would have a call in every round. tests/test_rounds_plan.py
+        # says after how many answers it is known on a quiet machine.
         assert answered[int(Path(mark).read_text())] <= rounds / 2, answered
 
 
-def train_through(folder: Path, load_s: float, overrides: list[str], *deeds: tuple[int, Callable[[], Any]]) -> bomemeta.Result:
-    """A run in a thread, and each deed in the middle of the step after so many. (Ray starts nodes in the main thread only.)"""
+def train_through(
+    folder: Path, load_s: float, overrides: list[str], *deeds: tuple[int, Callable[[], Any]]
+) -> bomemeta.Result:
+    """A run in a thread, and each deed in the middle of the step after so many. (Ray starts nodes
+    in the main thread only.)
+    """
     with ThreadPoolExecutor(1) as beside:
         running = beside.submit(
-            bomemeta.train, WIDE, [f"output_dir={folder}", f"problem.load_s={load_s}", "step_timeout_s=30", *overrides]
+            bomemeta.train,
+            WIDE,
+            [f"output_dir={folder}", f"problem.load_s={load_s}", "step_timeout_s=30", *overrides],
         )
         for steps, deed in deeds:
-            wait_for(lambda steps=steps: running.done() or len(read_metrics(folder / "metrics.jsonl")) >= steps)  # type: ignore[misc]
+            wait_for(
+                lambda steps=steps: (
+                    running.done() or len(read_metrics(folder / "metrics.jsonl")) >= steps
+                )
+            )  # type: ignore[misc]
             time.sleep(0.3)
             deed()
         return running.result()
 
 
-def test_a_run_that_loses_a_node_with_lower_state_goes_back_and_reaches_the_same_bits(nodes, reference, tmp_path):
+def test_a_run_that_loses_a_node_with_lower_state_goes_back_and_reaches_the_same_bits(
+    nodes, reference, tmp_path
+):
     # After an odd step: what a checkpoint has fetched has a copy on the driver's node.
     three = with_nodes(nodes, 3)
     lost = (5, lambda: nodes.remove_node(three[0], allow_graceful=False))
@@ -210,19 +252,25 @@ def test_too_few_nodes_are_waited_for_and_then_named(nodes):
     with_nodes(nodes, 0)
     events: list[str] = []
     options = RayOptions(workers=3, min_workers=2, start_timeout_s=3.0)
-    with pytest.raises(ClusterError, match=r"2 workers of 1 CPU .* do not fit: the cluster \(1 nodes\) has 0 CPU"):
+    with pytest.raises(
+        ClusterError, match=r"2 workers of 1 CPU .* do not fit: the cluster \(1 nodes\) has 0 CPU"
+    ):
         RayTransport(Adder, options, events.append)
     assert any("waiting for room for 2 workers" in event for event in events)
 
 
 def test_a_gpu_that_torch_does_not_see_is_named(nodes):
     if torch.cuda.is_available():
-        pytest.skip("torch sees a GPU here; the error is for machines where Ray has one and torch does not")
+        pytest.skip(
+            "torch sees a GPU here; the error is for machines where Ray has one and torch does not"
+        )
     with_nodes(nodes, 0)
     nodes.add_node(num_cpus=1, num_gpus=1)  # Ray believes it
     with (
         closing(RayTransport(Adder, RayOptions(workers=1, gpus_per_worker=1.0))) as transport,
-        pytest.raises(ClusterError, match=r"GPU 0, and torch .* sees none there\. .*gpus_per_worker=0"),
+        pytest.raises(
+            ClusterError, match=r"GPU 0, and torch .* sees none there\. .*gpus_per_worker=0"
+        ),
     ):
         transport.run(np.ones(1, np.float32), [ShardCall(Order())])
     with_nodes(nodes, 0)

@@ -19,8 +19,8 @@ import torch
 from bomemeta.distributed import cluster
 from bomemeta.distributed.ray_round import RayRound
 from bomemeta.distributed.ray_transport import RayOptions, RayTransport
-from bomemeta.distributed.seats import Phase
 from bomemeta.distributed.serial import SerialTransport
+from bomemeta.distributed.slots import Phase
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.errors import ClusterError, ConfigError, DivergenceError
 
@@ -28,7 +28,9 @@ SMALL = 0.1  # CPUs of a test's worker: several transports share the module's cl
 
 
 class Order(NamedTuple):
-    """What the toy worker does on the way to its answer. `once` marks trouble that only the first try meets."""
+    """What the toy worker does on the way to its answer. `once` marks trouble that only the first
+    try meets.
+    """
 
     scale: float = 1.0
     sleep_s: float = 0.0
@@ -48,7 +50,13 @@ class Toy:
         time.sleep(order.sleep_s)
         total = (torch.tensor(broadcast) * order.scale).sum().numpy()
         moved = [state + total for state in states]
-        return (float(total), os.getpid(), torch.get_num_threads(), self.device, broadcast.flags.writeable), *moved
+        return (
+            float(total),
+            os.getpid(),
+            torch.get_num_threads(),
+            self.device,
+            broadcast.flags.writeable,
+        ), *moved
 
 
 def make_trouble(trouble: str) -> None:
@@ -78,7 +86,9 @@ EVENTS: list[str] = []
 def home():
     """Three workers, on the cluster that this transport starts; the others join it."""
     environment = dict(os.environ)
-    transport = RayTransport(Toy, RayOptions(workers=3, cpus_per_worker=0.5, step_timeout_s=60.0), EVENTS.append)
+    transport = RayTransport(
+        Toy, RayOptions(workers=3, cpus_per_worker=0.5, step_timeout_s=60.0), EVENTS.append
+    )
     all_ready(transport, 3)
     processes = ray_processes()
     yield transport
@@ -86,7 +96,9 @@ def home():
     transport.close()
     assert not ray.is_initialized()
     deadline = time.monotonic() + 10
-    while (left := [pid for pid in processes if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+    while (
+        left := [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+    ) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == []
     assert {name: value for name, value in os.environ.items() if name.startswith("RAY")} == {
@@ -99,7 +111,9 @@ def home():
 @pytest.fixture(scope="module")
 def single(home):
     """One worker, on a cluster that it joins and leaves as it was."""
-    transport = RayTransport(Toy, RayOptions(workers=1, cpus_per_worker=SMALL, step_timeout_s=3.0), EVENTS.append)
+    transport = RayTransport(
+        Toy, RayOptions(workers=1, cpus_per_worker=SMALL, step_timeout_s=3.0), EVENTS.append
+    )
     yield transport
     all_ready(transport, 1)
     (pid,), pids = transport.worker_pids(), home.worker_pids()
@@ -129,7 +143,9 @@ def ray_processes() -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                )
             except (FileNotFoundError, ProcessLookupError):
                 continue
     found = [os.getpid()]
@@ -151,16 +167,23 @@ def listening_addresses(pids: list[int]) -> set[str]:
         for line in Path(table).read_text().splitlines()[1:]:
             columns = line.split()
             if columns[3] == "0A" and columns[9] in sockets:  # 0A: LISTEN
-                words = np.array([int(columns[1][at : at + 8], 16) for at in range(0, len(columns[1]) - 5, 8)])
+                words = np.array(
+                    [int(columns[1][at : at + 8], 16) for at in range(0, len(columns[1]) - 5, 8)]
+                )
                 addresses.add(socket.inet_ntop(family, words.astype("<u4").tobytes()))
     return addresses
 
 
 @pytest.mark.parametrize(
-    ("x", "sent"), [(X, np.ndarray), (np.tile(X, 60), ray.ObjectRef)], ids=["in the calls", "through the store"]
+    ("x", "sent"),
+    [(X, np.ndarray), (np.tile(X, 60), ray.ObjectRef)],
+    ids=["in the calls", "through the store"],
 )
 def test_serial_and_any_number_of_workers_agree(x, sent, home, single):
-    calls = [ShardCall(Order(scale=scale), (np.full(5, scale), np.ones(2)), 2) for scale in (0.1, -3.0, 7.7, 2.0, 1e-3)]
+    calls = [
+        ShardCall(Order(scale=scale), (np.full(5, scale), np.ones(2)), 2)
+        for scale in (0.1, -3.0, 7.7, 2.0, 1e-3)
+    ]
     assert isinstance(cluster.outgoing(x, len(calls)), sent)
     serial = SerialTransport(Toy, threads=1)
     expected = serial.run(x, calls)
@@ -169,14 +192,23 @@ def test_serial_and_any_number_of_workers_agree(x, sent, home, single):
         for transport in (single, two, home):
             got = transport.run(x, calls)
             assert numbers(got) == numbers(expected)
-            assert {reply.reply[2:] for reply in got.replies} == {(1, "cpu", False)}  # False: x is not to be written into
+            assert {reply.reply[2:] for reply in got.replies} == {
+                (1, "cpu", False)
+            }  # False: x is not to be written into
             for reply, states in zip(got.replies, expected_states, strict=True):
-                for state, expected_state in zip(transport.fetch(reply.states), states, strict=True):
+                for state, expected_state in zip(
+                    transport.fetch(reply.states), states, strict=True
+                ):
                     assert np.array_equal(state, expected_state)
 
 
 def test_replies_come_in_the_order_of_the_calls(home):
-    orders = [Order(scale=1, sleep_s=0.4), Order(scale=2, sleep_s=0.2), Order(scale=3), Order(scale=4)]
+    orders = [
+        Order(scale=1, sleep_s=0.4),
+        Order(scale=2, sleep_s=0.2),
+        Order(scale=3),
+        Order(scale=4),
+    ]
     got = home.run(np.ones(2, np.float32), [ShardCall(order) for order in orders])
     assert numbers(got) == [2.0, 4.0, 6.0, 8.0]
     assert home.run(X, []).replies == []
@@ -187,17 +219,20 @@ def beforehand(monkeypatch):
     """The numbers of the calls that were given to a worker while it was still at another."""
     found, begin = [], RayRound._begin
 
-    def spy(self, seat, job):
-        if seat.phase is Phase.BUSY:
+    def spy(self, slot, job):
+        if slot.phase is Phase.BUSY:
             found.append(job)
-        begin(self, seat, job)
+        begin(self, slot, job)
 
     monkeypatch.setattr(RayRound, "_begin", spy)
     return found
 
 
 def sleeping(*seconds):
-    return [ShardCall(Order(scale=1.0 + number, sleep_s=sleep), kind=f"call {number}") for number, sleep in enumerate(seconds)]
+    return [
+        ShardCall(Order(scale=1.0 + number, sleep_s=sleep), kind=f"call {number}")
+        for number, sleep in enumerate(seconds)
+    ]
 
 
 def test_a_worker_has_its_next_call_before_it_is_done(single, beforehand):
@@ -207,7 +242,8 @@ def test_a_worker_has_its_next_call_before_it_is_done(single, beforehand):
     assert beforehand == []  # how long these calls take is not known yet
     assert numbers(single.run(X, sleeping(1, 1, 1))) == expected
     assert len(beforehand) == 2  # all but the first of three, whichever is taken for the longest
-    # A worker that dies with one call in hand and one to follow: neither is lost, and the second has no strike.
+    # A worker that dies with one call in hand and one to follow: neither is lost, and the second
+    # has no strike.
     before = single.replacements
     timer = threading.Timer(1.5, kill_all, [single])
     timer.start()
@@ -220,7 +256,9 @@ def test_a_worker_has_its_next_call_before_it_is_done(single, beforehand):
 def test_a_call_that_waits_behind_a_late_one_is_given_to_another(home, beforehand):
     with closing(RayTransport(Toy, RayOptions(workers=2, cpus_per_worker=SMALL))) as transport:
         all_ready(transport, 2)
-        for _ in range(2):  # one worker is known to have the second call, the other the first and then the third
+        for _ in range(
+            2
+        ):  # one worker is known to have the second call, the other the first and then the third
             transport.run(X, sleeping(0.4, 1.2, 0.1))
         beforehand.clear()
         late, other, third = transport.run(X, sleeping(3, 1.2, 0.1)).replies
@@ -234,9 +272,16 @@ def test_a_call_that_waits_behind_a_late_one_is_given_to_another(home, beforehan
 
 def test_kill_in_the_middle_of_a_call(home, tmp_path):
     before = home.replacements
-    calls = [ShardCall(Order(scale=scale, trouble="die" if scale == 2 else "", once=str(tmp_path / "mark"))) for scale in (1, 2, 3)]
+    calls = [
+        ShardCall(
+            Order(scale=scale, trouble="die" if scale == 2 else "", once=str(tmp_path / "mark"))
+        )
+        for scale in (1, 2, 3)
+    ]
     got = home.run(X, calls)
-    assert numbers(got) == numbers(SerialTransport(Toy).run(X, [ShardCall(Order(scale=scale)) for scale in (1, 2, 3)]))
+    assert numbers(got) == numbers(
+        SerialTransport(Toy).run(X, [ShardCall(Order(scale=scale)) for scale in (1, 2, 3)])
+    )
     assert home.replacements == before + 1
     assert any("died" in line and "in shard 1" in line and "pid" in line for line in EVENTS)
 
@@ -280,7 +325,14 @@ def test_the_workers_exception_keeps_its_type_and_is_immediate(home):
     before = home.replacements
     started = time.monotonic()
     with pytest.raises(DivergenceError, match="step 3: the loss is nan") as caught:
-        home.run(X, [ShardCall(Order(sleep_s=0.5)), ShardCall(Order(trouble="raise"), (X,), 1), ShardCall(Order(sleep_s=8))])
+        home.run(
+            X,
+            [
+                ShardCall(Order(sleep_s=0.5)),
+                ShardCall(Order(trouble="raise"), (X,), 1),
+                ShardCall(Order(sleep_s=8)),
+            ],
+        )
     assert time.monotonic() - started < 4
     assert "make_trouble" in str(caught.value.__cause__)  # the traceback over there
     # The worker that is still busy gives its old answer to nobody.
@@ -298,7 +350,10 @@ def test_what_there_is_to_do_meanwhile_is_done_while_the_workers_compute(home, t
         while not mark.exists():  # a call has been given out, and nobody waits for it yet
             time.sleep(0.01)
 
-    assert len(home.run(X, [ShardCall(Order(trouble="none", once=str(mark)))] * 4, meanwhile).replies) == 4
+    assert (
+        len(home.run(X, [ShardCall(Order(trouble="none", once=str(mark)))] * 4, meanwhile).replies)
+        == 4
+    )
     assert len(called) == 1
 
     def full_disk():
@@ -318,7 +373,9 @@ def test_a_factory_that_fails(home):
 
 def test_a_wrong_number_of_states(home):
     for transport in (SerialTransport(Toy), home):
-        with pytest.raises(TypeError, match="returned 1 values; this call wants a tuple of 1 reply and 2 states"):
+        with pytest.raises(
+            TypeError, match="returned 1 values; this call wants a tuple of 1 reply and 2 states"
+        ):
             transport.run(X, [ShardCall(Order(), (), 2)])
 
 
@@ -357,7 +414,9 @@ def test_memory_stays_flat(home):
     for _ in range(200):
         states = home.run(broadcast, [ShardCall(Order(), states, 1)] * 2).replies[0].states
     deadline = time.monotonic() + 10  # Ray reports its memory once a second
-    while (used := free - ray.available_resources()["object_store_memory"]) > 10e6 and time.monotonic() < deadline:
+    while (
+        used := free - ray.available_resources()["object_store_memory"]
+    ) > 10e6 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert used < 10e6  # 200 rounds that kept anything would hold at least 200 MB
 
@@ -384,6 +443,10 @@ def test_the_cluster_listens_on_loopback_only_and_wants_a_token(home):
     ask = f"from ray._raylet import GcsClient; GcsClient({ray.get_runtime_context().gcs_address!r}).internal_kv_get(b'x', None, 5)"
     for token, refused in ((None, False), ("0" * 64, True)):
         environment = {**os.environ, **({"RAY_AUTH_TOKEN": token} if token else {})}
-        stranger = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, timeout=60)
+        stranger = subprocess.run(
+            [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, timeout=60
+        )
         assert (stranger.returncode != 0) == refused, stranger.stderr
-        assert ("InvalidAuthToken" in stranger.stderr or "Unauthenticated" in stranger.stderr) == refused, stranger.stderr
+        assert (
+            "InvalidAuthToken" in stranger.stderr or "Unauthenticated" in stranger.stderr
+        ) == refused, stranger.stderr

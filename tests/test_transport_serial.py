@@ -32,7 +32,14 @@ def test_replies_in_order_and_states_as_arrays():
 
 def test_what_there_is_to_do_meanwhile_is_done_once():
     called = []
-    assert len(SerialTransport(Echo).run(np.ones(3), [ShardCall("a"), ShardCall("b")], lambda: called.append(None)).replies) == 2
+    assert (
+        len(
+            SerialTransport(Echo)
+            .run(np.ones(3), [ShardCall("a"), ShardCall("b")], lambda: called.append(None))
+            .replies
+        )
+        == 2
+    )
     assert len(called) == 1
 
 
@@ -42,7 +49,9 @@ def test_arguments_are_read_only_as_on_a_cluster():
 
 
 def test_wrong_number_of_states_says_what_to_return():
-    with pytest.raises(TypeError, match=r"2 values; this call wants a tuple of 1 reply and 0 states\. Return"):
+    with pytest.raises(
+        TypeError, match=r"2 values; this call wants a tuple of 1 reply and 0 states\. Return"
+    ):
         SerialTransport(Echo).run(np.ones(3), [ShardCall("a", (np.ones(3),), 0)])
 
 

@@ -1,6 +1,8 @@
-"""Searches with real Ray Tune: ASHA, PBT, trials with workers of their own, deaths of trials and of the driver, clusters without room.
+"""Searches with real Ray Tune: ASHA, PBT, trials with workers of their own, deaths of trials and of
+the driver, clusters without room.
 
-The reference is the plain serial run with a trial's config: whatever happened to the trial, x has its bits.
+The reference is the plain serial run with a trial's config: whatever happened to the trial, x has
+its bits.
 """
 
 from __future__ import annotations
@@ -61,14 +63,23 @@ def changed(file: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 def based(**changes: Any) -> dict[str, Any]:
     """FILE with keys of the base config set, as in problem={"doom_step": 5}."""
-    sections = {key: {**BASE[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
+    sections = {
+        key: {**BASE[key], **value} if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
     return changed(FILE, base={**BASE, **sections})
 
 
 def plain(values: dict[str, Any], folder: Path, *overrides: str) -> bomemeta.Result:
     """The undisturbed serial run with a trial's values."""
-    texts = [f"{key}={json.dumps(value)}" for key, value in values.items() if not key.startswith("problem.doom")]
-    return bomemeta.train(BASE, [*texts, f"output_dir={folder}", "log.tensorboard=false", *overrides])
+    texts = [
+        f"{key}={json.dumps(value)}"
+        for key, value in values.items()
+        if not key.startswith("problem.doom")
+    ]
+    return bomemeta.train(
+        BASE, [*texts, f"output_dir={folder}", "log.tensorboard=false", *overrides]
+    )
 
 
 # The space
@@ -95,7 +106,15 @@ def test_ends_of_a_domain(domain: dict[str, Any], ends: list[Any]) -> None:
 
 
 def test_every_kind_has_a_test_and_words() -> None:
-    assert set(KINDS) == {"uniform", "loguniform", "quniform", "randint", "lograndint", "choice", "grid"}
+    assert set(KINDS) == {
+        "uniform",
+        "loguniform",
+        "quniform",
+        "randint",
+        "lograndint",
+        "choice",
+        "grid",
+    }
     assert all(kind.wanted for kind in KINDS.values())
 
 
@@ -118,7 +137,9 @@ def test_every_kind_has_a_test_and_words() -> None:
 )
 def test_a_wrong_domain_names_key_got_and_wanted(value: Any, message: str) -> None:
     wrong: list[Any] = []
-    assert read_space({"solver": {"upper_lr": value}, "seed": {"grid": [1]}}, wrong).keys() == {"seed"}
+    assert read_space({"solver": {"upper_lr": value}, "seed": {"grid": [1]}}, wrong).keys() == {
+        "seed"
+    }
     ((path, text),) = wrong
     assert path == ("solver", "upper_lr")
     assert text.startswith("space.solver.upper_lr: ")
@@ -169,7 +190,9 @@ def test_all_that_is_wrong_is_said_with_its_line(tmp_path: Path) -> None:
         ":11: report_every_steps: got 3, wanted a divisor of the run's steps, 10",
         ":12: asha.grace_steps: got 4, wanted a multiple of report_every_steps, 3",
     ]
-    assert [line.startswith(f"{file}{text}") for line, text in zip(lines, wanted, strict=True)] == [True] * len(wanted), lines
+    assert [line.startswith(f"{file}{text}") for line, text in zip(lines, wanted, strict=True)] == [
+        True
+    ] * len(wanted), lines
 
 
 @pytest.mark.parametrize(
@@ -182,12 +205,20 @@ def test_all_that_is_wrong_is_said_with_its_line(tmp_path: Path) -> None:
         ({"base": "quickstrat"}, "Did you mean configs/quickstart.yaml?"),
         ({"overrides": {"seeds": 3}}, "base: has seeds: 3, wanted 1"),
         ({"overrides": {"solver.inner_stepz": 3}}, "base: solver.inner_stepz is not a key"),
-        ({"scheduler": "pbt", "space": {"seed": {"grid": [1, 2]}}}, "space.seed: pbt changes it while a trial runs"),
-        ({"scheduler": "pbt", "space": {"solver.barrier": {"choice": ["global"]}}}, "for numbers of the solver alone"),
+        (
+            {"scheduler": "pbt", "space": {"seed": {"grid": [1, 2]}}},
+            "space.seed: pbt changes it while a trial runs",
+        ),
+        (
+            {"scheduler": "pbt", "space": {"solver.barrier": {"choice": ["global"]}}},
+            "for numbers of the solver alone",
+        ),
         ({"scheduler": "pbt", "trials": 1}, "trials: got 1, wanted at least 2 for scheduler: pbt"),
     ],
 )
-def test_what_no_search_can_be_made_of(changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_search_can_be_made_of(
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_search(changed(FILE, **changes))
@@ -204,7 +235,13 @@ def test_a_search_as_written_is_the_same_search(tmp_path: Path) -> None:
 def test_same_seed_same_trials() -> None:
     from bomemeta.tune.search import sampled
 
-    search = load_search(changed(FILE, trials=3, space={**FILE["space"], "solver.barrier": {"grid": ["global", "per_task"]}}))
+    search = load_search(
+        changed(
+            FILE,
+            trials=3,
+            space={**FILE["space"], "solver.barrier": {"grid": ["global", "per_task"]}},
+        )
+    )
     trials = sampled(search)
     assert [trial["solver.barrier"] for trial in trials] == ["global", "per_task"] * 3
     assert len({trial["solver.upper_lr"] for trial in trials}) == 6
@@ -216,7 +253,8 @@ def test_same_seed_same_trials() -> None:
 def test_another_solver_takes_the_base_files_keys_alone() -> None:
     search = load_search(changed(FILE, space={"solver.name": {"choice": ["bome", "soba"]}}))
     config = search.trial_config({"solver.name": "soba"})
-    # upper_lr is in the file; inner_steps is bome's alone, and bome's default inner_lr does not come along.
+    # upper_lr is in the file; inner_steps is bome's alone, and bome's default inner_lr does not
+    # come along.
     assert (config.solver.name, config.solver.fields["upper_lr"]) == ("soba", 0.03)
     assert config == load_config({**BASE, "imports": search.base["imports"]}, ["solver.name=soba"])
 
@@ -231,9 +269,15 @@ def test_asha_remembers_what_trials_reported_before_the_driver_was_lost(tmp_path
         SimpleNamespace(trial_id=f"a_{number}", last_result=last, storage=kept)
         for number, last in enumerate([{"steps": EVERY}, {}])
     )
-    lines = [{"step": 2}, {"step": EVERY - 1, "upper_error": 1.0}, {"step": 2 * EVERY - 1, "upper_error": 9.0}]
+    lines = [
+        {"step": 2},
+        {"step": EVERY - 1, "upper_error": 1.0},
+        {"step": 2 * EVERY - 1, "upper_error": 9.0},
+    ]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     for remembered, action in (([old, new], "STOP"), ([new], "CONTINUE")):
         scheduler = Halving(STEPS, EVERY, 2.0)
         scheduler.set_search_properties("upper_error", "min")
@@ -243,8 +287,17 @@ def test_asha_remembers_what_trials_reported_before_the_driver_was_lost(tmp_path
 
 
 def test_documentation_lists_the_keys_of_a_tune_file() -> None:
-    text = (ROOT / "docs" / "tune.md").read_text(encoding="utf-8").partition("## Keys")[2].partition("\n## ")[0]
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    text = (
+        (ROOT / "docs" / "tune.md")
+        .read_text(encoding="utf-8")
+        .partition("## Keys")[2]
+        .partition("\n## ")[0]
+    )
+    cells = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
     documented = {row[0].strip("`"): tuple(row[1:3]) for row in cells}
     schema = TypeAdapter(TuneSettings).json_schema()
     wanted: dict[str, tuple[str, str]] = {}
@@ -252,7 +305,10 @@ def test_documentation_lists_the_keys_of_a_tune_file() -> None:
         below = {key: (field, schema["properties"][key])}
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             parts = schema["$defs"][field.annotation.__name__]["properties"]
-            below = {f"{key}.{name}": (part, parts[name]) for name, part in field.annotation.model_fields.items()}
+            below = {
+                f"{key}.{name}": (part, parts[name])
+                for name, part in field.annotation.model_fields.items()
+            }
         for name, (part, wish) in below.items():
             default = "must be given" if part.is_required() else json.dumps(part.default).strip('"')
             wanted[name] = (default, phrase(wish, schema) or "")
@@ -273,7 +329,9 @@ def ray_cluster() -> Iterator[None]:
         yield
 
 
-def search(file: dict[str, Any], folder: Path, lines: list[str], *overrides: str, **rest: Any) -> Any:
+def search(
+    file: dict[str, Any], folder: Path, lines: list[str], *overrides: str, **rest: Any
+) -> Any:
     from bomemeta.tune import tune
 
     return tune(file, [f"output_dir={folder}", *overrides], say=lines.append, **rest)
@@ -285,17 +343,28 @@ def events(folder: Path) -> Counter[tuple[str, int]]:
 
     files = sorted(folder.rglob("events.out.tfevents.*"))
     return Counter(
-        (value.tag, event.step) for file in files for event in EventFileLoader(str(file)).Load() for value in event.summary.value
+        (value.tag, event.step)
+        for file in files
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
     )
 
 
 def test_asha_with_workers_and_a_trial_that_is_killed(ray_cluster: None, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     seen.mkdir()
-    problem = {"doom_step": 6, "doom_mark": str(tmp_path / "mark"), "group_folder": str(seen), "group_size": 3}
+    problem = {
+        "doom_step": 6,
+        "doom_mark": str(tmp_path / "mark"),
+        "group_folder": str(seen),
+        "group_size": 3,
+    }
     file = changed(
         based(problem=problem, workers=2, shards=4),
-        space={"solver.upper_lr": {"grid": [0.1, 0.001]}, "solver.inner_lr": {"uniform": [0.08, 0.12]}},
+        space={
+            "solver.upper_lr": {"grid": [0.1, 0.001]},
+            "solver.inner_lr": {"uniform": [0.08, 0.12]},
+        },
         trials=1,
         concurrent=1,
         asha={"grace_steps": EVERY, "reduction": 2.0},
@@ -307,20 +376,31 @@ def test_asha_with_workers_and_a_trial_that_is_killed(ray_cluster: None, tmp_pat
     result = search(file, tmp_path / "out", lines)
     assert (tmp_path / "mark.0").exists()
     assert len([line for line in lines if line.startswith("trial 1/2 was lost (")]) == 1, lines
-    assert [(row.trial, row.ended, row.steps) for row in result.rows] == [(1, "done", STEPS), (2, "stopped", EVERY)]
+    assert [(row.trial, row.ended, row.steps) for row in result.rows] == [
+        (1, "done", STEPS),
+        (2, "stopped", EVERY),
+    ]
     assert [row.values for row in result.rows] == sampled(load_search(file))
 
     best = result.rows[0]
     assert result.best == best
     assert len(best.lineage) == 1
     serial = bomemeta.train(
-        result.best_config, [f"output_dir={tmp_path / 'best'}", "workers=0", "problem.doom_step=null", "problem.group_folder=null"]
+        result.best_config,
+        [
+            f"output_dir={tmp_path / 'best'}",
+            "workers=0",
+            "problem.doom_step=null",
+            "problem.group_folder=null",
+        ],
     )
     assert serial.upper_sha256 == best.upper_sha256
     assert serial.metrics["upper_error"] == best.figure
     run = tmp_path / "out" / best.run_dir
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(STEPS))
-    assert json.loads((run / "result.json").read_text())["first_step"] == EVERY  # the report before the kill
+    assert (
+        json.loads((run / "result.json").read_text())["first_step"] == EVERY
+    )  # the report before the kill
 
     # The trial itself and two workers, in a placement group of their own.
     groups = Counter(file.name.partition("-")[0] for file in seen.iterdir())
@@ -329,18 +409,32 @@ def test_asha_with_workers_and_a_trial_that_is_killed(ray_cluster: None, tmp_pat
 
     for row in result.rows:
         written = events(tmp_path / "out" / "trials" / f"trial-0{row.trial}")
-        assert set(written.values()) == {1}, {tag: count for tag, count in written.items() if count > 1}
-        assert {step for tag, step in written if tag == "ray/tune/upper_error"} == set(range(EVERY, row.steps + 1, EVERY))
+        assert set(written.values()) == {1}, {
+            tag: count for tag, count in written.items() if count > 1
+        }
+        assert {step for tag, step in written if tag == "ray/tune/upper_error"} == set(
+            range(EVERY, row.steps + 1, EVERY)
+        )
     assert "| 1     | done    | 12    |" in (tmp_path / "out" / "results.md").read_text()
     assert json.loads((tmp_path / "out" / "results.json").read_text())["best"] == 1
 
 
 def replayed(lineage: list[dict[str, Any]], folder: Path) -> str:
-    """Serial runs with each part's values, each from the checkpoint of the one before at the step where the part begins."""
+    """Serial runs with each part's values, each from the checkpoint of the one before at the step
+    where the part begins.
+    """
     before: Path | None = None
     for number, part in enumerate(lineage):
         overrides = [f"{key}={json.dumps(value)}" for key, value in part["values"].items()]
-        settings = load_config(BASE, [*overrides, "log.tensorboard=false", f"checkpoint.every_steps={EVERY}", "checkpoint.keep=9"])
+        settings = load_config(
+            BASE,
+            [
+                *overrides,
+                "log.tensorboard=false",
+                f"checkpoint.every_steps={EVERY}",
+                "checkpoint.keep=9",
+            ],
+        )
         run = RunFolder(folder / str(number))
         run.path.mkdir(parents=True)
         run.write_config(settings)
@@ -352,10 +446,15 @@ def replayed(lineage: list[dict[str, Any]], folder: Path) -> str:
     return sha256
 
 
-def test_pbt_goes_on_from_another_trial_with_other_values(ray_cluster: None, tmp_path: Path) -> None:
+def test_pbt_goes_on_from_another_trial_with_other_values(
+    ray_cluster: None, tmp_path: Path
+) -> None:
     file = changed(
         FILE,
-        space={"solver.upper_lr": {"loguniform": [1e-3, 1e-1]}, "solver.inner_steps": {"choice": [3, 4, 5]}},
+        space={
+            "solver.upper_lr": {"loguniform": [1e-3, 1e-1]},
+            "solver.inner_steps": {"choice": [3, 4, 5]},
+        },
         trials=2,
         scheduler="pbt",
         pbt={"every_steps": EVERY, "quantile": 0.5, "together": True},
@@ -367,7 +466,9 @@ def test_pbt_goes_on_from_another_trial_with_other_values(ray_cluster: None, tmp
     # At each change the worse of the two goes on from the better one.
     assert max(len(row.lineage) for row in result.rows) > 1
     for row in result.rows:
-        assert [part["from_step"] for part in row.lineage] == sorted({part["from_step"] for part in row.lineage})
+        assert [part["from_step"] for part in row.lineage] == sorted(
+            {part["from_step"] for part in row.lineage}
+        )
         assert row.lineage[-1]["values"] == row.values
         assert replayed(row.lineage, tmp_path / f"replayed-{row.trial}") == row.upper_sha256
     text = (tmp_path / "out" / "best.yaml").read_text()
@@ -378,23 +479,37 @@ def test_trainable_in_a_tuner_of_ones_own(ray_cluster: None, tmp_path: Path) -> 
     from ray import tune
 
     file = based(problem={"doom_step": 9, "doom_mark": str(tmp_path / "mark")})["base"]
-    function = bomemeta.tune.trainable(file, ["solver.inner_steps=3"], report_every_steps=EVERY, driver_cpus=0.5)
+    function = bomemeta.tune.trainable(
+        file, ["solver.inner_steps=3"], report_every_steps=EVERY, driver_cpus=0.5
+    )
     tuner = tune.Tuner(
         function,
         param_space={"solver": {"upper_lr": tune.grid_search([0.02])}},
         run_config=tune.RunConfig(
-            name="own", storage_path=str(tmp_path), failure_config=tune.FailureConfig(max_failures=1), verbose=0
+            name="own",
+            storage_path=str(tmp_path),
+            failure_config=tune.FailureConfig(max_failures=1),
+            verbose=0,
         ),
     )
     (result,) = tuner.fit()
     assert (tmp_path / "mark.0").exists()
     metrics = result.metrics
     assert (result.error, metrics["steps"], metrics["ended"]) == (None, STEPS, "done")
-    assert metrics["upper_sha256"] == plain({"solver.upper_lr": 0.02, "solver.inner_steps": 3}, tmp_path / "plain").upper_sha256
+    assert (
+        metrics["upper_sha256"]
+        == plain(
+            {"solver.upper_lr": 0.02, "solver.inner_steps": 3}, tmp_path / "plain"
+        ).upper_sha256
+    )
     # Complete: what a trial reports is all that it takes.
     with result.checkpoint.as_directory() as directory:
         saved = checkpoints.load_latest(Path(directory)).checkpoint
-    assert (saved.step, sorted(saved.lower), upper_sha256(saved.upper)) == (STEPS, list(range(5)), metrics["upper_sha256"])
+    assert (saved.step, sorted(saved.lower), upper_sha256(saved.upper)) == (
+        STEPS,
+        list(range(5)),
+        metrics["upper_sha256"],
+    )
 
 
 def test_a_search_goes_on_after_ctrl_c_of_its_driver(ray_cluster: None, tmp_path: Path) -> None:
@@ -412,7 +527,9 @@ def test_a_search_goes_on_after_ctrl_c_of_its_driver(ray_cluster: None, tmp_path
     path.write_text(yaml.safe_dump(file))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-m", "bomemeta", "tune", str(path), f"output_dir={out}"]
-    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     wait_for((tmp_path / "mark.0").exists, process)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=120)[0]
@@ -423,10 +540,15 @@ def test_a_search_goes_on_after_ctrl_c_of_its_driver(ray_cluster: None, tmp_path
     assert not (out / "results.json").exists()
 
     lines: list[str] = []
-    with pytest.raises(ConfigError, match=r"holds another search, with other seed\. Set these back"):
+    with pytest.raises(
+        ConfigError, match=r"holds another search, with other seed\. Set these back"
+    ):
         search(file, out, lines, "seed=3")
     result = search(file, out, lines)
-    assert [(row.trial, row.ended) for row in sorted(result.rows, key=lambda row: row.trial)] == [(1, "done"), (2, "done")], lines
+    assert [(row.trial, row.ended) for row in sorted(result.rows, key=lambda row: row.trial)] == [
+        (1, "done"),
+        (2, "done"),
+    ], lines
     assert any(line.startswith("trial 2/2 goes on at step 4") for line in lines), lines
     reference = plain({"solver.upper_lr": 0.03}, tmp_path / "plain")
     assert {row.upper_sha256 for row in result.rows} == {reference.upper_sha256}
@@ -439,20 +561,37 @@ def test_a_search_goes_on_after_ctrl_c_of_its_driver(ray_cluster: None, tmp_path
 
 
 def test_a_trial_that_diverges_is_no_reason_to_stop(ray_cluster: None, tmp_path: Path) -> None:
-    file = changed(FILE, space={"solver.upper_lr": {"grid": [1e120, 0.03]}}, trials=1, concurrent=1, driver_cpus=0.5)
+    file = changed(
+        FILE,
+        space={"solver.upper_lr": {"grid": [1e120, 0.03]}},
+        trials=1,
+        concurrent=1,
+        driver_cpus=0.5,
+    )
     lines: list[str] = []
     result = search(file, tmp_path / "out", lines)
     assert [(row.trial, row.ended) for row in result.rows] == [(2, "done"), (1, "diverged")]
     assert result.rows[1].figure is None
     assert "DivergenceError: step" in (result.rows[1].reason or "")
     assert any(line.startswith("trial 1/2 diverged after ") for line in lines), lines
-    assert (tmp_path / "out" / result.rows[1].run_dir / "error.txt").read_text().startswith("Traceback")
+    assert (
+        (tmp_path / "out" / result.rows[1].run_dir / "error.txt")
+        .read_text()
+        .startswith("Traceback")
+    )
 
 
 def test_a_metric_that_is_not_reported_ends_the_search(ray_cluster: None, tmp_path: Path) -> None:
     lines: list[str] = []
-    with pytest.raises(ConfigError, match=r"trial 1: SearchError: metric: got 'validation_loss', wanted one of .*upper_error"):
-        search(changed(FILE, metric="validation_loss", concurrent=1, driver_cpus=0.5), tmp_path / "out", lines)
+    with pytest.raises(
+        ConfigError,
+        match=r"trial 1: SearchError: metric: got 'validation_loss', wanted one of .*upper_error",
+    ):
+        search(
+            changed(FILE, metric="validation_loss", concurrent=1, driver_cpus=0.5),
+            tmp_path / "out",
+            lines,
+        )
     assert not any("trial 2/" in line and "begins" in line for line in lines), lines
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -460,11 +599,20 @@ def test_a_metric_that_is_not_reported_ends_the_search(ray_cluster: None, tmp_pa
 def test_bundles_without_a_place_are_reported_at_once(ray_cluster: None, tmp_path: Path) -> None:
     began = time.monotonic()
     too_many = based(workers=9)
-    with pytest.raises(ClusterError, match=r"bundle 8 of 10 of a trial, of worker 7, got no place: wanted 0\.5 CPU on one node"):
+    with pytest.raises(
+        ClusterError,
+        match=r"bundle 8 of 10 of a trial, of worker 7, got no place: wanted 0\.5 CPU on one node",
+    ):
         search(changed(too_many, driver_cpus=1.0), tmp_path / "out", [])
-    with pytest.raises(ClusterError, match=r"bundle 2 of 3 of a trial, of worker 1, got no place: wanted 0\.5 CPU and 1 GPU"):
+    with pytest.raises(
+        ClusterError,
+        match=r"bundle 2 of 3 of a trial, of worker 1, got no place: wanted 0\.5 CPU and 1 GPU",
+    ):
         search(based(workers=2, gpus_per_worker=1.0), tmp_path / "out", [])
-    with pytest.raises(ClusterError, match=r"bundle 1 of 2 of a trial, of the trial itself, got no place: wanted 64 CPU"):
+    with pytest.raises(
+        ClusterError,
+        match=r"bundle 1 of 2 of a trial, of the trial itself, got no place: wanted 64 CPU",
+    ):
         search(changed(based(workers=1), driver_cpus=64.0), tmp_path / "out", [])
     with pytest.raises(ClusterError, match="bundle 8 of 10"):
         bomemeta.tune.trainable(too_many["base"], report_every_steps=EVERY)

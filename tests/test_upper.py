@@ -13,16 +13,26 @@ from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 
 OPTIMIZERS: list[OptimizerName] = ["sgd", "momentum", "adam"]
-SHAPES: dict[str, tuple[int, ...]] = {"w": (7, 3, 3, 3), "b": (7,), "scale": (), "one": (1,), "v": (65, 5)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "w": (7, 3, 3, 3),
+    "b": (7,),
+    "scale": (),
+    "one": (1,),
+    "v": (65, 5),
+}
 
 
 def drawn(seed: int, dtype: torch.dtype) -> Params:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in SHAPES.items()}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in SHAPES.items()
+    }
 
 
 def variable(optimizer: OptimizerName, dtype: torch.dtype = torch.float32) -> UpperVariable:
-    return UpperVariable(drawn(0, dtype), 50, optimizer=optimizer, lr=0.03, momentum=0.9, schedule="constant")
+    return UpperVariable(
+        drawn(0, dtype), 50, optimizer=optimizer, lr=0.03, momentum=0.9, schedule="constant"
+    )
 
 
 def move(upper: UpperVariable, steps: range) -> None:
@@ -35,7 +45,9 @@ def equal(one: Params, other: Params) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def each_by_itself(optimizer: OptimizerName, dtype: torch.dtype) -> tuple[Params, torch.optim.Optimizer]:
+def each_by_itself(
+    optimizer: OptimizerName, dtype: torch.dtype
+) -> tuple[Params, torch.optim.Optimizer]:
     """The readable version: torch's optimiser on every tensor."""
     params = drawn(0, dtype)
     tensors = list(params.values())
@@ -46,7 +58,9 @@ def each_by_itself(optimizer: OptimizerName, dtype: torch.dtype) -> tuple[Params
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_same_bits_as_an_optimiser_on_every_tensor(optimizer: OptimizerName, dtype: torch.dtype) -> None:
+def test_same_bits_as_an_optimiser_on_every_tensor(
+    optimizer: OptimizerName, dtype: torch.dtype
+) -> None:
     params, plain = each_by_itself(optimizer, dtype)
     upper = variable(optimizer, dtype)
     for step in range(20):
@@ -98,8 +112,17 @@ def test_a_checkpoint_with_a_state_for_every_tensor_is_read(optimizer: Optimizer
 def test_a_direction_may_hang_on_a_graph() -> None:
     upper = variable("momentum")
     for step in range(2):
-        upper.move({name: tensor.requires_grad_() * 2 for name, tensor in drawn(step, torch.float32).items()}, step, lambda x: x)
-    assert not any(tensor.requires_grad for tensor in [*upper.params.values(), *upper.state_dict().values()])
+        upper.move(
+            {
+                name: tensor.requires_grad_() * 2
+                for name, tensor in drawn(step, torch.float32).items()
+            },
+            step,
+            lambda x: x,
+        )
+    assert not any(
+        tensor.requires_grad for tensor in [*upper.params.values(), *upper.state_dict().values()]
+    )
 
 
 def test_a_projection_may_give_new_tensors_or_write_into_x() -> None:

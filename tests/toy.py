@@ -1,4 +1,6 @@
-"""A data set small enough for tests, and a way to run a solver without a run folder. Also named in configs' `imports:` by tests."""
+"""A data set small enough for tests, and a way to run a solver without a run folder. Also named in
+configs' `imports:` by tests.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 
 from bomemeta.core import tree
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import Problem
 from bomemeta.core.solver import LowerStates, Solver, StepResult
 from bomemeta.core.upper import UpperVariable
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
@@ -29,7 +31,9 @@ SIZE = 16
 @datasets.register("toy")
 @dataclass(kw_only=True)
 class Toy:
-    """Every class is a plane wave of its own, an image that wave with noise: learnable in a few steps."""
+    """Every class is a plane wave of its own, an image that wave with noise: learnable in a few
+    steps.
+    """
 
     root: str | None = None
     classes: int = 40
@@ -55,7 +59,9 @@ class Toy:
 
         def images(each: int) -> tuple[torch.Tensor, torch.Tensor]:
             labels = torch.arange(spec.ways).repeat_interleave(each)
-            noise = torch.from_numpy(rng.standard_normal((len(labels), 1, SIZE, SIZE), dtype=np.float32))
+            noise = torch.from_numpy(
+                rng.standard_normal((len(labels), 1, SIZE, SIZE), dtype=np.float32)
+            )
             return (self._patterns[chosen[labels]] + self.noise * noise).clamp(0, 1), labels
 
         return Episode(*images(spec.shots), *images(spec.queries))
@@ -77,10 +83,12 @@ class ToyLabelled:
         generator = torch.Generator().manual_seed(seed)
         labels = torch.arange(count) % self.classes
         centres = 2 * torch.eye(self.classes, self.features)
-        return Examples(centres[labels] + torch.randn(count, self.features, generator=generator), labels)
+        return Examples(
+            centres[labels] + torch.randn(count, self.features, generator=generator), labels
+        )
 
 
-def attached(problem: BilevelProblem, dtype: torch.dtype = torch.float64, seed: int = 0) -> BilevelProblem:
+def attached(problem: Problem, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
     """The problem ready for use, on the toy data set where it needs one."""
     data = None
     if problem.needs_data:
@@ -103,18 +111,34 @@ def one_thread() -> Iterator[None]:
 class Bench:
     """Steps a solver on a problem in this process; the state is open to look at."""
 
-    def __init__(self, problem: BilevelProblem, solver: Solver, steps: int, *, shards: int = 2, task_map: str = "auto") -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+        steps: int,
+        *,
+        shards: int = 2,
+        task_map: str = "auto",
+    ) -> None:
         self.problem, self.solver, self.steps, self.shards = problem, solver, steps, shards
-        self.transport = SerialTransport(lambda device: ShardWorker(lambda changes: variant_of(problem, changes), task_map, device))
-        self.upper: UpperVariable = solver.start(problem.init_upper(torch.Generator().manual_seed(0)), steps)
+        self.transport = SerialTransport(
+            lambda device: ShardWorker(
+                lambda changes: variant_of(problem, changes), task_map, device
+            )
+        )
+        self.upper: UpperVariable = solver.start(
+            problem.init_upper(torch.Generator().manual_seed(0)), steps
+        )
         self.lower = LowerStates.none()
         self.step = 0
 
     def run(self, task_ids: Sequence[int]) -> StepRun | SharedRun:
-        return step_run(self.problem, self.transport, task_ids, self.shards, step=self.step, steps=self.steps)
+        return step_run(
+            self.problem, self.transport, task_ids, self.shards, step=self.step, steps=self.steps
+        )
 
     def advance(self, task_ids: Sequence[int] | None = None) -> StepResult:
-        ids = task_ids if task_ids is not None else range(self.problem.pool or 4)
+        ids = task_ids if task_ids is not None else range(self.problem.num_tasks or 4)
         result = self.solver.step(self.upper, self.lower, self.run(ids))
         self.lower = result.lower
         self.step += 1

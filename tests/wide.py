@@ -1,4 +1,6 @@
-"""A user's file for the tests on several nodes: x and the lower variables are so large that they live in the object store."""
+"""A user's file for the tests on several nodes: x and the lower variables are so large that they
+live in the object store.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Split
+from bomemeta.core.problem import Batch, Encoded, Problem, Split
 from bomemeta.core.tree import Params
 from bomemeta.registry import problems
 
 
 @problems.register("wide")
 @dataclass(kw_only=True)
-class Wide(BilevelProblem):
+class Wide(Problem):
     """f_i = |y_i - t_i|^2 / 2, g_i = a_i'y_i^2 / 2 - x'y_i, all of `size` numbers."""
 
     lower = "per_task"
@@ -26,7 +28,7 @@ class Wide(BilevelProblem):
     load_s: float = 0.0  # what a step's data takes to load
 
     @property
-    def pool(self) -> int:
+    def num_tasks(self) -> int:
         return self.tasks
 
     def setup(self) -> None:

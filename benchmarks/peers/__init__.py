@@ -1,7 +1,9 @@
-"""Other libraries' MAML, all behind one function: adapt a module to a task and return the loss of the queries, with its graph.
+"""Other libraries' MAML, all behind one function: adapt a module to a task and return the loss of
+the queries, with its graph.
 
-`requirements.txt` beside this file pins those that are no dependency of bomemeta; what is not installed is left out and named as such.
-MAML and ANIL differ in the module: the whole network on images, or its last layer on features.
+`requirements.txt` beside this file pins those that are no dependency of bomemeta; what is not
+installed is left out and named as such. MAML and ANIL differ in the module: the whole network on
+images, or its last layer on features.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Task(NamedTuple):
 QueryLoss = Callable[[Task], Tensor]
 
 
-def learn2learn_peer(module: nn.Module, lr: float, steps: int, first_order: bool = False) -> QueryLoss:
+def learn2learn_peer(
+    module: nn.Module, lr: float, steps: int, first_order: bool = False
+) -> QueryLoss:
     """learn2learn's `MAML`, as in its examples: one clone per task."""
     maml = learn2learn().algorithms.MAML(module, lr=lr, first_order=first_order)
 
@@ -42,13 +46,18 @@ def learn2learn_peer(module: nn.Module, lr: float, steps: int, first_order: bool
 
 
 def torchopt_peer(module: nn.Module, lr: float, steps: int) -> QueryLoss:
-    """TorchOpt's `MetaSGD`, as in its few-shot example: the module is moved and put back for every task."""
+    """TorchOpt's `MetaSGD`, as in its few-shot example: the module is moved and put back for every
+    task.
+    """
     import torchopt
 
     inner = torchopt.MetaSGD(module, lr=lr)
 
     def query_loss(task: Task) -> Tensor:
-        before = [torchopt.extract_state_dict(part, by="reference", detach_buffers=True) for part in (module, inner)]
+        before = [
+            torchopt.extract_state_dict(part, by="reference", detach_buffers=True)
+            for part in (module, inner)
+        ]
         for _ in range(steps):
             inner.step(functional.cross_entropy(module(task.support), task.support_labels))
         loss = functional.cross_entropy(module(task.query), task.query_labels)
@@ -67,10 +76,17 @@ def higher_peer(module: nn.Module, lr: float, steps: int) -> QueryLoss:
     inner = torch.optim.SGD(module.parameters(), lr=lr)
 
     def query_loss(task: Task) -> Tensor:
-        with higher.innerloop_ctx(module, inner, copy_initial_weights=False) as (functional_module, optimizer):
+        with higher.innerloop_ctx(module, inner, copy_initial_weights=False) as (
+            functional_module,
+            optimizer,
+        ):
             for _ in range(steps):
-                optimizer.step(functional.cross_entropy(functional_module(task.support), task.support_labels))
-            loss: Tensor = functional.cross_entropy(functional_module(task.query), task.query_labels)
+                optimizer.step(
+                    functional.cross_entropy(functional_module(task.support), task.support_labels)
+                )
+            loss: Tensor = functional.cross_entropy(
+                functional_module(task.query), task.query_labels
+            )
             return loss
 
     return query_loss

@@ -1,4 +1,5 @@
-"""The command line. Whatever runs something comes from `bomemeta.api`; here are names, help, messages and exit codes.
+"""The command line. Whatever runs something comes from `bomemeta.api`; here are names, help,
+messages and exit codes.
 
 Exit codes: 0 done, 1 the run failed, 2 the config or the command is wrong, 130 interrupted.
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.

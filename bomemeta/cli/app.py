@@ -1,4 +1,6 @@
-"""The command line's one application, and what its commands share: arguments, messages and exit codes."""
+"""The command line's one application, and what its commands share: arguments, messages and exit
+codes.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one in ./configs.")]
+ConfigName = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one in ./configs.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set over the config, as in steps=100 solver.inner_steps=5."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Keys to set over the config, as in steps=100 solver.inner_steps=5.",
+    ),
 ]
-RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The folder or URI that the run printed when it started.")]
+RunDir = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_DIR", help="The folder or URI that the run printed when it started."
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
 def _version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    show: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
 ) -> None:
     if show:
         typer.echo(f"bomemeta {version('bomemeta')}")
@@ -44,7 +58,8 @@ def _version(
 
 
 def run_and_show(start: Callable[[Listener], Result], again: str | None = None) -> None:
-    """Runs with progress on stderr, prints the result to stdout, and ends with a line that says how the run ended and where it is.
+    """Runs with progress on stderr, prints the result to stdout, and ends with a line that says how
+    the run ended and where it is.
 
     `again`: the words for how to go on after an interruption; None: `bomemeta resume`.
     """
@@ -63,20 +78,28 @@ def run_and_show(start: Callable[[Listener], Result], again: str | None = None) 
             raise typer.Exit(_code(error)) from error
         typer.echo(f"interrupted; {_how_to_go_on(listener.run_dir, again)}", err=True)
         raise typer.Exit(INTERRUPTED) from error
-    place = result.uri or result.run_dir
+    location = result.uri or result.run_dir
     if result.interrupted:
-        typer.echo(f"interrupted after {result.steps} steps; {_how_to_go_on(place, again)}", err=True)
+        typer.echo(
+            f"interrupted after {result.steps} steps; {_how_to_go_on(location, again)}", err=True
+        )
         raise typer.Exit(INTERRUPTED)
     show_result(result)
-    typer.echo(f"done after {result.steps} steps; run folder: {place}", err=True)
+    typer.echo(f"done after {result.steps} steps; run folder: {location}", err=True)
 
 
-def _how_to_go_on(place: Path | str | None, again: str | None) -> str:
-    return f"go on with {again or f'`bomemeta resume {place}`'}" if place is not None else "no run had begun"
+def _how_to_go_on(location: Path | str | None, again: str | None) -> str:
+    return (
+        f"go on with {again or f'`bomemeta resume {location}`'}"
+        if location is not None
+        else "no run had begun"
+    )
 
 
 def _say_failed(error: Exception) -> None:
-    """The message; where it has several lines, its first one again, so that the last line of a log says what happened."""
+    """The message; where it has several lines, its first one again, so that the last line of a log
+    says what happened.
+    """
     first, *others = str(error).splitlines()
     if others:
         typer.echo(str(error), err=True)
@@ -91,13 +114,17 @@ def _code(error: Exception) -> int:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turns bomemeta's own errors into a message and an exit code; any other error is a bug and keeps its traceback.
+    """Turns bomemeta's own errors into a message and an exit code; any other error is a bug and
+    keeps its traceback.
 
-    SIGTERM ends a command as Ctrl-C does, with its last words; while steps are taken, the run handles both itself.
+    SIGTERM ends a command as Ctrl-C does, with its last words; while steps are taken, the run
+    handles both itself.
     """
     from bomemeta.errors import BomemetaError
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if _in_main_thread() else None
+    before = (
+        signal.signal(signal.SIGTERM, signal.default_int_handler) if _in_main_thread() else None
+    )
     try:
         yield
     except BomemetaError as error:

@@ -16,14 +16,20 @@ def doctor(
     config: ConfigName,
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(metavar="ADDR", help="A running Ray cluster to look at, as address=ADDR; it is left as it was.")
+        str | None,
+        typer.Option(
+            metavar="ADDR",
+            help="A running Ray cluster to look at, as address=ADDR; it is left as it was.",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, with the numbers behind it.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, with the numbers behind it.")
+    ] = False,
 ) -> None:
     """Say what a run will need, and whether it is there: memory, data, workers, time, disk.
 
-    Runs a few dry steps in this process and writes nothing. One line per finding, OK, NOTE or PROBLEM; the exit code is 1
-    where there is a PROBLEM.
+    Runs a few dry steps in this process and writes nothing. One line per finding, OK, NOTE or
+    PROBLEM; the exit code is 1 where there is a PROBLEM.
     """
     with reported():
         from bomemeta.doctor import examine

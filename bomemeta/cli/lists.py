@@ -10,7 +10,9 @@ import typer
 
 from bomemeta.cli.app import app, reported
 
-data_app = typer.Typer(help="Data sets on this machine.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Data sets on this machine.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 
 
@@ -25,9 +27,12 @@ class Kind(StrEnum):
 @app.command("list")
 def list_(
     kind: Annotated[Kind | None, typer.Argument(help="Which list; all three without it.")] = None,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the config keys of this one.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show the config keys of this one.")
+    ] = None,
     imports: Annotated[
-        list[str] | None, typer.Option("--import", metavar="FILE", help="A file of yours that registers more.")
+        list[str] | None,
+        typer.Option("--import", metavar="FILE", help="A file of yours that registers more."),
     ] = None,
 ) -> None:
     """Show solvers, problems and data sets, and the config keys of one."""
@@ -39,7 +44,9 @@ def list_(
         if kind is not None and name is not None:
             lines = listing.keys_of(kind.value, name)
         else:
-            lines = listing.names_of([kind.value] if kind is not None else [each.value for each in Kind])
+            lines = listing.names_of(
+                [kind.value] if kind is not None else [each.value for each in Kind]
+            )
         for line in lines:
             typer.echo(line)
 
@@ -50,12 +57,16 @@ def prepare(
     root: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Where to put it, later a config's data.root; BOMEMETA_DATA if left out, for glyphs the cache."
+            metavar="DIR",
+            help="Where to put it, later a config's data.root; BOMEMETA_DATA if left out, for glyphs the cache.",
         ),
     ] = None,
     trust_pickles: Annotated[
         bool,
-        typer.Option("--trust-pickles", help="Load a download that is a pickle, and could run code, because you trust its source."),
+        typer.Option(
+            "--trust-pickles",
+            help="Load a download that is a pickle, and could run code, because you trust its source.",
+        ),
     ] = False,
 ) -> None:
     """Download a data set into a folder that runs read.

@@ -16,21 +16,28 @@ def train(
     overrides: Overrides = None,
     auto_resume: Annotated[
         bool,
-        typer.Option("--auto-resume", help="Go on with the run in output_dir, which must be given; begin it where there is none."),
+        typer.Option(
+            "--auto-resume",
+            help="Go on with the run in output_dir, which must be given; begin it where there is none.",
+        ),
     ] = False,
     restarts: Annotated[
         int,
         typer.Option(
-            min=0, metavar="N", help="Start again when killed, N times in a row without a new checkpoint. With --auto-resume."
+            min=0,
+            metavar="N",
+            help="Start again when killed, N times in a row without a new checkpoint. With --auto-resume.",
         ),
     ] = 0,
 ) -> None:
     """Meta-train as CONFIG says, then meta-test and print the result.
 
-    The run's folder is printed first: output_dir=DIR chooses it (a path, or a URI as in s3://BUCKET/RUN), runs/NAME is
-    the default. Ctrl-C stops after the current step; `bomemeta resume` goes on from there to the same result, and so
-    does the same command again with --auto-resume. With --restarts too, a run that dies (kill -9, out of memory, a crash)
-    is started again by itself; what ends with an error or was stopped is not. The last line says how the run ended.
+    The run's folder is printed first: output_dir=DIR chooses it (a path, or a URI as in
+    s3://BUCKET/RUN), runs/NAME is the default. Ctrl-C stops after the current step; `bomemeta
+    resume` goes on from there to the same result, and so does the same command again with
+    --auto-resume. With --restarts too, a run that dies (kill -9, out of memory, a crash) is started
+    again by itself; what ends with an error or was stopped is not. The last line says how the run
+    ended.
     """
     if restarts:
         raise typer.Exit(_supervised(config, overrides or (), auto_resume, restarts))
@@ -38,7 +45,12 @@ def train(
     with reported():
         from bomemeta import api
 
-        run_and_show(lambda listener: api.train(config, overrides or (), auto_resume=auto_resume, listener=listener), again)
+        run_and_show(
+            lambda listener: api.train(
+                config, overrides or (), auto_resume=auto_resume, listener=listener
+            ),
+            again,
+        )
 
 
 def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restarts: int) -> int:
@@ -47,9 +59,16 @@ def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restar
         from bomemeta.supervise import place_of, same_command, supervise
 
         if not auto_resume:
-            raise ConfigError(f"--restarts {restarts}: a run that is started again goes on where it was; give --auto-resume too")
-        place = place_of(config, overrides)
-        return supervise(same_command(config, overrides), place, restarts, lambda text: typer.echo(text, err=True))
+            raise ConfigError(
+                f"--restarts {restarts}: a run that is started again goes on where it was; give --auto-resume too"
+            )
+        location = place_of(config, overrides)
+        return supervise(
+            same_command(config, overrides),
+            location,
+            restarts,
+            lambda text: typer.echo(text, err=True),
+        )
 
 
 @app.command()
@@ -81,30 +100,58 @@ def submit(
     config: ConfigName,
     overrides: Overrides = None,
     address: Annotated[
-        str, typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, as in http://HEAD:8265.")
+        str,
+        typer.Option(
+            metavar="URL",
+            envvar="RAY_API_SERVER_ADDRESS",
+            help="The cluster's dashboard, as in http://HEAD:8265.",
+        ),
     ] = "http://127.0.0.1:8265",
     wait: Annotated[bool, typer.Option(help="Show the job's log until it ends.")] = True,
     uv: Annotated[
-        bool, typer.Option("--uv", help="Run with `uv run`, which builds the environment of this folder's pyproject.toml there.")
+        bool,
+        typer.Option(
+            "--uv",
+            help="Run with `uv run`, which builds the environment of this folder's pyproject.toml there.",
+        ),
     ] = False,
     exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Leave files of this folder out, as a line of .gitignore does.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Leave files of this folder out, as a line of .gitignore does."
+        ),
     ] = None,
-    env: Annotated[list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Set an environment variable for the job.")] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=VALUE]", help="Set an environment variable for the job."),
+    ] = None,
     restarts: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Start the run again when it is killed, as `bomemeta train --restarts N`.")
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Start the run again when it is killed, as `bomemeta train --restarts N`.",
+        ),
     ] = 3,
 ) -> None:
     """Run `bomemeta train CONFIG --auto-resume --restarts 3` as a job on a Ray cluster.
 
-    The job runs in a copy of the current folder (without .git, .venv, runs, data, and what .gitignore names), so the
-    config and what it imports must be in it; output_dir must be an absolute path that the cluster's machines share, or
-    a URI. The same submission again goes on with the run. The exit code says how the job ended: 0, 1, or 130 if stopped.
+    The job runs in a copy of the current folder (without .git, .venv, runs, data, and what
+    .gitignore names), so the config and what it imports must be in it; output_dir must be an
+    absolute path that the cluster's machines share, or a URI. The same submission again goes on
+    with the run. The exit code says how the job ended: 0, 1, or 130 if stopped.
     """
     with reported():
         from bomemeta import submit as jobs
 
-        submission = jobs.prepare(config, overrides or (), uv=uv, excludes=exclude or (), environment=env or (), restarts=restarts)
+        submission = jobs.prepare(
+            config,
+            overrides or (),
+            uv=uv,
+            excludes=exclude or (),
+            environment=env or (),
+            restarts=restarts,
+        )
         code = jobs.submit(
             submission,
             address,

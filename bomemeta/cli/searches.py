@@ -16,21 +16,28 @@ def tune(
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Go on with the search in this folder, or at this URI; CONFIG is the same file."),
+        typer.Option(
+            metavar="DIR",
+            help="Go on with the search in this folder, or at this URI; CONFIG is the same file.",
+        ),
     ] = None,
 ) -> None:
     """Search over hyperparameters as the tune file CONFIG says, with Ray Tune.
 
-    Prints the table of trials and writes it, with the best config as best.yaml, into the search's folder: output_dir=DIR
-    chooses it (a path, or a URI as in s3://BUCKET/SEARCH), runs/NAME is the default. Ctrl-C keeps what was reported; the
-    line that it prints goes on.
+    Prints the table of trials and writes it, with the best config as best.yaml, into the search's
+    folder: output_dir=DIR chooses it (a path, or a URI as in s3://BUCKET/SEARCH), runs/NAME is the
+    default. Ctrl-C keeps what was reported; the line that it prints goes on.
     """
     with reported():
         from bomemeta.tune import tune as search
 
-        result = search(config, overrides or (), resume=resume, say=lambda text: typer.echo(text, err=True))
+        result = search(
+            config, overrides or (), resume=resume, say=lambda text: typer.echo(text, err=True)
+        )
         if result.interrupted:
-            again = shlex.join(["bomemeta", "tune", config, *(overrides or ()), "--resume", str(result.output_dir)])
+            again = shlex.join(
+                ["bomemeta", "tune", config, *(overrides or ()), "--resume", str(result.output_dir)]
+            )
             typer.echo(f"interrupted; go on with `{again}`", err=True)
             raise typer.Exit(INTERRUPTED)
         typer.echo(result.table, nl=False)

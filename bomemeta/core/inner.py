@@ -1,4 +1,6 @@
-"""Gradient descent on the lower loss alone: the inner loop that every first-order solver shares, and meta-testing's adaptation."""
+"""Gradient descent on the lower loss alone: the inner loop that every first-order solver shares,
+and meta-testing's adaptation.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ def gradient_steps(oracle: Oracle, start: Params, steps: int, lr: float) -> Para
     return oracle.descended(start, steps, lr)
 
 
-def evaluate(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int | None) -> KernelResult:
+def evaluate(
+    solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int | None
+) -> KernelResult:
     """Kernel: the problem's figures of merit, as sums and sums of squares over tasks.
 
     Tasks that carry a y of their own are judged at it, fresh ones at y adapted on g.
@@ -25,11 +29,15 @@ def evaluate(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps
     return KernelResult(sums | squares, {})
 
 
-def solve_lower(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int) -> KernelResult:
+def solve_lower(
+    solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int
+) -> KernelResult:
     """Kernel: every y after `steps` steps on g alone from where it is."""
-    return KernelResult({}, {"y": solver.adapt(oracle, steps, lower["y"] if lower is not None else None)})
+    return KernelResult(
+        {}, {"y": solver.adapt(oracle, steps, lower["y"] if lower is not None else None)}
+    )
 
 
-def remember(solver: Solver, oracle: LocalOracle, lower: LowerGroups) -> KernelResult:
+def update_memory(solver: Solver, oracle: LocalOracle, lower: LowerGroups) -> KernelResult:
     """Kernel on blocks: their shares of the problem's memory at y."""
-    return KernelResult({"memory": oracle.remember(lower["y"])}, {})
+    return KernelResult({"memory": oracle.update_memory(lower["y"])}, {})

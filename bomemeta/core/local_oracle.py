@@ -1,8 +1,11 @@
-"""The oracle of a stack of tasks in this process: what a worker computes with. Two facts make it cheap:
+"""The oracle of a stack of tasks in this process: what a worker computes with. Two facts make it
+cheap:
 
-* a task's loss depends on its own y_i alone, so ONE backward pass of the summed loss gives every grad_{y_i} and the summed grad_x;
-* x enters the losses only through `problem.encode`, so the inner loops work on the encoded data (cached features) and grad_x is one
-  pull-back through `encode`, however many inner steps there were.
+* a task's loss depends on its own y_i alone, so ONE backward pass of the summed loss gives every
+  grad_{y_i} and the summed grad_x;
+* x enters the losses only through `problem.encode`, so the inner loops work on the encoded data
+  (cached features) and grad_x is one pull-back through `encode`, however many inner steps there
+  were.
 """
 
 from __future__ import annotations
@@ -14,8 +17,19 @@ import torch
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.oracle import Adjoint, G, Gradient, Hessian, Oracle, Psi, System, Term, Total, Unrolled
-from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Loss, LossGradient
+from bomemeta.core.oracle import (
+    Adjoint,
+    G,
+    Gradient,
+    Hessian,
+    Oracle,
+    Psi,
+    System,
+    Term,
+    Total,
+    Unrolled,
+)
+from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient, Problem
 from bomemeta.core.spans import ENCODE, INNER_LOOP, LOSSES, PULL_BACK, SECOND_ORDER, span
 from bomemeta.core.tree import Params
 
@@ -23,31 +37,49 @@ TaskMap = Literal["loop", "vmap"]
 
 
 class LocalOracle(Oracle):
-    """Answers for a stack of tasks in this process. `differentiable=False` encodes without a graph: cheaper, and nothing in x is then
-    available.
+    """Answers for a stack of tasks in this process. `differentiable=False` encodes without a graph:
+    cheaper, and nothing in x is then available.
     """
 
     def __init__(
-        self, problem: BilevelProblem, upper: Params, batch: Batch, task_map: TaskMap, differentiable: bool = True
+        self,
+        problem: Problem,
+        upper: Params,
+        batch: Batch,
+        task_map: TaskMap,
+        differentiable: bool = True,
     ) -> None:
         super().__init__(problem, len(next(iter(batch.values()))))
         self.batch = batch
-        # What follows an encode is small by design (heads on features): vmap on every device. Blocks of a shared problem are few and large.
-        self._loss_map: TaskMap = "loop" if problem.lower == "shared" else "vmap" if problem.encodes else task_map
-        # Without an encode of its own x enters the losses whole: it is shared by the tasks and not stacked.
+        # What follows an encode is small by design (heads on features): vmap on every device.
+        # Blocks of a shared problem are few and large.
+        self._loss_map: TaskMap = (
+            "loop" if problem.lower == "shared" else "vmap" if problem.encodes else task_map
+        )
+        # Without an encode of its own x enters the losses whole: it is shared by the tasks and not
+        # stacked.
         self._encodes = problem.encodes
         self._leaves = tree.leaves(upper) if differentiable else tree.detached(upper)
         self.x = self._leaves  # for kernels that differentiate by themselves
         with span(ENCODE), torch.set_grad_enabled(differentiable):
-            # A closed form goes through the tasks one after the other, which is what `loop` asks for.
-            self._encoding = problem.encode_tasks(self._leaves, batch, differentiable) if task_map == "loop" else None
+            # A closed form goes through the tasks one after the other, which is what `loop` asks
+            # for.
+            self._encoding = (
+                problem.encode_tasks(self._leaves, batch, differentiable)
+                if task_map == "loop"
+                else None
+            )
             if self._encoding is not None:
                 self._graph: Encoded = {}
             elif self._encodes:
-                self._graph = map_tasks(lambda data: problem.encode(self._leaves, data), (batch,), self.tasks, task_map)
+                self._graph = map_tasks(
+                    lambda data: problem.encode(self._leaves, data), (batch,), self.tasks, task_map
+                )
             else:
                 self._graph = self._leaves
-        self.encoded: Encoded = tree.detached(self._graph) if self._encoding is None else self._encoding.encoded
+        self.encoded: Encoded = (
+            tree.detached(self._graph) if self._encoding is None else self._encoding.encoded
+        )
 
     def init_lower(self) -> Params:
         with torch.no_grad():
@@ -97,11 +129,18 @@ class LocalOracle(Oracle):
         encoded = self._encoded_leaves()
         leaf = tree.leaves(at)
         losses: list[Loss] = ["upper"] if right != 0 else []
-        by_loss = {loss: self._values(loss, encoded, leaf) for loss in dict.fromkeys([*losses, *(loss for loss, _ in terms)])}
+        by_loss = {
+            loss: self._values(loss, encoded, leaf)
+            for loss in dict.fromkeys([*losses, *(loss for loss, _ in terms)])
+        }
         psi = torch.stack([(by_loss[loss] * factor).sum() for loss, factor in terms]).sum()
-        grads = torch.autograd.grad(psi, list(leaf.values()), create_graph=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            psi, list(leaf.values()), create_graph=True, materialize_grads=True
+        )
         weighted = tree.scaled(weight, v)
-        scalar = -torch.stack([(grad * weighted[name]).sum() for name, grad in zip(leaf, grads, strict=True)]).sum()
+        scalar = -torch.stack(
+            [(grad * weighted[name]).sum() for name, grad in zip(leaf, grads, strict=True)]
+        ).sum()
         if right != 0:
             scalar = scalar + (by_loss["upper"] * weight).sum() * right
         in_y = list(leaf.values()) if residual else []
@@ -109,20 +148,28 @@ class LocalOracle(Oracle):
         return Adjoint(
             by_loss["upper"].detach() if right != 0 else torch.zeros_like(by_loss[terms[0][0]]),
             [by_loss[loss].detach() for loss, _ in terms],
-            {name: grad.detach() for name, grad in zip(leaf, grads, strict=True)} if gradient else {},
-            {name: -product for name, product in zip(leaf, products, strict=False)} if residual else {},
+            {name: grad.detach() for name, grad in zip(leaf, grads, strict=True)}
+            if gradient
+            else {},
+            {name: -product for name, product in zip(leaf, products, strict=False)}
+            if residual
+            else {},
             self._in_x(products[len(in_y) :]),
         )
 
     def hessian(self, at: Params, rows: Tensor | None = None, terms: Psi = G) -> Hessian:
-        """As `Oracle.hessian`. The graph of grad_y psi is made once, here; each product is one backward pass through it, without a
-        pull-back through `encode`.
+        """As `Oracle.hessian`. The graph of grad_y psi is made once, here; each product is one
+        backward pass through it, without a pull-back through `encode`.
         """
         batch = self.batch if rows is None else _rows(self.batch, rows)
         encoded = self.encoded if rows is None or not self._encodes else _rows(self.encoded, rows)
         leaf = tree.leaves(at)
-        value = torch.stack([(self._values(loss, encoded, leaf, batch) * weight).sum() for loss, weight in terms]).sum()
-        grads = torch.autograd.grad(value, list(leaf.values()), create_graph=True, materialize_grads=True)
+        value = torch.stack(
+            [(self._values(loss, encoded, leaf, batch) * weight).sum() for loss, weight in terms]
+        ).sum()
+        grads = torch.autograd.grad(
+            value, list(leaf.values()), create_graph=True, materialize_grads=True
+        )
         # What is linear in y has a gradient without a graph, and no second derivative.
         curved = {name: grad for name, grad in zip(leaf, grads, strict=True) if grad.requires_grad}
         share = 1.0 if rows is None else len(rows) / self.tasks
@@ -134,7 +181,11 @@ class LocalOracle(Oracle):
             along = [direction[name] for name in curved]
             with span(SECOND_ORDER):
                 products = torch.autograd.grad(
-                    list(curved.values()), list(leaf.values()), along, retain_graph=True, materialize_grads=True
+                    list(curved.values()),
+                    list(leaf.values()),
+                    along,
+                    retain_graph=True,
+                    materialize_grads=True,
                 )
             return dict(zip(leaf, products, strict=True))
 
@@ -145,27 +196,40 @@ class LocalOracle(Oracle):
         return System(self.upper(at), {} if direction is None else hessian(direction), hessian)
 
     def unrolled(self, start: Params, steps: int, lr: float) -> Unrolled:
-        """As `Oracle.unrolled`, by one backward pass through the graph of all steps: ONE pull-back, and memory that grows with `steps`."""
+        """As `Oracle.unrolled`, by one backward pass through the graph of all steps: ONE pull-back,
+        and memory that grows with `steps`.
+        """
         encoded, at = self._encoded_leaves(), tree.leaves(start)
         value = torch.zeros(self.tasks)
         for _ in range(steps):
             value = self._values("lower", encoded, at)
-            grads = torch.autograd.grad(value.sum(), list(at.values()), create_graph=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                value.sum(), list(at.values()), create_graph=True, materialize_grads=True
+            )
             moved = tree.axpy(-lr, dict(zip(at, grads, strict=True)), at)
             # The projection's own derivative is taken as the identity's, as where it is inactive.
             inside = self.project_lower(tree.detached(moved))
             at = {name: tensor + (inside[name] - tensor.detach()) for name, tensor in moved.items()}
         f = self._values("upper", encoded, at)
-        end = self.project_lower(tree.detached(at))  # the difference above may have rounded past the edge
-        upper = self._in_x(torch.autograd.grad(f.sum(), list(encoded.values()), materialize_grads=True))
+        end = self.project_lower(
+            tree.detached(at)
+        )  # the difference above may have rounded past the edge
+        upper = self._in_x(
+            torch.autograd.grad(f.sum(), list(encoded.values()), materialize_grads=True)
+        )
         self.gradient_evaluations += steps + 1
         self.hessian_products += steps
         return Unrolled(end, f.detach(), value.detach(), upper)
 
-    def remember(self, at: Params) -> Params:
+    def update_memory(self, at: Params) -> Params:
         """The problem's new memory, summed over the blocks of the stack."""
         with torch.no_grad():
-            return {name: share.sum(0) for name, share in self._over_tasks(self.problem.remember, self.encoded, at).items()}
+            return {
+                name: share.sum(0)
+                for name, share in self._over_tasks(
+                    self.problem.update_memory, self.encoded, at
+                ).items()
+            }
 
     def evaluate(self, at: Params) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -173,7 +237,9 @@ class LocalOracle(Oracle):
 
     def _gradient(self, loss: Loss, at: Params) -> Gradient:
         self.gradient_evaluations += 1
-        closed = (self.problem.upper_gradient if loss == "upper" else self.problem.lower_gradient)(self.encoded, at, self.batch)
+        closed = (self.problem.upper_gradient if loss == "upper" else self.problem.lower_gradient)(
+            self.encoded, at, self.batch
+        )
         if closed is not None:
             return Gradient(*closed)
         at = tree.leaves(at)
@@ -183,25 +249,36 @@ class LocalOracle(Oracle):
 
     def _total(self, terms: tuple[Term, ...]) -> Total:
         self.gradient_evaluations += len(terms)
-        closed = [self.problem.loss_gradient(term.loss, self.encoded, term.at, self.batch) for term in terms]
+        closed = [
+            self.problem.loss_gradient(term.loss, self.encoded, term.at, self.batch)
+            for term in terms
+        ]
         found = [gradient for gradient in closed if gradient is not None]
         if len(found) == len(terms):
             return self._closed_total(terms, found)
         encoded = self._encoded_leaves()
         ats = [tree.leaves(term.at) if term.in_y else term.at for term in terms]
         values = [self._values(term.loss, encoded, at) for term, at in zip(terms, ats, strict=True)]
-        weighted = torch.stack([(value * term.weight).sum() for value, term in zip(values, terms, strict=True)]).sum()
+        weighted = torch.stack(
+            [(value * term.weight).sum() for value, term in zip(values, terms, strict=True)]
+        ).sum()
         in_y = [list(at.values()) if term.in_y else [] for term, at in zip(terms, ats, strict=True)]
         inputs = [*encoded.values(), *(tensor for tensors in in_y for tensor in tensors)]
-        # Where no gradient in y is wanted and the loss has no x in it, there is nothing to differentiate.
+        # Where no gradient in y is wanted and the loss has no x in it, there is nothing to
+        # differentiate.
         grads = (
             torch.autograd.grad(weighted, inputs, materialize_grads=True)
             if weighted.requires_grad
             else tuple(torch.zeros_like(tensor) for tensor in inputs)
         )
         rest = iter(grads[len(encoded) :])
-        lowers = [dict(zip(at, [next(rest) for _ in tensors], strict=False)) for at, tensors in zip(ats, in_y, strict=True)]
-        return Total([value.detach() for value in values], lowers, self._in_x(grads[: len(encoded)]))
+        lowers = [
+            dict(zip(at, [next(rest) for _ in tensors], strict=False))
+            for at, tensors in zip(ats, in_y, strict=True)
+        ]
+        return Total(
+            [value.detach() for value in values], lowers, self._in_x(grads[: len(encoded)])
+        )
 
     def _closed_total(self, terms: tuple[Term, ...], found: list[LossGradient]) -> Total:
         """The total of closed forms: the weights enter here, so there is one pull-back."""
@@ -209,24 +286,41 @@ class LocalOracle(Oracle):
         for term, gradient in zip(terms, found, strict=True):
             for name, grad in tree.scaled(term.weight, gradient.encoded).items():
                 in_encoded[name] += grad
-        lowers = [tree.scaled(term.weight, g.lower) if term.in_y else {} for term, g in zip(terms, found, strict=True)]
-        return Total([gradient.value for gradient in found], lowers, self._in_x(tuple(in_encoded.values())))
+        lowers = [
+            tree.scaled(term.weight, g.lower) if term.in_y else {}
+            for term, g in zip(terms, found, strict=True)
+        ]
+        return Total(
+            [gradient.value for gradient in found], lowers, self._in_x(tuple(in_encoded.values()))
+        )
 
     def _encoded_leaves(self) -> Encoded:
         """What gradients in x are taken in first: what `encode` returned, or x itself."""
         return tree.leaves(self.encoded) if self._encodes else self._leaves
 
-    def _values(self, loss: Loss, encoded: Encoded, at: Params, batch: Batch | None = None) -> Tensor:
+    def _values(
+        self, loss: Loss, encoded: Encoded, at: Params, batch: Batch | None = None
+    ) -> Tensor:
         function = self.problem.upper_loss if loss == "upper" else self.problem.lower_loss
-        return self._over_tasks(lambda e, y, data: {"loss": function(e, y, data)}, encoded, at, batch=batch)["loss"]
+        return self._over_tasks(
+            lambda e, y, data: {"loss": function(e, y, data)}, encoded, at, batch=batch
+        )["loss"]
 
-    def _over_tasks(self, function: Callable[..., Params], encoded: Encoded, *stacks: Params, batch: Batch | None = None) -> Params:
+    def _over_tasks(
+        self,
+        function: Callable[..., Params],
+        encoded: Encoded,
+        *stacks: Params,
+        batch: Batch | None = None,
+    ) -> Params:
         """`function` of each task of `batch`; None: of every task of the stack."""
         batch = self.batch if batch is None else batch
         tasks = len(next(iter(batch.values())))
         if self._encodes:
             return map_tasks(function, (encoded, *stacks, batch), tasks, self._loss_map)
-        return map_tasks(lambda *rest: function(encoded, *rest), (*stacks, batch), tasks, self._loss_map)
+        return map_tasks(
+            lambda *rest: function(encoded, *rest), (*stacks, batch), tasks, self._loss_map
+        )
 
     def _in_x(self, cotangent: tuple[Tensor, ...]) -> Params:
         """The gradient in x from that in `_encoded_leaves`."""
@@ -238,9 +332,17 @@ class LocalOracle(Oracle):
             return dict(zip(self._leaves, cotangent, strict=True))
         if self._encoding is not None:
             found = self._encoding.pull_back(dict(zip(self.encoded, cotangent, strict=True)))
-            return {name: found[name] if name in found else torch.zeros_like(leaf) for name, leaf in self._leaves.items()}
-        # Encoded entries that do not depend on x (and x-entries that reach no loss) are legitimate: their share is zero.
-        pairs = [(out, grad) for out, grad in zip(self._graph.values(), cotangent, strict=True) if out.requires_grad]
+            return {
+                name: found[name] if name in found else torch.zeros_like(leaf)
+                for name, leaf in self._leaves.items()
+            }
+        # Encoded entries that do not depend on x (and x-entries that reach no loss) are legitimate:
+        # their share is zero.
+        pairs = [
+            (out, grad)
+            for out, grad in zip(self._graph.values(), cotangent, strict=True)
+            if out.requires_grad
+        ]
         grads = torch.autograd.grad(
             [out for out, _ in pairs],
             list(self._leaves.values()),
@@ -251,14 +353,20 @@ class LocalOracle(Oracle):
         return dict(zip(self._leaves, grads, strict=True))
 
 
-def map_tasks(function: Callable[..., Params], stacks: tuple[Params, ...], tasks: int, how: TaskMap) -> Params:
+def map_tasks(
+    function: Callable[..., Params], stacks: tuple[Params, ...], tasks: int, how: TaskMap
+) -> Params:
     """`function` of each task's slice of the stacks; results stacked.
 
-    `loop` keeps each task's work inside the CPU's cache, `vmap` is one wide call. Both treat the tasks apart (BatchNorm statistics).
+    `loop` keeps each task's work inside the CPU's cache, `vmap` is one wide call. Both treat the
+    tasks apart (BatchNorm statistics).
     """
     if how == "vmap":
         return torch.vmap(function)(*stacks)
-    results = [function(*({name: tensor[i] for name, tensor in stack.items()} for stack in stacks)) for i in range(tasks)]
+    results = [
+        function(*({name: tensor[i] for name, tensor in stack.items()} for stack in stacks))
+        for i in range(tasks)
+    ]
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 

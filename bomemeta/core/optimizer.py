@@ -1,6 +1,7 @@
 """SGD, momentum and Adam on one array, with the bits of torch.optim's.
 
-Not torch's own: to make one imports its compiler, 150 MB and 1.7 s of every process that trains (torch 2.15).
+Not torch's own: to make one imports its compiler, 150 MB and 1.7 s of every process that trains
+(torch 2.15).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class Optimizer:
-    """Moves an array of any shape. `state` is empty before the first step; then "step" is the number of steps, the rest is like x."""
+    """Moves an array of any shape. `state` is empty before the first step; then "step" is the
+    number of steps, the rest is like x.
+    """
 
     def __init__(self, name: OptimizerName, momentum: float = 0.0) -> None:
         self._name, self._momentum = name, momentum
@@ -43,7 +46,11 @@ class Optimizer:
 
     def _adam(self, x: Tensor, gradient: Tensor, lr: float) -> None:
         if not self.state:
-            self.state = {"step": 0, "exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+            self.state = {
+                "step": 0,
+                "exp_avg": torch.zeros_like(x),
+                "exp_avg_sq": torch.zeros_like(x),
+            }
         self.state["step"] += 1
         mean, square = self.state["exp_avg"], self.state["exp_avg_sq"]
         mean.lerp_(gradient, 1 - BETA1)
@@ -52,7 +59,9 @@ class Optimizer:
         x.addcdiv_(mean, length, value=-lr / (1 - BETA1 ** self.state["step"]))
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a copy of another's state. Checkpoints of before November 2026 have that of torch's optimiser of the same kind."""
+        """Goes on from a copy of another's state. Checkpoints of before November 2026 have that of
+        torch's optimiser of the same kind.
+        """
         self.state = _copied(_of_torch(state) if "param_groups" in state else state)
 
     def __copy__(self) -> Optimizer:
@@ -62,7 +71,9 @@ class Optimizer:
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
+    }
 
 
 def _of_torch(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,6 +82,8 @@ def _of_torch(state: Mapping[str, Any]) -> dict[str, Any]:
     if not parts or parts[0].get("momentum_buffer", 0) is None:
         return {}
     return {
-        name: int(value) if name == "step" else torch.cat([part[name].reshape(-1) for part in parts])
+        name: int(value)
+        if name == "step"
+        else torch.cat([part[name].reshape(-1) for part in parts])
         for name, value in parts[0].items()
     }

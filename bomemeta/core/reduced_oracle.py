@@ -1,9 +1,11 @@
-"""The oracle of ONE lower variable whose data is spread over blocks: each question goes to every block, and the answers are averaged.
+"""The oracle of ONE lower variable whose data is spread over blocks: each question goes to every
+block, and the answers are averaged.
 
     f = mean_i f_i(x, y),   g = mean_i g_i(x, y)      over the blocks i = 1..N
 
-So a solver's kernels run unchanged: they see a stack of one task, on the driver, and every question is one reduce. What a block answers
-is itself a kernel on its own `LocalOracle`, for which y is repeated over its blocks.
+So a solver's kernels run unchanged: they see a stack of one task, on the driver, and every question
+is one reduce. What a block answers is itself a kernel on its own `LocalOracle`, for which y is
+repeated over its blocks.
 """
 
 from __future__ import annotations
@@ -15,24 +17,29 @@ import torch
 from torch import Tensor
 
 from bomemeta.core.oracle import Adjoint, G, Gradient, Hessian, Oracle, Psi, System, Term, Total
-from bomemeta.core.problem import BilevelProblem, Loss
+from bomemeta.core.problem import Loss, Problem
 from bomemeta.core.solver import Kernel, KernelResult, LowerGroups, Sums
 from bomemeta.core.tree import Params
 
 
 class Ask(Protocol):
-    """Runs a kernel on every block (`first`: on the first one alone), with `sent` as its lower groups, and returns the sums' means."""
+    """Runs a kernel on every block (`first`: on the first one alone), with `sent` as its lower
+    groups, and returns the sums' means.
+    """
 
-    def __call__(self, kernel: Kernel, sent: Mapping[str, Params], first: bool = False, **arguments: Any) -> Sums: ...
+    def __call__(
+        self, kernel: Kernel, sent: Mapping[str, Params], first: bool = False, **arguments: Any
+    ) -> Sums: ...
 
 
 class ReducedOracle(Oracle):
     """Answers for one shared y as a stack of length one.
 
-    The blocks are stateless: each Hessian product computes its gradient's graph anew, which is not counted as an evaluation.
+    The blocks are stateless: each Hessian product computes its gradient's graph anew, which is not
+    counted as an evaluation.
     """
 
-    def __init__(self, problem: BilevelProblem, ask: Ask) -> None:
+    def __init__(self, problem: Problem, ask: Ask) -> None:
         super().__init__(problem, 1)
         self._ask = ask
 
@@ -41,8 +48,13 @@ class ReducedOracle(Oracle):
 
     def gradients(self, *asked: tuple[Loss, Params]) -> list[Gradient]:
         self.gradient_evaluations += len(asked)
-        sums = self._ask(gradients, _named(at for _, at in asked), losses=[loss for loss, _ in asked])
-        return [Gradient(sums[f"value{i}"][None], _stacked(sums[f"lower{i}"])) for i in range(len(asked))]
+        sums = self._ask(
+            gradients, _named(at for _, at in asked), losses=[loss for loss, _ in asked]
+        )
+        return [
+            Gradient(sums[f"value{i}"][None], _stacked(sums[f"lower{i}"]))
+            for i in range(len(asked))
+        ]
 
     def totals(self, *sums: tuple[Term, ...]) -> list[Total]:
         terms = [term for each in sums for term in each]
@@ -72,7 +84,15 @@ class ReducedOracle(Oracle):
         self.hessian_products += 1
         plain = [(loss, _number(factor)) for loss, factor in terms]
         scale = _number(weight)
-        means = self._ask(adjoint, _named([at, v]), terms=plain, weight=scale, right=right, gradient=gradient, residual=residual)
+        means = self._ask(
+            adjoint,
+            _named([at, v]),
+            terms=plain,
+            weight=scale,
+            right=right,
+            gradient=gradient,
+            residual=residual,
+        )
         return Adjoint(
             means["upper_value"][None],
             [means[f"value{k}"][None] for k in range(len(terms))],
@@ -82,15 +102,21 @@ class ReducedOracle(Oracle):
         )
 
     def hessian(self, at: Params, rows: Tensor | None = None, terms: Psi = G) -> Hessian:
-        """As `Oracle.hessian`; `rows` can only be the one task there is. One reduce per product or projection."""
+        """As `Oracle.hessian`; `rows` can only be the one task there is. One reduce per product or
+        projection.
+        """
 
         def product(direction: Params) -> Params:
             self.hessian_products += 1
-            return _stacked(self._ask(product_of, _named([at, direction]), terms=_plain(terms))["image"])
+            return _stacked(
+                self._ask(product_of, _named([at, direction]), terms=_plain(terms))["image"]
+            )
 
         def projection(basis: list[Params]) -> Tensor:
             self.hessian_products += len(basis)
-            upper: Tensor = self._ask(projected, _named([at, *basis]), terms=_plain(terms))["matrix"]
+            upper: Tensor = self._ask(projected, _named([at, *basis]), terms=_plain(terms))[
+                "matrix"
+            ]
             matrix = upper.new_zeros(len(basis), len(basis))
             matrix[tuple(torch.triu_indices(len(basis), len(basis)))] = upper
             whole: Tensor = matrix + matrix.triu(1).mT
@@ -111,7 +137,8 @@ class ReducedOracle(Oracle):
         return {name: value[None] for name, value in self._ask(evaluate, _named([at])).items()}
 
 
-# What the blocks are asked. `lower` is what was sent, repeated over the blocks of the stack; the sums are over these.
+# What the blocks are asked. `lower` is what was sent, repeated over the blocks of the stack; the
+# sums are over these.
 
 
 def start(solver: object, oracle: Oracle, lower: LowerGroups) -> KernelResult:
@@ -119,17 +146,32 @@ def start(solver: object, oracle: Oracle, lower: LowerGroups) -> KernelResult:
     return KernelResult({"y": _summed(oracle.init_lower())}, {})
 
 
-def gradients(solver: object, oracle: Oracle, lower: LowerGroups, *, losses: list[Loss]) -> KernelResult:
+def gradients(
+    solver: object, oracle: Oracle, lower: LowerGroups, *, losses: list[Loss]
+) -> KernelResult:
     found = oracle.gradients(*((loss, lower[str(i)]) for i, loss in enumerate(losses)))
     values = {f"value{i}": gradient.value.sum() for i, gradient in enumerate(found)}
-    return KernelResult(values | {f"lower{i}": _summed(gradient.lower) for i, gradient in enumerate(found)}, {})
+    return KernelResult(
+        values | {f"lower{i}": _summed(gradient.lower) for i, gradient in enumerate(found)}, {}
+    )
 
 
-def totals(solver: object, oracle: Oracle, lower: LowerGroups, *, sums: list[list[tuple[Loss, float, bool]]]) -> KernelResult:
+def totals(
+    solver: object,
+    oracle: Oracle,
+    lower: LowerGroups,
+    *,
+    sums: list[list[tuple[Loss, float, bool]]],
+) -> KernelResult:
     answer: Sums = {}
     number = 0
     for i, terms in enumerate(sums):
-        total = oracle.total(*(Term(loss, lower[str(number + k)], weight, in_y) for k, (loss, weight, in_y) in enumerate(terms)))
+        total = oracle.total(
+            *(
+                Term(loss, lower[str(number + k)], weight, in_y)
+                for k, (loss, weight, in_y) in enumerate(terms)
+            )
+        )
         answer[f"upper{i}"] = total.upper
         for value, in_y in zip(total.values, total.lowers, strict=True):
             answer[f"value{number}"] = value.sum()
@@ -150,13 +192,23 @@ def adjoint(
     gradient: bool,
     residual: bool,
 ) -> KernelResult:
-    found = oracle.adjoint(lower["0"], lower["1"], *terms, weight=weight, right=right, gradient=gradient, residual=residual)
+    found = oracle.adjoint(
+        lower["0"],
+        lower["1"],
+        *terms,
+        weight=weight,
+        right=right,
+        gradient=gradient,
+        residual=residual,
+    )
     answer: Sums = {"upper_value": found.upper_value.sum(), "upper": found.upper}
     if gradient:
         answer["lower"] = _summed(found.lower)
     if residual:
         answer["residual"] = _summed(found.residual)
-    return KernelResult(answer | {f"value{k}": value.sum() for k, value in enumerate(found.values)}, {})
+    return KernelResult(
+        answer | {f"value{k}": value.sum() for k, value in enumerate(found.values)}, {}
+    )
 
 
 def product_of(solver: object, oracle: Oracle, lower: LowerGroups, *, terms: Psi) -> KernelResult:
@@ -165,7 +217,9 @@ def product_of(solver: object, oracle: Oracle, lower: LowerGroups, *, terms: Psi
 
 def system(solver: object, oracle: Oracle, lower: LowerGroups, *, terms: Psi) -> KernelResult:
     (value, right), image, _ = oracle.system(lower["0"], lower["1"], terms)
-    return KernelResult({"value": value.sum(), "right": _summed(right), "image": _summed(image)}, {})
+    return KernelResult(
+        {"value": value.sum(), "right": _summed(right), "image": _summed(image)}, {}
+    )
 
 
 def projected(solver: object, oracle: Oracle, lower: LowerGroups, *, terms: Psi) -> KernelResult:
@@ -175,12 +229,17 @@ def projected(solver: object, oracle: Oracle, lower: LowerGroups, *, terms: Psi)
 
 
 def evaluate(solver: object, oracle: Oracle, lower: LowerGroups) -> KernelResult:
-    return KernelResult({name: value.sum() for name, value in oracle.evaluate(lower["0"]).items()}, {})
+    return KernelResult(
+        {name: value.sum() for name, value in oracle.evaluate(lower["0"]).items()}, {}
+    )
 
 
 def _named(stacks: Any) -> dict[str, Params]:
     """Stacks of one under the names 0, 1, ..., without their task axis."""
-    return {str(i): {name: tensor[0] for name, tensor in stack.items()} for i, stack in enumerate(stacks)}
+    return {
+        str(i): {name: tensor[0] for name, tensor in stack.items()}
+        for i, stack in enumerate(stacks)
+    }
 
 
 def _stacked(params: Params) -> Params:

@@ -1,8 +1,9 @@
-"""What a solver is: a frozen record of hyperparameters, a `step` on the driver, and kernels that run where the tasks are.
+"""What a solver is: a frozen record of hyperparameters, a `step` on the driver, and kernels that
+run where the tasks are.
 
-A *kernel* is a module-level function `kernel(solver, oracle, lower, **arguments) -> KernelResult`. It sees one stack of tasks, must
-be a pure function of its arguments, and returns sums over its tasks; the sums of all shards are added in an order that depends on their
-number alone.
+A *kernel* is a module-level function `kernel(solver, oracle, lower, **arguments) -> KernelResult`.
+It sees one stack of tasks, must be a pure function of its arguments, and returns sums over its
+tasks; the sums of all shards are added in an order that depends on their number alone.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from bomemeta.core.oracle import Oracle
-from bomemeta.core.problem import BilevelProblem, must_define
+from bomemeta.core.problem import Problem, must_define
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 
 # Named sums over tasks: scalars [] and vectors in x.
 Sums = dict[str, Any]
-# Named groups of stacks that stay with their tasks: `y` itself, and whatever else the solver keeps per task (its velocity, ...).
+# Named groups of stacks that stay with their tasks: `y` itself, and whatever else the solver keeps
+# per task (its velocity, ...).
 LowerGroups = dict[str, Params]
 # What lies in a flat array, in order: (group, name, shape); no name where the group is one tensor.
 Layout = tuple[tuple[str, str | None, tuple[int, ...]], ...]
@@ -34,7 +36,9 @@ Kernel = Callable[..., KernelResult]
 
 
 class LowerStates(NamedTuple):
-    """The driver's references to per-task states: what is in each, and one opaque handle per task id."""
+    """The driver's references to per-task states: what is in each, and one opaque handle per task
+    id.
+    """
 
     layout: Layout
     handles: Mapping[int, Any]
@@ -45,7 +49,9 @@ class LowerStates(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """A round's answer: sums over every task of the step, and the new per-task states where the kernel returned any."""
+    """A round's answer: sums over every task of the step, and the new per-task states where the
+    kernel returned any.
+    """
 
     sums: Sums
     lower: LowerStates
@@ -61,7 +67,13 @@ class Run(Protocol):
     project_upper: Callable[[Params], Params]
 
     def __call__(
-        self, kernel: Kernel, solver: Solver, upper: Params, lower: LowerStates, keeps: bool = False, **arguments: Any
+        self,
+        kernel: Kernel,
+        solver: Solver,
+        upper: Params,
+        lower: LowerStates,
+        keeps: bool = False,
+        **arguments: Any,
     ) -> Reduced:
         """One round; `keeps`: the lower groups that the kernel returns stay with the tasks.
 
@@ -78,11 +90,12 @@ class StepResult(NamedTuple):
 
 
 class Solver:
-    """Base class of all solvers: frozen dataclasses registered in `bomemeta.registry.solvers`, their fields being the keys of the
-    config's `solver:` section. A subclass must define `start`, `step` and `adapt`.
+    """Base class of all solvers: frozen dataclasses registered in `bomemeta.registry.solvers`,
+    their fields being the keys of the config's `solver:` section. A subclass must define `start`,
+    `step` and `adapt`.
     """
 
-    def check(self, problem: BilevelProblem) -> None:
+    def check(self, problem: Problem) -> None:
         """Raises ConfigError where this solver cannot solve that problem. Default: it can."""
 
     def start(self, upper: Params, steps: int) -> UpperVariable:
@@ -90,17 +103,21 @@ class Solver:
         raise must_define(self, "start")
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        """One iteration of the algorithm. Moves `upper` in place as its LAST act: what fails before that changes nothing."""
+        """One iteration of the algorithm. Moves `upper` in place as its LAST act: what fails before
+        that changes nothing.
+        """
         raise must_define(self, "step")
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
-        """y solved on g alone, as meta-testing uses it: `steps` inner steps (None: as many as training uses) from `start` (None: from
-        where a fresh task's y is).
+        """y solved on g alone, as meta-testing uses it: `steps` inner steps (None: as many as
+        training uses) from `start` (None: from where a fresh task's y is).
         """
         raise must_define(self, "adapt")
 
     def examine(self, upper: UpperVariable, lower: LowerStates, run: Run) -> dict[str, float]:
-        """Figures that are worth one more round at the end of a run (stationarity with many more inner steps). Default: none."""
+        """Figures that are worth one more round at the end of a run (stationarity with many more
+        inner steps). Default: none.
+        """
         return {}
 
 

@@ -1,4 +1,6 @@
-"""Where the time of a shard's work goes: named spans, which note nothing unless `heard` listens (`bomemeta profile`)."""
+"""Where the time of a shard's work goes: named spans, which note nothing unless `heard` listens
+(`bomemeta profile`).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ class Spans:
     """Seconds by name. A span inside another is not counted in the outer one as well."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    inner: list[float] = field(default_factory=list)  # of the spans that are open: what those inside them took
+    inner: list[float] = field(
+        default_factory=list
+    )  # of the spans that are open: what those inside them took
 
 
 _listening: list[Spans] = []

@@ -1,4 +1,6 @@
-"""Arithmetic on `Params`, flat dictionaries of tensors. A *stack* of tasks has a leading task axis `[B, ...]` on every tensor."""
+"""Arithmetic on `Params`, flat dictionaries of tensors. A *stack* of tasks has a leading task axis
+`[B, ...]` on every tensor.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def dot_tasks(a: Params, b: Params) -> Tensor:
 
 
 def axpy(scale: float | Tensor, direction: Params, start: Params) -> Params:
-    """`start + scale * direction`; a `scale` of shape [B] scales each task of a stack by its own number."""
+    """`start + scale * direction`; a `scale` of shape [B] scales each task of a stack by its own
+    number.
+    """
     return {name: start[name] + _over(scale, direction[name]) * direction[name] for name in start}
 
 
@@ -39,12 +43,16 @@ def flatten(params: Params) -> Tensor:
 
 
 def unflatten(flat: Tensor, like: Params) -> Params:
-    """The inverse of `flatten` for the names and shapes of `like`. Copies, so that every tensor is aligned the same way everywhere:
-    vectorised sums round differently on differently aligned memory, and workers must agree with the driver bit for bit.
+    """The inverse of `flatten` for the names and shapes of `like`. Copies, so that every tensor is
+    aligned the same way everywhere: vectorised sums round differently on differently aligned
+    memory, and workers must agree with the driver bit for bit.
     """
     sizes = [tensor.numel() for tensor in like.values()]
     parts = torch.split(flat, sizes)
-    return {name: part.reshape(tensor.shape).clone() for (name, tensor), part in zip(like.items(), parts, strict=True)}
+    return {
+        name: part.reshape(tensor.shape).clone()
+        for (name, tensor), part in zip(like.items(), parts, strict=True)
+    }
 
 
 def flatten_tasks(params: Params) -> Tensor:
@@ -57,7 +65,8 @@ def unflatten_tasks(rows: Tensor, like: Params) -> Params:
     sizes = [tensor[0].numel() for tensor in like.values()]
     parts = torch.split(rows, sizes, dim=1)
     return {
-        name: part.reshape(len(rows), *tensor.shape[1:]).clone() for (name, tensor), part in zip(like.items(), parts, strict=True)
+        name: part.reshape(len(rows), *tensor.shape[1:]).clone()
+        for (name, tensor), part in zip(like.items(), parts, strict=True)
     }
 
 

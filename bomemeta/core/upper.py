@@ -1,4 +1,6 @@
-"""The upper variable with its optimiser: the one piece of state that a run carries and moves in place."""
+"""The upper variable with its optimiser: the one piece of state that a run carries and moves in
+place.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +27,40 @@ class UpperVariable:
     """x, moved by an optimiser along a combined direction (not a gradient of one loss)."""
 
     def __init__(
-        self, upper: Params, steps: int, *, optimizer: OptimizerName, lr: float, momentum: float, schedule: Schedule
+        self,
+        upper: Params,
+        steps: int,
+        *,
+        optimizer: OptimizerName,
+        lr: float,
+        momentum: float,
+        schedule: Schedule,
     ) -> None:
-        # The run owns its x: one array, in which the optimiser takes a few large operations and not a few for every layer. These
-        # operations are elementwise, so the bits are the same.
+        # The run owns its x: one array, in which the optimiser takes a few large operations and not
+        # a few for every layer. These operations are elementwise, so the bits are the same.
         self._flat = tree.flatten(upper).detach()
         self._shapes = {name: tensor.shape for name, tensor in upper.items()}
         self.params: Params = self._views()
         self._steps, self._lr, self._schedule = steps, lr, schedule
         self._optimizer = Optimizer(optimizer, momentum)
 
-    def move(self, direction: Params, step: int, project: Callable[[Params], Params], lr: float | None = None) -> dict[str, float]:
+    def move(
+        self,
+        direction: Params,
+        step: int,
+        project: Callable[[Params], Params],
+        lr: float | None = None,
+    ) -> dict[str, float]:
         """x <- project(x - lr * optimiser(direction)). Returns what to log of it.
 
-        `lr`: this step's size before the schedule, for a solver whose step sizes are a sequence; None: the same at every step.
+        `lr`: this step's size before the schedule, for a solver whose step sizes are a sequence;
+        None: the same at every step.
         """
         before = self._flat.clone()
         lr = (self._lr if lr is None else lr) * schedule_factor(self._schedule, step, self._steps)
-        self._optimizer.move(self._flat, tree.flatten({name: direction[name] for name in self.params}), lr)
+        self._optimizer.move(
+            self._flat, tree.flatten({name: direction[name] for name in self.params}), lr
+        )
         for name, tensor in project(self.params).items():
             if tensor is not self.params[name]:
                 self.params[name].copy_(tensor)
@@ -73,4 +91,7 @@ class UpperVariable:
     def _views(self) -> Params:
         sizes = [shape.numel() for shape in self._shapes.values()]
         parts = torch.split(self._flat, sizes)
-        return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
+        return {
+            name: part.view(shape)
+            for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
+        }

@@ -16,7 +16,9 @@ from bomemeta.errors import DataError
 
 
 def generator(key: tuple[int, ...]) -> np.random.Generator:
-    """The one source of randomness of an episode: equal keys give equal draws in every process. `key`: integers >= 0."""
+    """The one source of randomness of an episode: equal keys give equal draws in every process.
+    `key`: integers >= 0.
+    """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
@@ -30,17 +32,21 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassRows:
-    """Which rows of an image array belong to which class: class c has rows `start[c]` up to `start[c] + count[c]`."""
+    """Which rows of an image array belong to which class: class c has rows `start[c]` up to
+    `start[c] + count[c]`.
+    """
 
     start: NDArray[np.int64]  # [classes]
     count: NDArray[np.int64]  # [classes]
     names: Sequence[str]  # [classes], what messages call them
 
     def draw(self, spec: EpisodeSpec, rng: np.random.Generator) -> Draw:
-        """Draws classes without replacement, then images of each without replacement, the support first.
+        """Draws classes without replacement, then images of each without replacement, the support
+        first.
 
-        A class with too few images left for the queries gives them in turn again: what `check_size` keeps from happening,
-        and what a data set that perturbs every draw allows. Needs more than `shots` images in each class.
+        A class with too few images left for the queries gives them in turn again: what `check_size`
+        keeps from happening, and what a data set that perturbs every draw allows. Needs more than
+        `shots` images in each class.
         """
         support = np.empty((spec.ways, spec.shots), np.int64)
         query = np.empty((spec.ways, spec.queries), np.int64)
@@ -63,11 +69,17 @@ def check_spec(dataset: str, spec: EpisodeSpec) -> None:
 def check_ways(dataset: str, split: Split, spec: EpisodeSpec, classes: int) -> None:
     """Raises DataError where the split has fewer classes than an episode asks for."""
     if classes < spec.ways:
-        raise DataError(f"{dataset}: the {split} split has {classes} classes; problem.ways is {spec.ways}: lower it")
+        raise DataError(
+            f"{dataset}: the {split} split has {classes} classes; problem.ways is {spec.ways}: lower it"
+        )
 
 
-def check_size(dataset: str, split: Split, spec: EpisodeSpec, names: Sequence[str], counts: NDArray[np.int64]) -> None:
-    """Raises DataError where the split cannot give episodes of distinct images. `names`, `counts` [classes]: images of each."""
+def check_size(
+    dataset: str, split: Split, spec: EpisodeSpec, names: Sequence[str], counts: NDArray[np.int64]
+) -> None:
+    """Raises DataError where the split cannot give episodes of distinct images. `names`, `counts`
+    [classes]: images of each.
+    """
     check_spec(dataset, spec)
     check_ways(dataset, split, spec, len(counts))
     smallest = int(np.argmin(counts))
@@ -80,6 +92,10 @@ def check_size(dataset: str, split: Split, spec: EpisodeSpec, names: Sequence[st
 
 
 def episode_of(support: Tensor, query: Tensor, spec: EpisodeSpec) -> Episode:
-    """Images that lie class after class, `[ways * shots, C, H, W]` and `[ways * queries, C, H, W]`, with their labels."""
+    """Images that lie class after class, `[ways * shots, C, H, W]` and `[ways * queries, C, H, W]`,
+    with their labels.
+    """
     ways = torch.arange(spec.ways)
-    return Episode(support, ways.repeat_interleave(spec.shots), query, ways.repeat_interleave(spec.queries))
+    return Episode(
+        support, ways.repeat_interleave(spec.shots), query, ways.repeat_interleave(spec.queries)
+    )

@@ -18,7 +18,9 @@ class EpisodeSpec(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """One task. Images are float32 `[n, channels, height, width]` in [0, 1]; rows are sorted by label, labels int64 in 0..ways-1."""
+    """One task. Images are float32 `[n, channels, height, width]` in [0, 1]; rows are sorted by
+    label, labels int64 in 0..ways-1.
+    """
 
     support: Tensor  # [ways * shots, C, H, W]
     support_labels: Tensor  # [ways * shots]
@@ -27,7 +29,9 @@ class Episode(NamedTuple):
 
 
 class EpisodeSource(Protocol):
-    """A data set registered in `bomemeta.registry.datasets`; its dataclass fields are the keys of the config's `data:` section."""
+    """A data set registered in `bomemeta.registry.datasets`; its dataclass fields are the keys of
+    the config's `data:` section.
+    """
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -35,16 +39,22 @@ class EpisodeSource(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Makes sure that the data is readable here (renders or reads it once, may fill a cache). Raises DataError saying how to get it.
+        """Makes sure that the data is readable here (renders or reads it once, may fill a cache).
+        Raises DataError saying how to get it.
 
-        Called by the driver before any worker starts and by each worker when it starts; cheap the second time.
+        Called by the driver before any worker starts and by each worker when it starts; cheap the
+        second time.
         """
         ...
 
     def check(self, split: Split, spec: EpisodeSpec) -> None:
-        """Raises DataError where the split has too few classes, or a class too few images, for such episodes."""
+        """Raises DataError where the split has too few classes, or a class too few images, for such
+        episodes.
+        """
         ...
 
     def episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
-        """The episode of this key: the same key gives the same bits in every process; no global random state is left changed."""
+        """The episode of this key: the same key gives the same bits in every process; no global
+        random state is left changed.
+        """
         ...

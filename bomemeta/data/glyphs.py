@@ -1,8 +1,10 @@
-"""Few-shot classes from the fonts that matplotlib carries: real letter shapes, no download, ready in seconds.
+"""Few-shot classes from the fonts that matplotlib carries: real letter shapes, no download, ready
+in seconds.
 
-A class is a code point, an image of it is one face's glyph (8 to 16 faces: sans, serif, mono and Times-like; upright, slanted and
-bold), and every draw bends it anew: rotation, size, width against height, slant, place and stroke weight, all from the episode's
-key. The faces of the queries are never those of the support.
+A class is a code point, an image of it is one face's glyph (8 to 16 faces: sans, serif, mono and
+Times-like; upright, slanted and bold), and every draw bends it anew: rotation, size, width against
+height, slant, position and stroke weight, all from the episode's key. The faces of the queries are
+never those of the support.
 
 Splits are by script, so that a test class is unseen and so is its script:
 
@@ -10,11 +12,12 @@ Splits are by script, so that a test class is unseen and so is its script:
     validation  Cyrillic, Armenian, Lao                                                                              231 classes
     test        Greek, Coptic, Georgian                                                                              356 classes
 
-Counts are matplotlib 3.11's. Code points that look alike are one class at most (Latin A and Greek Alpha, 0 and O, the hyphens):
-glyphs are compared in the same face. Size and place on the line are no part of a class: every glyph is fitted into the same square.
+Counts are matplotlib 3.11's. Code points that look alike are one class at most (Latin A and Greek
+Alpha, 0 and O, the hyphens): glyphs are compared in the same face. Size and position on the line
+are no part of a class: every glyph is fitted into the same square.
 
-Nearest neighbour by pixels (cosine) gets 53 % of 5-way 1-shot test queries, on Omniglot 49 %: neither
-trivial nor noise, with the perturbations below.
+Nearest neighbour by pixels (cosine) gets 53 % of 5-way 1-shot test queries, on Omniglot 49 %:
+neither trivial nor noise, with the perturbations below.
 """
 
 from __future__ import annotations
@@ -44,9 +47,10 @@ from bomemeta.registry import datasets
 # Part of the cache's file name: raise it with any change to what is rendered.
 VERSION = 1
 
-# The families with wide, properly encoded coverage. Left out: the last-resort font (placeholder boxes), Computer Modern (old TeX
-# encodings: its code points are not Unicode's), STIX's private-use and big-delimiter fonts, DejaVu's Display cuts (47 glyphs).
-# The first four are the upright faces in which glyphs are compared.
+# The families with wide, properly encoded coverage. Left out: the last-resort font (placeholder
+# boxes), Computer Modern (old TeX encodings: its code points are not Unicode's), STIX's private-use
+# and big-delimiter fonts, DejaVu's Display cuts (47 glyphs). The first four are the upright faces
+# in which glyphs are compared.
 FACES = (
     "DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral",
     "DejaVuSans-Oblique", "DejaVuSerif-Italic", "DejaVuSansMono-Oblique", "STIXGeneralItalic",
@@ -66,9 +70,10 @@ SPLIT_OF_SCRIPT: dict[str, Split] = {
     "GEORGIAN": "test",
 }  # every other script: train
 
-# Cosine of two slightly blurred glyphs in the same face, from which they count as the same shape. Looked at by eye: from 0.97 up
-# pairs are copies or differ by a pixel of an accent (Cyrillic and Latin M as small capitals, a-diaeresis in two alphabets), down to
-# 0.93 many still read as the same letter (Cyrillic I, Latin l, a bar), below that few do. Across splits the price of a missed copy
+# Cosine of two slightly blurred glyphs in the same face, from which they count as the same shape.
+# Looked at by eye: from 0.97 up pairs are copies or differ by a pixel of an accent (Cyrillic and
+# Latin M as small capitals, a-diaeresis in two alphabets), down to 0.93 many still read as the same
+# letter (Cyrillic I, Latin l, a bar), below that few do. Across splits the price of a missed copy
 # is a leak, so the bound is lower there.
 SAME_WITHIN_SPLIT = 0.97
 SAME_ACROSS_SPLITS = 0.93
@@ -84,7 +89,10 @@ LOG_SIZE = 0.15  # 17 to 23 px: still inside the image
 LOG_ASPECT = 0.15
 SLANT = 0.15  # about the difference between an upright and an oblique face
 SHIFT_PX = 2.0  # what keeps a 23 px glyph inside the image
-THINNER, THICKER = -0.5, 1.0  # share of one pixel of erosion or dilation at stored size; a full erosion would delete hairlines
+THINNER, THICKER = (
+    -0.5,
+    1.0,
+)  # share of one pixel of erosion or dilation at stored size; a full erosion would delete hairlines
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,8 @@ class Glyphs:
 class GlyphEpisodes:
     """Letter shapes from matplotlib's fonts, nothing to download.
 
-    `root`: folder of the rendered cache; by default `BOMEMETA_CACHE`, or else `~/.cache/bomemeta`."""
+    `root`: folder of the rendered cache; by default `BOMEMETA_CACHE`, or else `~/.cache/bomemeta`.
+    """
 
     root: str | None = None
 
@@ -109,11 +118,15 @@ class GlyphEpisodes:
         return 1, IMAGE_PX, IMAGE_PX
 
     def prepare(self) -> None:
-        """Renders the fonts, or reads what an earlier process rendered. Raises DataError where matplotlib lacks its fonts."""
+        """Renders the fonts, or reads what an earlier process rendered. Raises DataError where
+        matplotlib lacks its fonts.
+        """
         _glyphs(cache_folder(self.root))
 
     def check(self, split: Split, spec: EpisodeSpec) -> None:
-        """Raises DataError where the split has too few classes or the faces of a class do not outnumber the shots."""
+        """Raises DataError where the split has too few classes or the faces of a class do not
+        outnumber the shots.
+        """
         rows = _glyphs(cache_folder(self.root)).splits[split]
         check_spec("glyphs", spec)
         check_ways("glyphs", split, spec, len(rows.count))
@@ -125,7 +138,9 @@ class GlyphEpisodes:
             )
 
     def episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
-        """Ink 1 on 0, `[n, 1, 28, 28]`. Queries beyond the faces left over repeat a face under another perturbation."""
+        """Ink 1 on 0, `[n, 1, 28, 28]`. Queries beyond the faces left over repeat a face under
+        another perturbation.
+        """
         self.check(split, spec)
         glyphs = _glyphs(cache_folder(self.root))
         rng = generator(key)
@@ -137,14 +152,22 @@ class GlyphEpisodes:
 
 
 def _perturb(stored: Tensor, rng: np.random.Generator) -> Tensor:
-    """uint8 `[n, STORED_PX, STORED_PX]` to float32 `[n, 1, IMAGE_PX, IMAGE_PX]` in [0, 1], each under its own perturbation."""
+    """uint8 `[n, STORED_PX, STORED_PX]` to float32 `[n, 1, IMAGE_PX, IMAGE_PX]` in [0, 1], each
+    under its own perturbation.
+    """
     n = len(stored)
     angle, size, aspect, slant, right, down, stroke = rng.uniform(-1.0, 1.0, (7, n))
     images, thick, thin = (
         levels[:, None].float() / 255
-        for levels in (stored, _over_neighbours(stored, torch.maximum), _over_neighbours(stored, torch.minimum))
+        for levels in (
+            stored,
+            _over_neighbours(stored, torch.maximum),
+            _over_neighbours(stored, torch.minimum),
+        )
     )
-    weight = torch.from_numpy(np.interp(stroke, (-1, 1), (THINNER, THICKER))).float().view(n, 1, 1, 1)
+    weight = (
+        torch.from_numpy(np.interp(stroke, (-1, 1), (THINNER, THICKER))).float().view(n, 1, 1, 1)
+    )
     images = images + weight.clamp(min=0) * (thick - images) - weight.clamp(max=0) * (thin - images)
 
     width = np.exp(LOG_SIZE * size + LOG_ASPECT * aspect / 2)
@@ -158,27 +181,38 @@ def _perturb(stored: Tensor, rng: np.random.Generator) -> Tensor:
     shift = np.stack([right, down], axis=1)[:, :, None] * (SHIFT_PX / (IMAGE_PX / 2))
     theta = torch.from_numpy(np.concatenate([backward, -backward @ shift], axis=2)).float()
     grid = F.affine_grid(theta, [n, 1, IMAGE_PX, IMAGE_PX], align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False).clamp_(0, 1)
+    return F.grid_sample(
+        images, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    ).clamp_(0, 1)
 
 
 def _over_neighbours(images: Tensor, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The largest (or smallest) of each pixel and its neighbours, `[n, h, w]`: a 3x3 max-pool on bytes, ten times as fast as torch's."""
+    """The largest (or smallest) of each pixel and its neighbours, `[n, h, w]`: a 3x3 max-pool on
+    bytes, ten times as fast as torch's.
+    """
     for axis in (1, 2):
         last = images.shape[axis] - 1
         before, after = images.narrow(axis, 0, last), images.narrow(axis, 1, last)
         images = images.clone()
-        for target, source in ((images.narrow(axis, 1, last), before), (images.narrow(axis, 0, last), after)):
+        for target, source in (
+            (images.narrow(axis, 1, last), before),
+            (images.narrow(axis, 0, last), after),
+        ):
             target.copy_(pick(target, source))
     return images
 
 
 def cache_folder(root: str | None) -> Path:
     """Where the rendered archive lies: `root`, `BOMEMETA_CACHE` or the user's cache."""
-    return Path(root or os.environ.get("BOMEMETA_CACHE") or Path.home() / ".cache" / "bomemeta").expanduser()
+    return Path(
+        root or os.environ.get("BOMEMETA_CACHE") or Path.home() / ".cache" / "bomemeta"
+    ).expanduser()
 
 
 def cache_path(folder: Path) -> Path:
-    """The rendered archive in `folder`; its name holds all that decides the pixels: fonts, renderer, the names of characters."""
+    """The rendered archive in `folder`; its name holds all that decides the pixels: fonts,
+    renderer, the names of characters.
+    """
     import matplotlib
     import PIL
 
@@ -196,15 +230,21 @@ def _glyphs(folder: Path) -> Glyphs:
         arrays = archives.read(path, ("images", "count", "code_point", "split"))
     except DataError:  # absent or damaged: rendering replaces it
         arrays = render(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs the next process a rendering
-            archives.write(path, arrays, compress=False)  # 25 MB; compressing takes as long as half the rendering
+        with contextlib.suppress(
+            OSError
+        ):  # a cache that cannot be written only costs the next process a rendering
+            archives.write(
+                path, arrays, compress=False
+            )  # 25 MB; compressing takes as long as half the rendering
 
     count = arrays["count"].astype(np.int64)
     start = np.cumsum(count) - count
     splits = {}
     for number, split in enumerate(SPLITS):
         (of_split,) = np.nonzero(arrays["split"] == number)
-        names = [f"U+{c:04X} {unicodedata.name(chr(c))}" for c in arrays["code_point"][of_split].tolist()]
+        names = [
+            f"U+{c:04X} {unicodedata.name(chr(c))}" for c in arrays["code_point"][of_split].tolist()
+        ]
         splits[split] = ClassRows(start[of_split], count[of_split], names)
     return Glyphs(torch.from_numpy(arrays["images"]), splits)
 
@@ -212,12 +252,15 @@ def _glyphs(folder: Path) -> Glyphs:
 def render(fonts: Path) -> dict[str, NDArray[Any]]:
     """Renders every class from the font files in `fonts`. Deterministic.
 
-    Returns `images` uint8 [rows, 32, 32], and per class `count` (its rows follow each other), `code_point` and `split`
-    (index into SPLITS). Raises DataError where a font file is missing.
+    Returns `images` uint8 [rows, 32, 32], and per class `count` (its rows follow each other),
+    `code_point` and `split` (index into SPLITS). Raises DataError where a font file is missing.
     """
     coverage = {face: _code_points(fonts / f"{face}.ttf") for face in FACES}
-    # Letters, numbers, punctuation and symbols; a mark or a control character alone is no shape to learn.
-    candidates = sorted(c for c in set().union(*coverage.values()) if unicodedata.category(chr(c))[0] in "LNPS")
+    # Letters, numbers, punctuation and symbols; a mark or a control character alone is no shape to
+    # learn.
+    candidates = sorted(
+        c for c in set().union(*coverage.values()) if unicodedata.category(chr(c))[0] in "LNPS"
+    )
     shapes: dict[int, dict[str, NDArray[np.uint8]]] = {c: {} for c in candidates}
     for face in FACES:
         drawn = _draw_face(fonts / f"{face}.ttf", [c for c in candidates if c in coverage[face]])
@@ -234,7 +277,9 @@ def render(fonts: Path) -> dict[str, NDArray[Any]]:
 
 
 def split_of(code_point: int) -> Split:
-    """The split of a code point's script, read from its name; a compatibility form (micro sign) follows what it stands for."""
+    """The split of a code point's script, read from its name; a compatibility form (micro sign)
+    follows what it stands for.
+    """
     characters = chr(code_point) + unicodedata.normalize("NFKD", chr(code_point))
     words = " ".join(unicodedata.name(c, "") for c in characters).replace("-", " ").split()
     for script, split in SPLIT_OF_SCRIPT.items():
@@ -254,11 +299,15 @@ def _code_points(font: Path) -> set[int]:
 
 
 def _draw_face(font: Path, code_points: list[int]) -> dict[int, NDArray[np.uint8]]:
-    """Each glyph that has ink, cropped to it and fitted into a square of STORED_PX with its proportions kept."""
+    """Each glyph that has ink, cropped to it and fitted into a square of STORED_PX with its
+    proportions kept.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     face = ImageFont.truetype(str(font), FONT_PX, layout_engine=ImageFont.Layout.BASIC)
-    canvas = Image.new("L", (4 * FONT_PX, 3 * FONT_PX))  # the widest glyphs are arrows of less than 2.5 em
+    canvas = Image.new(
+        "L", (4 * FONT_PX, 3 * FONT_PX)
+    )  # the widest glyphs are arrows of less than 2.5 em
     pen = ImageDraw.Draw(canvas)
     drawn = {}
     for c in code_points:
@@ -270,7 +319,9 @@ def _draw_face(font: Path, code_points: list[int]) -> dict[int, NDArray[np.uint8
         glyph = canvas.crop(box)
         factor = STORED_PX / max(glyph.size)
         width, height = (max(1, round(side * factor)) for side in glyph.size)
-        fitted = glyph.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's bilinear averages when it reduces
+        fitted = glyph.resize(
+            (width, height), Image.Resampling.BILINEAR
+        )  # Pillow's bilinear averages when it reduces
         square = np.zeros((STORED_PX, STORED_PX), np.uint8)
         top, left = (STORED_PX - height) // 2, (STORED_PX - width) // 2
         square[top : top + height, left : left + width] = np.asarray(fitted)
@@ -279,7 +330,9 @@ def _draw_face(font: Path, code_points: list[int]) -> dict[int, NDArray[np.uint8
 
 
 def _distinct(shapes: dict[int, dict[str, NDArray[np.uint8]]]) -> list[int]:
-    """The code points that look like none kept before them, in any of the compared faces; test first, so that it stays large."""
+    """The code points that look like none kept before them, in any of the compared faces; test
+    first, so that it stays large.
+    """
     order = sorted(shapes, key=lambda c: (-SPLITS.index(split_of(c)), c))
     likeness = np.zeros((len(order), len(order)), np.float32)
     for face in FACES[:COMPARED_FACES]:

@@ -1,4 +1,5 @@
-"""Labelled image sets for streams of tasks: scikit-learn's bundled digits, CIFAR-10 (a part of it), CIFAR-100 and mini-ImageNet.
+"""Labelled image sets for streams of tasks: scikit-learn's bundled digits, CIFAR-10 (a part of it),
+CIFAR-100 and mini-ImageNet.
 
 Rows are flat, channels first; `image_shape` says how to fold them.
 """
@@ -64,7 +65,9 @@ class _ImageSet(ABC):
 @datasets.register("digits")
 @dataclass(frozen=True, kw_only=True)
 class Digits(_ImageSet):
-    """scikit-learn's 1,797 digits of 8x8 pixels (UCI optical recognition, test part): nothing to download. Every fifth is for testing."""
+    """scikit-learn's 1,797 digits of 8x8 pixels (UCI optical recognition, test part): nothing to
+    download. Every fifth is for testing.
+    """
 
     def _images(self) -> _Images:
         return _digits()
@@ -73,7 +76,9 @@ class Digits(_ImageSet):
 @datasets.register("cifar10_subset")
 @dataclass(frozen=True, kw_only=True)
 class Cifar10Subset(_ImageSet):
-    """CIFAR-10's first 800 training images per class and first 1,000 test images. `root`: the folder of `cifar10_subset.npz`."""
+    """CIFAR-10's first 800 training images per class and first 1,000 test images. `root`: the
+    folder of `cifar10_subset.npz`.
+    """
 
     name: ClassVar[str] = "cifar10_subset"
 
@@ -86,7 +91,8 @@ class Cifar10Subset(_ImageSet):
 @datasets.register("cifar100")
 @dataclass(frozen=True, kw_only=True)
 class Cifar100(_ImageSet):
-    """CIFAR-100 as torchvision keeps it: 50,000 + 10,000 images. `root`: the folder that holds `cifar-100-python`.
+    """CIFAR-100 as torchvision keeps it: 50,000 + 10,000 images. `root`: the folder that holds
+    `cifar-100-python`.
 
     Its files are pickles, read by torchvision after it has compared their checksums with its own.
     """
@@ -100,9 +106,11 @@ class Cifar100(_ImageSet):
 @datasets.register("mini_imagenet")
 @dataclass(frozen=True, kw_only=True)
 class MiniImagenetImages(_ImageSet):
-    """All 100 classes of mini-ImageNet for streams: 500 training and 100 test images of each, from learn2learn's three files.
+    """All 100 classes of mini-ImageNet for streams: 500 training and 100 test images of each, from
+    learn2learn's three files.
 
-    These are pickles, and loading one can run code in it: `trust_pickles: true` says that you know where they come from.
+    These are pickles, and loading one can run code in it: `trust_pickles: true` says that you know
+    where they come from.
     """
 
     root: str | None = None
@@ -112,9 +120,14 @@ class MiniImagenetImages(_ImageSet):
         folder = archives.data_folder("mini_imagenet", self.root, "learn2learn/mini-imagenet")
         if not self.trust_pickles:
             raise DataError(
-                untrusted("mini_imagenet", folder) + ". If you trust where they come from, set data.trust_pickles: true"
+                untrusted("mini_imagenet", folder)
+                + ". If you trust where they come from, set data.trust_pickles: true"
             )
-        missing = [file for mode in ("train", "validation", "test") if not (folder / (file := _mini_file(mode))).exists()]
+        missing = [
+            file
+            for mode in ("train", "validation", "test")
+            if not (folder / (file := _mini_file(mode))).exists()
+        ]
         if missing:
             raise DataError(
                 f"mini_imagenet: {folder} has no {', '.join(missing)}. Get it with `bomemeta data prepare learn2learn/mini-imagenet "
@@ -128,9 +141,17 @@ def _digits() -> _Images:
     from sklearn.datasets import load_digits
 
     data, labels = load_digits(return_X_y=True)
-    inputs, classes = torch.from_numpy(data.astype(np.float32) / DIGITS_LEVELS), torch.from_numpy(labels.astype(np.int64))
+    inputs, classes = (
+        torch.from_numpy(data.astype(np.float32) / DIGITS_LEVELS),
+        torch.from_numpy(labels.astype(np.int64)),
+    )
     test = torch.arange(len(classes)) % DIGITS_TEST_EVERY == DIGITS_TEST_EVERY - 1
-    return _Images(Examples(inputs[~test], classes[~test]), Examples(inputs[test], classes[test]), 10, (1, 8, 8))
+    return _Images(
+        Examples(inputs[~test], classes[~test]),
+        Examples(inputs[test], classes[test]),
+        10,
+        (1, 8, 8),
+    )
 
 
 @functools.cache
@@ -144,13 +165,18 @@ def _cifar100(folder: Path) -> _Images:
     import torchvision
 
     try:
-        parts = [torchvision.datasets.CIFAR100(str(folder), train=train, download=False) for train in (True, False)]
+        parts = [
+            torchvision.datasets.CIFAR100(str(folder), train=train, download=False)
+            for train in (True, False)
+        ]
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"cifar100: torchvision finds no whole CIFAR-100 in {folder} ({error}). Get it with `bomemeta data prepare cifar100 --root "
             f"{folder}`, or point data.root or BOMEMETA_DATA at a folder that has cifar-100-python"
         ) from error
-    (x_train, y_train), (x_test, y_test) = ((np.asarray(part.data), np.asarray(part.targets)) for part in parts)
+    (x_train, y_train), (x_test, y_test) = (
+        (np.asarray(part.data), np.asarray(part.targets)) for part in parts
+    )
     return _channels_last(x_train, y_train, x_test, y_test)
 
 
@@ -171,14 +197,21 @@ def _mini_imagenet(folder: Path) -> _Images:
     rank = torch.empty_like(classes)
     rank[order] = torch.arange(len(classes)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     test = rank >= counts[classes] - MINI_TEST_PER_CLASS
-    return _Images(Examples(images[~test], classes[~test]), Examples(images[test], classes[test]), offset, (3, 84, 84))
+    return _Images(
+        Examples(images[~test], classes[~test]),
+        Examples(images[test], classes[test]),
+        offset,
+        (3, 84, 84),
+    )
 
 
 def _mini_file(mode: str) -> str:
     return f"mini-imagenet-cache-{mode}.pkl"
 
 
-def _channels_last(x_train: NDArray[Any], y_train: NDArray[Any], x_test: NDArray[Any], y_test: NDArray[Any]) -> _Images:
+def _channels_last(
+    x_train: NDArray[Any], y_train: NDArray[Any], x_test: NDArray[Any], y_test: NDArray[Any]
+) -> _Images:
     """uint8 images `[n, H, W, C]` as rows with the channels first."""
     height, width, channels = x_train.shape[1:]
 
@@ -186,4 +219,9 @@ def _channels_last(x_train: NDArray[Any], y_train: NDArray[Any], x_test: NDArray
         rows = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
         return Examples(torch.from_numpy(rows), torch.from_numpy(labels.astype(np.int64)))
 
-    return _Images(part(x_train, y_train), part(x_test, y_test), int(y_train.max()) + 1, (channels, height, width))
+    return _Images(
+        part(x_train, y_train),
+        part(x_test, y_test),
+        int(y_train.max()) + 1,
+        (channels, height, width),
+    )

@@ -1,22 +1,29 @@
-"""The few-shot benchmarks of learn2learn (Arnold et al., 2020), through its own `get_tasksets`, `Taskset` and task transforms.
+"""The few-shot benchmarks of learn2learn (Arnold et al., 2020), through its own `get_tasksets`,
+`Taskset` and task transforms.
 
-Images are scaled to [0, 1] and not normalised: `get_tasksets` is called without data augmentation, which gives mini-ImageNet as
-0..255 (divided by 255 here) and the others as [0, 1]. Omniglot comes with ink 1 on 0.
+Images are scaled to [0, 1] and not normalised: `get_tasksets` is called without data augmentation,
+which gives mini-ImageNet as 0..255 (divided by 255 here) and the others as [0, 1]. Omniglot comes
+with ink 1 on 0.
 
-Three of the five are PICKLES that learn2learn loads itself (mini-ImageNet, FC100, tiered-ImageNet), and a pickle can run any code
-when it is loaded. bomemeta's own archives never do; these need `data.trust_pickles: true`, which says that you know where the files
-come from. CIFAR-FS (PNG files in folders) and Omniglot (PNG files, checked by torchvision) need no such trust: learn2learn's
+Three of the five are PICKLES that learn2learn loads itself (mini-ImageNet, FC100, tiered-ImageNet),
+and a pickle can run any code when it is loaded. bomemeta's own archives never do; these need
+`data.trust_pickles: true`, which says that you know where the files come from. CIFAR-FS (PNG files
+in folders) and Omniglot (PNG files, checked by torchvision) need no such trust: learn2learn's
 `*-bookkeeping*.pkl` index files are neither read nor written, the index is made in memory instead.
 
 What differs from learn2learn, and why:
 
 * it draws from global random states: they are seeded from the key around each draw, and put back;
-* `get_tasksets("omniglot")` filters 1,100 / 100 / 423 classes but draws its tasks from all 1,623: test classes are trained on. Here
-  its transforms are given the filtered sets. Its split is a shuffle by the global random state: seeded here, always the same;
-* its `RandomClassRotation` turns all classes of an episode by the same angle. That is left as it is: `omniglot` turns by class;
-* torchvision lists Omniglot's folders in the file system's order: they are sorted here, so that all machines draw the same.
+* `get_tasksets("omniglot")` filters 1,100 / 100 / 423 classes but draws its tasks from all 1,623:
+  test classes are trained on. Here its transforms are given the filtered sets. Its split is a
+  shuffle by the global random state: seeded here, always the same;
+* its `RandomClassRotation` turns all classes of an episode by the same angle. That is left as it
+  is: `omniglot` turns by class;
+* torchvision lists Omniglot's folders in the file system's order: they are sorted here, so that all
+  machines draw the same.
 
-All of a benchmark is held in memory by each process (mini-ImageNet about 5 GB as floats): learn2learn's way.
+All of a benchmark is held in memory by each process (mini-ImageNet about 5 GB as floats):
+learn2learn's way.
 """
 
 from __future__ import annotations
@@ -41,18 +48,24 @@ from bomemeta.errors import DataError
 from bomemeta.l2l import learn2learn as learn2learn
 from bomemeta.registry import datasets
 
-CLASS_SPLIT_KEY = (0,)  # seeds learn2learn's shuffle of Omniglot's classes: any constant, but the same for ever
+CLASS_SPLIT_KEY = (
+    0,
+)  # seeds learn2learn's shuffle of Omniglot's classes: any constant, but the same for ever
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnToLearnEpisodes:
-    """`root`: the folder that learn2learn calls root; by default `BOMEMETA_DATA`. Subclasses say which benchmark."""
+    """`root`: the folder that learn2learn calls root; by default `BOMEMETA_DATA`. Subclasses say
+    which benchmark.
+    """
 
     root: str | None = None
     trust_pickles: bool = False
 
     benchmark: ClassVar[str]  # learn2learn's name
-    files: ClassVar[tuple[str, ...]]  # what must lie under root, or else learn2learn would try to download
+    files: ClassVar[
+        tuple[str, ...]
+    ]  # what must lie under root, or else learn2learn would try to download
     shape: ClassVar[tuple[int, int, int]]
     pickled: ClassVar[bool]
     largest_value: ClassVar[float] = 1.0  # of a white pixel as learn2learn gives it
@@ -62,17 +75,27 @@ class LearnToLearnEpisodes:
         return self.shape
 
     def prepare(self) -> None:
-        """Loads the benchmark. Raises DataError where files are missing, damaged, or pickles that are not trusted."""
+        """Loads the benchmark. Raises DataError where files are missing, damaged, or pickles that
+        are not trusted.
+        """
         _load(self.benchmark, self._folder())
 
     def check(self, split: Split, spec: EpisodeSpec) -> None:
         """Raises DataError where the split has too few classes, or one of them too few images."""
         indices = _load(self.benchmark, self._folder())[split].labels_to_indices
         names = [str(label) for label in indices]
-        check_size(self._name(), split, spec, names, np.array([len(of_class) for of_class in indices.values()], np.int64))
+        check_size(
+            self._name(),
+            split,
+            spec,
+            names,
+            np.array([len(of_class) for of_class in indices.values()], np.int64),
+        )
 
     def episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
-        """The first `shots` images that learn2learn draws of a class are its support, the others its queries."""
+        """The first `shots` images that learn2learn draws of a class are its support, the others
+        its queries.
+        """
         self.check(split, spec)
         tasks = _tasks(self.benchmark, self._folder(), split, spec.ways, spec.shots + spec.queries)
         with global_random_states(key):
@@ -80,7 +103,9 @@ class LearnToLearnEpisodes:
         by_class = images[torch.argsort(labels, stable=True)].float() / self.largest_value
         ways = by_class.view(spec.ways, spec.shots + spec.queries, *self.shape)
         support, query = ways[:, : spec.shots], ways[:, spec.shots :]
-        return episode_of(support.flatten(0, 1).contiguous(), query.flatten(0, 1).contiguous(), spec)
+        return episode_of(
+            support.flatten(0, 1).contiguous(), query.flatten(0, 1).contiguous(), spec
+        )
 
     @classmethod
     def _name(cls) -> str:
@@ -89,7 +114,10 @@ class LearnToLearnEpisodes:
     def _folder(self) -> Path:
         folder = data_folder(self._name(), self.root)
         if self.pickled and not self.trust_pickles:
-            raise DataError(untrusted(self._name(), folder) + ". If you trust where they come from, set data.trust_pickles: true")
+            raise DataError(
+                untrusted(self._name(), folder)
+                + ". If you trust where they come from, set data.trust_pickles: true"
+            )
         missing = [file for file in self.files if not (folder / file).exists()]
         if missing:
             raise DataError(
@@ -102,7 +130,9 @@ class LearnToLearnEpisodes:
 @datasets.register("learn2learn/mini-imagenet")
 @dataclass(frozen=True, kw_only=True)
 class MiniImagenet(LearnToLearnEpisodes):
-    """100 ImageNet classes of 600 images (Vinyals et al. 2016; the split of Ravi and Larochelle 2017: 64 / 16 / 20 classes)."""
+    """100 ImageNet classes of 600 images (Vinyals et al. 2016; the split of Ravi and Larochelle
+    2017: 64 / 16 / 20 classes).
+    """
 
     benchmark = "mini-imagenet"
     files = tuple(f"mini-imagenet-cache-{mode}.pkl" for mode in ("train", "validation", "test"))
@@ -117,7 +147,11 @@ class TieredImagenet(LearnToLearnEpisodes):
     """608 ImageNet classes split by category (Ren et al. 2018): 351 / 97 / 160 classes. 12 GB."""
 
     benchmark = "tiered-imagenet"
-    files = tuple(f"tiered-imagenet/{mode}_{part}.pkl" for mode in ("train", "val", "test") for part in ("images_png", "labels"))
+    files = tuple(
+        f"tiered-imagenet/{mode}_{part}.pkl"
+        for mode in ("train", "val", "test")
+        for part in ("images_png", "labels")
+    )
     shape = (3, 84, 84)
     pickled = True
 
@@ -147,10 +181,16 @@ class CifarFS(LearnToLearnEpisodes):
 @datasets.register("learn2learn/omniglot")
 @dataclass(frozen=True, kw_only=True)
 class Omniglot(LearnToLearnEpisodes):
-    """Omniglot with learn2learn's random split of 1,100 / 100 / 423 characters. The published split is `omniglot`'s."""
+    """Omniglot with learn2learn's random split of 1,100 / 100 / 423 characters. The published split
+    is `omniglot`'s.
+    """
 
     benchmark = "omniglot"
-    files = tuple(f"omniglot-py/images_{part}{kind}" for part in ("background", "evaluation") for kind in ("", ".zip"))
+    files = tuple(
+        f"omniglot-py/images_{part}{kind}"
+        for part in ("background", "evaluation")
+        for kind in ("", ".zip")
+    )
     shape = (1, 28, 28)
     pickled = False
 
@@ -162,7 +202,9 @@ def untrusted(name: str, folder: Path) -> str:
 
 @contextlib.contextmanager
 def global_random_states(key: tuple[int, ...]) -> Iterator[None]:
-    """Inside, Python's, NumPy's and torch's (CPU) global random states follow from `key`; afterwards they are what they were."""
+    """Inside, Python's, NumPy's and torch's (CPU) global random states follow from `key`;
+    afterwards they are what they were.
+    """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(8)
     try:
@@ -178,24 +220,35 @@ def global_random_states(key: tuple[int, ...]) -> Iterator[None]:
 
 
 def load(benchmark: str, folder: Path) -> dict[Split, Any]:
-    """learn2learn's MetaDataset of each split. Downloads what is absent and loads pickles: callers check both first.
+    """learn2learn's MetaDataset of each split. Downloads what is absent and loads pickles: callers
+    check both first.
 
     Raises DataError with learn2learn's own message where that fails.
     """
     l2l = learn2learn()
     try:
         # A file that learn2learn leaves open is not the caller's to hear about.
-        with _labels_as_index(l2l), _sorted_folders(), global_random_states(CLASS_SPLIT_KEY), warnings.catch_warnings():
+        with (
+            _labels_as_index(l2l),
+            _sorted_folders(),
+            global_random_states(CLASS_SPLIT_KEY),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", ResourceWarning)
             tasksets = l2l.vision.benchmarks.get_tasksets(benchmark, root=str(folder))
-    # Whatever a damaged file or a failed download makes learn2learn, torchvision, requests or pickle raise.
+    # Whatever a damaged file or a failed download makes learn2learn, torchvision, requests or
+    # pickle raise.
     except Exception as error:
         raise DataError(
             f"learn2learn/{benchmark}: learn2learn cannot read or get its files in {folder}: {type(error).__name__}: {error}. "
             f"Delete what is damaged there and run `bomemeta data prepare learn2learn/{benchmark} --root {folder}` on a machine "
             f"with internet"
         ) from error
-    return {"train": tasksets.train.dataset, "validation": tasksets.validation.dataset, "test": tasksets.test.dataset}
+    return {
+        "train": tasksets.train.dataset,
+        "validation": tasksets.validation.dataset,
+        "test": tasksets.test.dataset,
+    }
 
 
 _load = functools.cache(load)
@@ -203,7 +256,9 @@ _load = functools.cache(load)
 
 @functools.lru_cache(maxsize=16)
 def _tasks(benchmark: str, folder: Path, split: Split, ways: int, images_per_class: int) -> Any:
-    """The benchmark's Taskset for one size of episode; `get_tasksets` itself would load all data anew for each size."""
+    """The benchmark's Taskset for one size of episode; `get_tasksets` itself would load all data
+    anew for each size.
+    """
     l2l = learn2learn()
     dataset = _load(benchmark, folder)[split]
     transforms = [
@@ -214,13 +269,17 @@ def _tasks(benchmark: str, folder: Path, split: Split, ways: int, images_per_cla
         l2l.data.transforms.ConsecutiveLabels(dataset),
     ]
     if benchmark == "omniglot":
-        transforms.append(l2l.vision.transforms.RandomClassRotation(dataset, [0.0, 90.0, 180.0, 270.0]))
+        transforms.append(
+            l2l.vision.transforms.RandomClassRotation(dataset, [0.0, 90.0, 180.0, 270.0])
+        )
     return l2l.data.Taskset(dataset, transforms)
 
 
 @contextlib.contextmanager
 def _labels_as_index(l2l: Any) -> Iterator[None]:
-    """Inside, a MetaDataset's index comes from the labels in memory: no pickle on disk, no race for it, no pass over all images."""
+    """Inside, a MetaDataset's index comes from the labels in memory: no pickle on disk, no race for
+    it, no pass over all images.
+    """
 
     def index(self: Any, _path: str) -> None:
         self.create_bookkeeping(indices_to_labels=dict(enumerate(_labels(self.dataset))))
@@ -236,7 +295,12 @@ def _labels(dataset: Any) -> list[int]:
         offset = len(background._characters)
         of_evaluation = [label + offset for _, label in evaluation._flat_character_images]
         return [label for _, label in background._flat_character_images] + of_evaluation
-    attribute = {"CIFARFS": "targets", "FC100": "labels", "TieredImagenet": "labels", "MiniImagenet": "y"}
+    attribute = {
+        "CIFARFS": "targets",
+        "FC100": "labels",
+        "TieredImagenet": "labels",
+        "MiniImagenet": "y",
+    }
     return [int(label) for label in getattr(dataset, attribute[type(dataset).__name__])]
 
 

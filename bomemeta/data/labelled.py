@@ -1,7 +1,9 @@
-"""Labelled arrays: inputs as rows of numbers, each with its class, in a training and a test part. MNIST, Fashion-MNIST, or any `.npz`.
+"""Labelled arrays: inputs as rows of numbers, each with its class, in a training and a test part.
+MNIST, Fashion-MNIST, or any `.npz`.
 
-MNIST is by LeCun, Cortes and Burges; Fashion-MNIST by Xiao, Rasul and Vollgraf (arXiv 1708.07747). Both have 60,000 training and
-10,000 test images of 28x28 grey levels in 10 classes, and are read in their original order.
+MNIST is by LeCun, Cortes and Burges; Fashion-MNIST by Xiao, Rasul and Vollgraf (arXiv 1708.07747).
+Both have 60,000 training and 10,000 test images of 28x28 grey levels in 10 classes, and are read in
+their original order.
 """
 
 from __future__ import annotations
@@ -49,7 +51,10 @@ class Examples(NamedTuple):
             return Moments(float(inputs.mean()), float(inputs.std(correction=0)))
         # By counting levels: 47 million pixels as doubles would be 376 MB.
         count = torch.bincount(self.inputs.flatten(), minlength=GREY_LEVELS + 1).double()
-        share, level = count / count.sum(), torch.arange(GREY_LEVELS + 1, dtype=torch.float64) / GREY_LEVELS
+        share, level = (
+            count / count.sum(),
+            torch.arange(GREY_LEVELS + 1, dtype=torch.float64) / GREY_LEVELS,
+        )
         mean = (share * level).sum()
         return Moments(float(mean), float((share * (level - mean) ** 2).sum().sqrt()))
 
@@ -111,7 +116,9 @@ class _Prepared(_Arrays):
 @datasets.register("mnist")
 @dataclass(frozen=True, kw_only=True)
 class Mnist(_Prepared):
-    """MNIST, 60,000 + 10,000 hand-written digits. `root`: the folder that holds `mnist.npz`; by default `BOMEMETA_DATA`."""
+    """MNIST, 60,000 + 10,000 hand-written digits. `root`: the folder that holds `mnist.npz`; by
+    default `BOMEMETA_DATA`.
+    """
 
     name = "mnist"
 
@@ -119,7 +126,9 @@ class Mnist(_Prepared):
 @datasets.register("fashion_mnist")
 @dataclass(frozen=True, kw_only=True)
 class FashionMnist(_Prepared):
-    """Fashion-MNIST, 60,000 + 10,000 pictures of clothes. `root`: the folder that holds `fashion_mnist.npz`; by default `BOMEMETA_DATA`."""
+    """Fashion-MNIST, 60,000 + 10,000 pictures of clothes. `root`: the folder that holds
+    `fashion_mnist.npz`; by default `BOMEMETA_DATA`.
+    """
 
     name = "fashion_mnist"
 
@@ -127,7 +136,9 @@ class FashionMnist(_Prepared):
 @datasets.register("labelled_array")
 @dataclass(frozen=True, kw_only=True)
 class LabelledArray(_Arrays):
-    """Any archive of x_train [n, ...], y_train [n], x_test and y_test. Rows are flattened, uint8 is divided by 255."""
+    """Any archive of x_train [n, ...], y_train [n], x_test and y_test. Rows are flattened, uint8 is
+    divided by 255.
+    """
 
     path: str
 
@@ -158,7 +169,10 @@ def _read(path: Path) -> _Archive:
     parts: dict[Part, Examples] = {}
     for part in PARTS:
         inputs, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        parts[part] = Examples(torch.from_numpy(inputs.reshape(len(inputs), -1)), torch.from_numpy(labels.astype(np.int64)))
+        parts[part] = Examples(
+            torch.from_numpy(inputs.reshape(len(inputs), -1)),
+            torch.from_numpy(labels.astype(np.int64)),
+        )
     return _Archive(parts, int(parts["train"].labels.max()) + 1)
 
 
@@ -166,7 +180,11 @@ def _wrong(arrays: dict[str, NDArray[Any]]) -> str | None:
     """What keeps the four arrays from being labelled rows."""
     for part in PARTS:
         inputs, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if not (inputs.dtype in (np.uint8, np.float32, np.float64) and inputs.ndim >= 2 and inputs.size > 0):
+        if not (
+            inputs.dtype in (np.uint8, np.float32, np.float64)
+            and inputs.ndim >= 2
+            and inputs.size > 0
+        ):
             return f"x_{part} is {inputs.dtype} {list(inputs.shape)}"
         if labels.dtype.kind not in "iu" or labels.shape != (len(inputs),):
             return f"y_{part} is {labels.dtype} {list(labels.shape)} for {len(inputs)} rows of x_{part}"

@@ -1,4 +1,6 @@
-"""20 Newsgroups "bydate" (Lang, ICML 1995; scikit-learn's cut): word counts of 11,314 training and 7,532 later test posts, 20 classes."""
+"""20 Newsgroups "bydate" (Lang, ICML 1995; scikit-learn's cut): word counts of 11,314 training and
+7,532 later test posts, 20 classes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PARTS: tuple[Part, ...] = ("train", "test")
 
 
 class Documents(NamedTuple):
-    """Labelled sparse rows: row i has `value[k]` in column `column[k]` for k from `row_start[i]` up to `row_start[i + 1]`."""
+    """Labelled sparse rows: row i has `value[k]` in column `column[k]` for k from `row_start[i]` up
+    to `row_start[i + 1]`.
+    """
 
     row_start: Tensor  # int64 [rows + 1]
     column: Tensor  # int64 [entries]
@@ -91,24 +95,42 @@ def _read(path: Path) -> _Archive:
     features = int(np.count_nonzero(arrays["vocabulary_utf8"] == ord("\n"))) + 1
     parts: dict[Part, Documents] = {}
     for part in PARTS:
-        start, column, count = (arrays[f"{part}_{array}"] for array in ("indptr", "indices", "counts"))
+        start, column, count = (
+            arrays[f"{part}_{array}"] for array in ("indptr", "indices", "counts")
+        )
         label = arrays[f"y_{part}"]
         if wrong := _wrong(start, column, count, label, features, classes):
-            raise DataError(f"{path}, part {part}: {wrong}. Delete it and run `bomemeta data prepare twenty_newsgroups`")
+            raise DataError(
+                f"{path}, part {part}: {wrong}. Delete it and run `bomemeta data prepare twenty_newsgroups`"
+            )
         parts[part] = _normalised(start, column, count, label)
     return _Archive(parts, features, classes)
 
 
 def _wrong(
-    start: NDArray[Any], column: NDArray[Any], count: NDArray[Any], label: NDArray[Any], features: int, classes: int
+    start: NDArray[Any],
+    column: NDArray[Any],
+    count: NDArray[Any],
+    label: NDArray[Any],
+    features: int,
+    classes: int,
 ) -> str | None:
-    """What keeps the arrays from being labelled rows of counts; products with them do not look at bounds."""
-    if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in (start, column, count, label)):
+    """What keeps the arrays from being labelled rows of counts; products with them do not look at
+    bounds.
+    """
+    if any(
+        array.ndim != 1 or array.dtype.kind not in "iu" for array in (start, column, count, label)
+    ):
         return "wanted vectors of integers"
     if len(start) != len(label) + 1 or len(label) == 0:
         return f"got {len(start)} row starts for {len(label)} labels; wanted one more than labels, and at least one label"
     # Not np.diff: unsigned numbers would wrap around.
-    if start[0] != 0 or start[-1] != len(column) or len(column) != len(count) or np.any(start[1:] < start[:-1]):
+    if (
+        start[0] != 0
+        or start[-1] != len(column)
+        or len(column) != len(count)
+        or np.any(start[1:] < start[:-1])
+    ):
         return f"wanted row starts that rise from 0 to the number of entries; got {len(column)} columns and {len(count)} counts"
     if len(column) and (column.min() < 0 or column.max() >= features):
         return f"wanted columns below {features}, the size of the vocabulary; got {column.min()} to {column.max()}"
@@ -117,17 +139,28 @@ def _wrong(
     return None
 
 
-def _normalised(start: NDArray[Any], column: NDArray[Any], count: NDArray[Any], label: NDArray[Any]) -> Documents:
+def _normalised(
+    start: NDArray[Any], column: NDArray[Any], count: NDArray[Any], label: NDArray[Any]
+) -> Documents:
     row_start = torch.from_numpy(start.astype(np.int64))
     value = torch.from_numpy(count.astype(np.float64))
     row = torch.repeat_interleave(torch.arange(len(label)), row_start.diff())
     length = torch.zeros(len(label), dtype=torch.float64).index_add_(0, row, value**2).sqrt()
-    value = value / length.clamp_min(torch.finfo(torch.float64).tiny)[row]  # counts of 0 alone: the row stays 0
-    return Documents(row_start, torch.from_numpy(column.astype(np.int64)), value.float(), torch.from_numpy(label.astype(np.int64)))
+    value = (
+        value / length.clamp_min(torch.finfo(torch.float64).tiny)[row]
+    )  # counts of 0 alone: the row stays 0
+    return Documents(
+        row_start,
+        torch.from_numpy(column.astype(np.int64)),
+        value.float(),
+        torch.from_numpy(label.astype(np.int64)),
+    )
 
 
 def stratified_halves(label: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Row numbers of two halves, each sorted, drawn by `key`: sizes differ by at most one row, as do each class's shares."""
+    """Row numbers of two halves, each sorted, drawn by `key`: sizes differ by at most one row, as
+    do each class's shares.
+    """
     drawn = generator(key).permutation(len(label))
     by_class = torch.from_numpy(drawn[np.argsort(label.numpy()[drawn], kind="stable")])
     return by_class[::2].sort().values, by_class[1::2].sort().values
@@ -137,5 +170,9 @@ def chosen(documents: Documents, rows: Tensor) -> Documents:
     """These rows, in this order."""
     size = documents.row_start.diff()[rows]
     row_start = torch.cat([size.new_zeros(1), size.cumsum(0)])
-    entry = torch.arange(int(row_start[-1])) + torch.repeat_interleave(documents.row_start[rows] - row_start[:-1], size)
-    return Documents(row_start, documents.column[entry], documents.value[entry], documents.label[rows])
+    entry = torch.arange(int(row_start[-1])) + torch.repeat_interleave(
+        documents.row_start[rows] - row_start[:-1], size
+    )
+    return Documents(
+        row_start, documents.column[entry], documents.value[entry], documents.label[rows]
+    )

@@ -1,8 +1,10 @@
-"""Omniglot (Lake, Salakhutdinov and Tenenbaum, Science 2015): 1,623 hand-written characters, 20 drawings of each.
+"""Omniglot (Lake, Salakhutdinov and Tenenbaum, Science 2015): 1,623 hand-written characters, 20
+drawings of each.
 
-The split is that of Vinyals et al. (Matching Networks, NeurIPS 2016) as Snell et al. (Prototypical Networks, NeurIPS 2017) gave it:
-1,028 training, 172 validation and 423 test characters. With `rotations` a character turned by 90, 180 or 270 degrees is a class
-of its own, in every split, as both papers do: four times the classes, and an episode may hold two turns of one character.
+The split is that of Vinyals et al. (Matching Networks, NeurIPS 2016) as Snell et al. (Prototypical
+Networks, NeurIPS 2017) gave it: 1,028 training, 172 validation and 423 test characters. With
+`rotations` a character turned by 90, 180 or 270 degrees is a class of its own, in every split, as
+both papers do: four times the classes, and an episode may hold two turns of one character.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Characters:
 
     images: Tensor  # uint8 [rows, 28, 28], ink 255; the drawings of a class follow each other
     upright: dict[Split, ClassRows]
-    turned: dict[Split, ClassRows]  # class `turn * characters + c` is character c turned by `turn` quarters
+    turned: dict[
+        Split, ClassRows
+    ]  # class `turn * characters + c` is character c turned by `turn` quarters
 
     def classes(self, split: Split, rotations: bool) -> ClassRows:
         return self.turned[split] if rotations else self.upright[split]
@@ -42,7 +46,9 @@ class Characters:
 @datasets.register("omniglot")
 @dataclass(frozen=True, kw_only=True)
 class OmniglotEpisodes:
-    """Omniglot's 1,623 hand-written characters. `root`: the folder that holds `omniglot28.npz`; by default `BOMEMETA_DATA`."""
+    """Omniglot's 1,623 hand-written characters. `root`: the folder that holds `omniglot28.npz`; by
+    default `BOMEMETA_DATA`.
+    """
 
     root: str | None = None
     rotations: bool = True
@@ -78,7 +84,11 @@ def _read(path: Path) -> Characters:
     arrays = archives.read(path, ("images", "label", "class_name", "class_vinyals_split"))
     images, label, names, split_number = arrays.values()
     classes = len(names)
-    count = np.bincount(label, minlength=classes) if label.size and label.min() >= 0 else np.zeros(0, np.int64)
+    count = (
+        np.bincount(label, minlength=classes)
+        if label.size and label.min() >= 0
+        else np.zeros(0, np.int64)
+    )
     if (
         images.dtype != np.uint8
         or images.shape != (len(label), IMAGE_PX, IMAGE_PX)
@@ -96,7 +106,11 @@ def _read(path: Path) -> Characters:
     for split, number in SPLIT_NUMBER.items():
         (of_split,) = np.nonzero(split_number == number)
         splits[split] = ClassRows(start[of_split], count[of_split], tuple(names[of_split].tolist()))
-    return Characters(torch.from_numpy(images), splits, {split: _with_turns(rows) for split, rows in splits.items()})
+    return Characters(
+        torch.from_numpy(images),
+        splits,
+        {split: _with_turns(rows) for split, rows in splits.items()},
+    )
 
 
 @functools.cache  # episodes ask again and again; what raises is not kept

@@ -1,7 +1,8 @@
-"""`bomemeta data prepare NAME`: gets a data set once, on a machine with internet, and writes the archive that the others read.
+"""`bomemeta data prepare NAME`: gets a data set once, on a machine with internet, and writes the
+archive that the others read.
 
-Archives hold plain arrays, images as uint8, no pickles. Each conversion is a function of what torchvision gives, so that it can be
-tested without a network.
+Archives hold plain arrays, images as uint8, no pickles. Each conversion is a function of what
+torchvision gives, so that it can be tested without a network.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from bomemeta.registry import datasets
 
 Arrays = dict[str, NDArray[Any]]
 
-CIFAR10_PER_CLASS = 800  # a subset of 25 MB: enough for tests and for problems of a few thousand images
+CIFAR10_PER_CLASS = (
+    800  # a subset of 25 MB: enough for tests and for problems of a few thousand images
+)
 CIFAR10_TEST = 1000
 
-# Vinyals et al.'s split as Snell et al. published it is, in the order of alphabets and characters by name: these five alphabets
-# for validation, everything from the 1,201st character on (from the 42nd of Gurmukhi) for test, the rest for training.
+# Vinyals et al.'s split as Snell et al. published it is, in the order of alphabets and characters
+# by name: these five alphabets for validation, everything from the 1,201st character on (from the
+# 42nd of Gurmukhi) for test, the rest for training.
 VINYALS_VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 VINYALS_FIRST_TEST = 1200
 
@@ -50,13 +54,15 @@ class CountedRows(Protocol):
 
 
 def prepare(name: str, root: Path | None, *, trust_pickles: bool = False) -> Path:
-    """Gets data set `name` into `root` and returns what was made: the archive, torchvision's folder, or `root` for learn2learn's files.
+    """Gets data set `name` into `root` and returns what was made: the archive, torchvision's
+    folder, or `root` for learn2learn's files.
 
     No `root`: where a run without `data.root` looks, `BOMEMETA_DATA` or, for glyphs, the cache.
 
-    An archive that is there is left as it is (delete it to have it made anew). `trust_pickles` is needed for those benchmarks of
-    learn2learn that are pickles, because it loads what it has downloaded. Raises DataError where the name is unknown, the download
-    fails or the files cannot be written.
+    An archive that is there is left as it is (delete it to have it made anew). `trust_pickles` is
+    needed for those benchmarks of learn2learn that are pickles, because it loads what it has
+    downloaded. Raises DataError where the name is unknown, the download fails or the files cannot
+    be written.
     """
     root = _root(name) if root is None else root.expanduser()
     try:
@@ -91,13 +97,22 @@ def _root(name: str) -> Path:
     if name == "glyphs":
         return glyphs.cache_folder(None)
     if not os.environ.get("BOMEMETA_DATA"):
-        raise DataError(f"{name}: no folder is given to put it in; use --root DIR or set BOMEMETA_DATA")
+        raise DataError(
+            f"{name}: no folder is given to put it in; use --root DIR or set BOMEMETA_DATA"
+        )
     return Path(os.environ["BOMEMETA_DATA"]).expanduser()
 
 
 def names() -> list[str]:
     """All names that `prepare` knows, sorted."""
-    return sorted({*ARCHIVES, "cifar100", "glyphs", *(name for name in datasets.names() if name.startswith("learn2learn/"))})
+    return sorted(
+        {
+            *ARCHIVES,
+            "cifar100",
+            "glyphs",
+            *(name for name in datasets.names() if name.startswith("learn2learn/")),
+        }
+    )
 
 
 def _cifar100(root: Path) -> Path:
@@ -113,16 +128,20 @@ def _learn2learn(name: str, root: Path, trust_pickles: bool) -> Path:
     if not issubclass(benchmark, l2l_tasksets.LearnToLearnEpisodes):
         raise DataError(f"{name} is not one of learn2learn's benchmarks")
     if benchmark.pickled and not trust_pickles:
-        raise DataError(l2l_tasksets.untrusted(name, root) + ". If you trust learn2learn's sources, say so: --trust-pickles")
+        raise DataError(
+            l2l_tasksets.untrusted(name, root)
+            + ". If you trust learn2learn's sources, say so: --trust-pickles"
+        )
     l2l_tasksets.load(benchmark.benchmark, root)
     return root
 
 
 def omniglot_arrays(background: Path, evaluation: Path) -> Arrays:
-    """Omniglot's two folders, `alphabet/characterNN/IIII_DD.png` with black ink, as the arrays of `omniglot28.npz`.
+    """Omniglot's two folders, `alphabet/characterNN/IIII_DD.png` with black ink, as the arrays of
+    `omniglot28.npz`.
 
-    Rows are ordered by alphabet (background first), character and drawer (DD), each by name. Images are reduced from 105x105 to
-    28x28 by Lanczos, as learn2learn does, with ink 255.
+    Rows are ordered by alphabet (background first), character and drawer (DD), each by name. Images
+    are reduced from 105x105 to 28x28 by Lanczos, as learn2learn does, with ink 255.
     """
     from PIL import Image
 
@@ -134,13 +153,17 @@ def omniglot_arrays(background: Path, evaluation: Path) -> Arrays:
     class_alphabet: list[int] = []
     class_char_id: list[int] = []
     class_is_evaluation: list[bool] = []
-    alphabets = [(folder, False) for folder in _folders(background)] + [(folder, True) for folder in _folders(evaluation)]
+    alphabets = [(folder, False) for folder in _folders(background)] + [
+        (folder, True) for folder in _folders(evaluation)
+    ]
     for number, (alphabet, is_evaluation) in enumerate(alphabets):
         for character in _folders(alphabet):
             files = sorted(character.glob("*.png"))
             for file in files:
                 with Image.open(file) as image:
-                    images.append(255 - np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS)))
+                    images.append(
+                        255 - np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS))
+                    )
                 label.append(len(class_name))
                 drawer.append(int(file.stem.split("_")[1]))
             class_name.append(f"{alphabet.name}/{character.name}")
@@ -162,9 +185,13 @@ def omniglot_arrays(background: Path, evaluation: Path) -> Arrays:
 
 
 def vinyals_split(class_names: list[str]) -> NDArray[np.int8]:
-    """0 train, 1 validation, 2 test for each `alphabet/characterNN` of all of Omniglot, background first, each part by name."""
+    """0 train, 1 validation, 2 test for each `alphabet/characterNN` of all of Omniglot, background
+    first, each part by name.
+    """
     split = np.zeros(len(class_names), np.int8)
-    split[[name.split("/")[0] in VINYALS_VALIDATION for name in class_names]] = omniglot.SPLIT_NUMBER["validation"]
+    split[[name.split("/")[0] in VINYALS_VALIDATION for name in class_names]] = (
+        omniglot.SPLIT_NUMBER["validation"]
+    )
     split[VINYALS_FIRST_TEST:] = omniglot.SPLIT_NUMBER["test"]
     return split
 
@@ -180,9 +207,13 @@ def mnist_arrays(train: Labelled, test: Labelled) -> Arrays:
 
 
 def cifar10_arrays(train: Labelled, test: Labelled, label_names: list[str]) -> Arrays:
-    """The first 800 training images of each class, in the original order, and the first 1,000 test images: [n, 32, 32, 3]."""
+    """The first 800 training images of each class, in the original order, and the first 1,000 test
+    images: [n, 32, 32, 3].
+    """
     targets = np.asarray(train.targets)
-    firsts = [np.flatnonzero(targets == label)[:CIFAR10_PER_CLASS] for label in range(len(label_names))]
+    firsts = [
+        np.flatnonzero(targets == label)[:CIFAR10_PER_CLASS] for label in range(len(label_names))
+    ]
     index = np.sort(np.concatenate(firsts))
     return {
         "x_train": np.asarray(train.data, np.uint8)[index],
@@ -201,7 +232,10 @@ def _folders(parent: Path) -> list[Path]:
 def _omniglot(downloads: Path) -> Arrays:
     from torchvision.datasets import Omniglot
 
-    folders = [Path(Omniglot(str(downloads), background, download=True).target_folder) for background in (True, False)]
+    folders = [
+        Path(Omniglot(str(downloads), background, download=True).target_folder)
+        for background in (True, False)
+    ]
     return omniglot_arrays(*folders)
 
 
@@ -214,11 +248,14 @@ def _mnist(downloads: Path) -> Arrays:
 def _fashion_mnist(downloads: Path) -> Arrays:
     from torchvision.datasets import FashionMNIST
 
-    return mnist_arrays(*(FashionMNIST(str(downloads), train, download=True) for train in (True, False)))
+    return mnist_arrays(
+        *(FashionMNIST(str(downloads), train, download=True) for train in (True, False))
+    )
 
 
 def _cifar10(downloads: Path) -> Arrays:
-    # torchvision's CIFAR-10 files are pickles too: it loads them only after their MD5 sums match those in its source.
+    # torchvision's CIFAR-10 files are pickles too: it loads them only after their MD5 sums match
+    # those in its source.
     from torchvision.datasets import CIFAR10
 
     train, test = (CIFAR10(str(downloads), train, download=True) for train in (True, False))
@@ -226,16 +263,22 @@ def _cifar10(downloads: Path) -> Arrays:
 
 
 def newsgroups_arrays(train: CountedRows, test: CountedRows) -> Arrays:
-    """20 Newsgroups as scikit-learn counts it, with `normalize=False`: CSR arrays of each part, labels, the vocabulary one word a line.
+    """20 Newsgroups as scikit-learn counts it, with `normalize=False`: CSR arrays of each part,
+    labels, the vocabulary one word a line.
 
-    scikit-learn shuffles the posts and leaves a post's columns unordered; here rows are sorted by class and their columns rise.
+    scikit-learn shuffles the posts and leaves a post's columns unordered; here rows are sorted by
+    class and their columns rise.
     """
     arrays: Arrays = {}
     for part, bunch in (("train", train), ("test", test)):
         start, column = np.asarray(bunch.data.indptr, np.int64), np.asarray(bunch.data.indices)
         rows = np.argsort(bunch.target, kind="stable")
-        entry = np.concatenate([start[row] + np.argsort(column[start[row] : start[row + 1]]) for row in rows])
-        arrays[f"{part}_indptr"] = np.concatenate([[0], np.cumsum(np.diff(start)[rows])]).astype(np.int32)
+        entry = np.concatenate(
+            [start[row] + np.argsort(column[start[row] : start[row + 1]]) for row in rows]
+        )
+        arrays[f"{part}_indptr"] = np.concatenate([[0], np.cumsum(np.diff(start)[rows])]).astype(
+            np.int32
+        )
         arrays[f"{part}_indices"] = column[entry].astype(np.int32)
         arrays[f"{part}_counts"] = np.asarray(bunch.data.data)[entry].astype(np.uint16)
         arrays[f"y_{part}"] = np.asarray(bunch.target)[rows].astype(np.uint8)
@@ -250,7 +293,9 @@ def _twenty_newsgroups(downloads: Path) -> Arrays:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it tries once more; what fails is said by `prepare`
         parts = [
-            fetch_20newsgroups_vectorized(subset=part, normalize=False, data_home=str(downloads), n_retries=1)
+            fetch_20newsgroups_vectorized(
+                subset=part, normalize=False, data_home=str(downloads), n_retries=1
+            )
             for part in newsgroups.PARTS
         ]
     return newsgroups_arrays(*parts)

@@ -1,10 +1,12 @@
-"""Streams of classification tasks made of one labelled data set: the same images permuted or turned, or its classes in groups.
+"""Streams of classification tasks made of one labelled data set: the same images permuted or
+turned, or its classes in groups.
 
     permuted   task t shuffles the numbers of every input by one permutation of its own     (Kirkpatrick et al. 2017)
     rotated    task t turns every image by t * 180 / tasks degrees                          (Lopez-Paz and Ranzato 2017)
     split      task t has classes of its own                                                (Zenke et al. 2017)
 
-Training samples come from the data set's training part, test samples from its test part; which of them follows from the seed.
+Training samples come from the data set's training part, test samples from its test part; which of
+them follows from the seed.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class StreamSpec:
     samples: int | None
     test_samples: int | None
     classes_per_task: int | None  # split; None: the classes in equal groups
-    shuffle_classes: bool  # split: groups in an order that follows from the seed, else in the classes' own
+    shuffle_classes: (
+        bool  # split: groups in an order that follows from the seed, else in the classes' own
+    )
     seed: int
 
 
@@ -59,7 +63,9 @@ class Stream(NamedTuple):
 
 
 def build_stream(data: LabelledArrays, spec: StreamSpec) -> Stream:
-    """Raises ConfigError where the classes cannot be cut so, DataError where a task has too few samples."""
+    """Raises ConfigError where the classes cannot be cut so, DataError where a task has too few
+    samples.
+    """
     groups = _groups(data.classes, spec)
     allowed = torch.zeros(spec.tasks, data.classes, dtype=torch.bool)
     for t, group in enumerate(groups):
@@ -73,7 +79,9 @@ def build_stream(data: LabelledArrays, spec: StreamSpec) -> Stream:
 
 
 def image_shape(data: LabelledArrays, wanted_for: str) -> ImageShape:
-    """Of a row, folded: what the data set says, or else a square of grey levels. Raises ConfigError where neither is to be had."""
+    """Of a row, folded: what the data set says, or else a square of grey levels. Raises ConfigError
+    where neither is to be had.
+    """
     shape: ImageShape | None = getattr(data, "image_shape", None)
     if shape is not None:
         return shape
@@ -87,7 +95,9 @@ def image_shape(data: LabelledArrays, wanted_for: str) -> ImageShape:
 
 
 def rotated(images: Tensor, degrees: float) -> Tensor:
-    """Images [n, C, H, W], floats, turned counter-clockwise about their middle, bilinearly; 0 where nothing was."""
+    """Images [n, C, H, W], floats, turned counter-clockwise about their middle, bilinearly; 0 where
+    nothing was.
+    """
     angle = math.radians(degrees)
     height, width = images.shape[2:]
     # grid_sample counts both axes from -1 to 1: what is not square would be sheared.
@@ -98,7 +108,9 @@ def rotated(images: Tensor, degrees: float) -> Tensor:
         ],
         dtype=images.dtype,
     )
-    grid = functional.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    grid = functional.affine_grid(
+        matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False
+    )
     return functional.grid_sample(images, grid, align_corners=False)
 
 
@@ -124,14 +136,22 @@ def _groups(classes: int, spec: StreamSpec) -> list[list[int]]:
             f"problem.tasks: {spec.tasks} tasks of {each} classes want {each * spec.tasks} classes; the data set has {classes}: make "
             "problem.tasks or problem.classes_per_task smaller"
         )
-    order = _generator(spec.seed, CLASSES).permutation(classes) if spec.shuffle_classes else np.arange(classes)
-    return [sorted(int(label) for label in order[t * each : (t + 1) * each]) for t in range(spec.tasks)]
+    order = (
+        _generator(spec.seed, CLASSES).permutation(classes)
+        if spec.shuffle_classes
+        else np.arange(classes)
+    )
+    return [
+        sorted(int(label) for label in order[t * each : (t + 1) * each]) for t in range(spec.tasks)
+    ]
 
 
 def _transform(data: LabelledArrays, spec: StreamSpec, task: int) -> Callable[[Tensor], Tensor]:
     """What the task does to rows [n, d], as stored."""
     if spec.kind == "permuted":
-        order = torch.from_numpy(_generator(spec.seed, PERMUTATION, task).permutation(data.features))
+        order = torch.from_numpy(
+            _generator(spec.seed, PERMUTATION, task).permutation(data.features)
+        )
         return lambda rows: rows[:, order]
     if spec.kind == "rotated":
         shape = image_shape(data, "problem.stream: rotated")
@@ -143,7 +163,11 @@ def _transform(data: LabelledArrays, spec: StreamSpec, task: int) -> Callable[[T
 def _turned(rows: Tensor, shape: ImageShape, degrees: float) -> Tensor:
     floats = rows.float() if rows.dtype == torch.uint8 else rows
     turned = rotated(floats.reshape(-1, *shape), degrees).flatten(1)
-    return turned.round().clamp(0, GREY_LEVELS).to(torch.uint8) if rows.dtype == torch.uint8 else turned
+    return (
+        turned.round().clamp(0, GREY_LEVELS).to(torch.uint8)
+        if rows.dtype == torch.uint8
+        else turned
+    )
 
 
 def _part(

@@ -17,12 +17,15 @@ from bomemeta.distributed.summation import added
 from bomemeta.distributed.transport import checked_returns
 from bomemeta.errors import ClusterError
 
-# How a call's answer is cut into objects: no share; reply and share as one, for the driver; the share for itself, to stay in the cluster.
+# How a call's answer is cut into objects: no share; reply and share as one, for the driver; the
+# share for itself, to stay in the cluster.
 Form = Literal["plain", "whole", "apart"]
 
 
 class Process(NamedTuple):
-    """Which process a worker is. The birth (clock ticks since boot) tells it from a later process with the same number."""
+    """Which process a worker is. The birth (clock ticks since boot) tells it from a later process
+    with the same number.
+    """
 
     pid: int
     birth: str
@@ -45,7 +48,9 @@ def kill_process(process: Process) -> None:
 
 
 def kill_on_its_node(process: Process) -> list[Any]:
-    """SIGKILL, from a task on the process's node where that is another one: then the list holds the task's reference."""
+    """SIGKILL, from a task on the process's node where that is another one: then the list holds the
+    task's reference.
+    """
     if process.node_id == ray.get_runtime_context().get_node_id():
         kill_process(process)
         return []
@@ -55,10 +60,13 @@ def kill_on_its_node(process: Process) -> list[Any]:
 
 
 class ShardActor:
-    """The process that holds one worker. `build` is not in `__init__`: what it raises would lose its type there."""
+    """The process that holds one worker. `build` is not in `__init__`: what it raises would lose
+    its type there.
+    """
 
     def build(self, factory: bytes, threads: int, paths: list[str]) -> Process:
-        # Before torch is imported: these are read once, and Ray has set OMP_NUM_THREADS to the actor's CPUs.
+        # Before torch is imported: these are read once, and Ray has set OMP_NUM_THREADS to the
+        # actor's CPUs.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = str(threads)
         sys.path.extend(path for path in paths if path not in sys.path)
@@ -66,7 +74,8 @@ class ShardActor:
 
         torch.set_num_threads(threads)
         context = ray.get_runtime_context()
-        # Not torch.cuda.is_available(): an actor without GPUs sees all of them. Ray shows an actor only its own, so 0.
+        # Not torch.cuda.is_available(): an actor without GPUs sees all of them. Ray shows an actor
+        # only its own, so 0.
         given = context.get_accelerator_ids().get("GPU")
         if given and not torch.cuda.is_available():
             raise ClusterError(
@@ -80,8 +89,12 @@ class ShardActor:
     def ping(self) -> None:
         pass
 
-    def execute(self, request: Any, returns: int, form: Form, broadcast: np.ndarray, *states: np.ndarray) -> Any:
-        results = checked_returns(self._worker.execute(request, broadcast, *states), returns, summed=form != "plain")
+    def execute(
+        self, request: Any, returns: int, form: Form, broadcast: np.ndarray, *states: np.ndarray
+    ) -> Any:
+        results = checked_returns(
+            self._worker.execute(request, broadcast, *states), returns, summed=form != "plain"
+        )
         if form == "whole":
             results = results[:2], *results[2:]
         return results if len(results) > 1 else results[0]
@@ -90,7 +103,11 @@ class ShardActor:
         return added(left, right)
 
     def together(self, request: Any, member: Any, broadcast: np.ndarray) -> Any:
-        from bomemeta.distributed.process_group import ProcessGroup  # torch's distributed part, for those who use it
+        from bomemeta.distributed.process_group import (
+            ProcessGroup,  # torch's distributed part, for those who use it
+        )
 
         self._group: ProcessGroup = getattr(self, "_group", None) or ProcessGroup()
-        return request.execute(self._worker, broadcast, member.rank, member.world, self._group.join(member))
+        return request.execute(
+            self._worker, broadcast, member.rank, member.world, self._group.join(member)
+        )

@@ -1,6 +1,8 @@
-"""Loading ahead: the batch that a worker will probably be asked for next, loaded in a thread while it computes.
+"""Loading ahead: the batch that a worker will probably be asked for next, loaded in a thread while
+it computes.
 
-A load is a pure function of what was asked, so a right guess gives the same bits sooner, and a wrong one gives nothing.
+A load is a pure function of what was asked, so a right guess gives the same bits sooner, and a
+wrong one gives nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ class Asked(NamedTuple):
 
 
 class Ahead:
-    """Holds one batch at most, and knows what is expected after it: a worker may have several shards of a step, each of which says what it
-    will be in the next one, so the next request is the oldest of these.
+    """Holds one batch at most, and knows what is expected after it: a worker may have several
+    shards of a step, each of which says what it will be in the next one, so the next request is the
+    oldest of these.
     """
 
     def __init__(self, load: Callable[[Asked], Params]) -> None:
@@ -35,7 +38,8 @@ class Ahead:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bomemeta-load")
 
     def batch(self, asked: Asked, following: Asked | None) -> Params:
-        """The batch that is asked for. `following`: what will be asked for some time after it, if that can be told.
+        """The batch that is asked for. `following`: what will be asked for some time after it, if
+        that can be told.
 
         Raises what the load raises, here and not in the thread.
         """
@@ -53,14 +57,18 @@ class Ahead:
         if begun != asked:
             return None
         self._begun = None
-        return None if future.exception() is not None else future.result()  # loaded again, an error is met where it is due
+        return (
+            None if future.exception() is not None else future.result()
+        )  # loaded again, an error is met where it is due
 
     def _expect(self, asked: Asked, following: Asked | None) -> None:
         if asked in self._expected:
             while self._expected.popleft() != asked:  # those before it went to other workers
                 pass
         if following is not None:
-            live = [each for each in self._expected if each.step >= asked.step and each != following]
+            live = [
+                each for each in self._expected if each.step >= asked.step and each != following
+            ]
             self._expected = deque([*live, following])
         if self._begun is not None and self._begun[0] not in self._expected:
             self._begun = None

@@ -1,11 +1,14 @@
-"""A shared lower problem's whole kernel on all workers together: they exchange their shards' sums among themselves, over gloo.
+"""A shared lower problem's whole kernel on all workers together: they exchange their shards' sums
+among themselves, over gloo.
 
-Every worker runs the same kernel on the same numbers and computes its own shards whenever the kernel asks something of the blocks. What
-they computed is gathered by all, and each adds it up in the order of `summation.merges`. So an inner loop of T steps is one round of
-Ray instead of T, and has the same bits: they depend neither on how many workers there are nor on which shard is whose.
+Every worker runs the same kernel on the same numbers and computes its own shards whenever the
+kernel asks something of the blocks. What they computed is gathered by all, and each adds it up in
+the order of `summation.merges`. So an inner loop of T steps is one round of Ray instead of T, and
+has the same bits: they depend neither on how many workers there are nor on which shard is whose.
 
-A process group cannot outlive a member. Groups have numbers (epochs): one that lost a member is left behind, and the survivors, with
-whoever has come meanwhile, form the next (measured: 0.02 s) and run the kernel again.
+A process group cannot outlive a member. Groups have numbers (epochs): one that lost a member is
+left behind, and the survivors, with whoever has come meanwhile, form the next (measured: 0.02 s)
+and run the kernel again.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch.distributed
 from bomemeta.distributed import cluster
 from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.process_group import GroupBroken, Member
-from bomemeta.distributed.seats import MAX_STRIKES, WAITING, Phase, Seat, WorkerLost, poison
+from bomemeta.distributed.slots import MAX_STRIKES, WAITING, Phase, Slot, WorkerLost, poison
 from bomemeta.distributed.transport import JointRequest
 from bomemeta.errors import ClusterError
 
@@ -36,88 +39,102 @@ class Collective:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._epoch = 0
-        self._present: list[tuple[int, Any]] = []  # the members of the present epoch: seat and process
-        # The store lives in this process: it has no state that a lost worker could take along. On the driver's own
-        # address only, and not on all of them, as torch would have it.
+        self._present: list[
+            tuple[int, Any]
+        ] = []  # the members of the present epoch: slot and process
+        # The store lives in this process: it has no state that a lost worker could take along. On
+        # the driver's own address only, and not on all of them, as torch would have it.
         self._host = ray.util.get_node_ip_address()
         self._socket = socket.create_server((self._host, 0))
         self._port = self._socket.getsockname()[1]
         self._store = dist.TCPStore(
-            self._host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=self._socket.detach()
+            self._host,
+            self._port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=self._socket.detach(),
         )
 
     def run(self, broadcast: np.ndarray, request: JointRequest, shards: int) -> Any:
-        """The answer of the member with rank 0 to `request.execute`, run by at most `shards` workers together.
+        """The answer of the member with rank 0 to `request.execute`, run by at most `shards`
+        workers together.
 
-        Raises the workers' own exceptions with their own types, and ClusterError as `Transport.run`.
+        Raises the workers' own exceptions with their own types, and ClusterError as
+        `Transport.run`.
         """
-        shared = cluster.outgoing(broadcast, len(self._fleet.seats))
+        shared = cluster.outgoing(broadcast, len(self._fleet.slots))
         loss: WorkerLost | None = None
         for _ in range(MAX_STRIKES):
-            seats = self._members(shards)
+            slots = self._members(shards)
             try:
-                answer, loss = self._try(seats, request, shared)
+                answer, loss = self._try(slots, request, shared)
             except BaseException:
                 self._present = []
-                for seat in self._fleet.in_phase(Phase.BUSY):
-                    self._fleet.drain(seat)
+                for slot in self._fleet.in_phase(Phase.BUSY):
+                    self._fleet.drain(slot)
                 raise
             if loss is None:
                 return answer
         assert loss is not None
         raise ClusterError(poison("a kernel of all workers together", loss, self._fleet.options))
 
-    def _members(self, shards: int) -> list[Seat]:
+    def _members(self, shards: int) -> list[Slot]:
         """The workers that are there; waits for one."""
         while True:
             idle = self._fleet.in_phase(Phase.IDLE)
-            if idle and not any(seat.phase in WAITING for seat in self._fleet.seats):
+            if idle and not any(slot.phase in WAITING for slot in self._fleet.slots):
                 break
-            found = self._fleet.next_seat(time.monotonic() if idle else None)
+            found = self._fleet.next_slot(time.monotonic() if idle else None)
             if found is not None:
                 self._fleet.settle(*found)
             elif idle:
                 break
-        seats = idle[:shards]
-        present = [(seat.index, seat.process) for seat in seats]
+        slots = idle[:shards]
+        present = [(slot.index, slot.process) for slot in slots]
         if present != self._present:
             self._epoch, self._present = self._epoch + 1, present
-        return seats
+        return slots
 
-    def _try(self, seats: list[Seat], request: JointRequest, shared: Any) -> tuple[Any, WorkerLost | None]:
+    def _try(
+        self, slots: list[Slot], request: JointRequest, shared: Any
+    ) -> tuple[Any, WorkerLost | None]:
         options = self._fleet.options
-        for rank, seat in enumerate(seats):
-            member = Member(self._epoch, rank, len(seats), self._host, self._port, options.step_timeout_s)
-            seat.refs = [seat.actor.together.remote(request, member, shared)]
-            seat.phase, seat.job, seat.begun = Phase.BUSY, -1, time.monotonic()
-            seat.deadline = seat.begun + options.step_timeout_s
+        for rank, slot in enumerate(slots):
+            member = Member(
+                self._epoch, rank, len(slots), self._host, self._port, options.step_timeout_s
+            )
+            slot.refs = [slot.actor.together.remote(request, member, shared)]
+            slot.phase, slot.job, slot.begun = Phase.BUSY, -1, time.monotonic()
+            slot.deadline = slot.begun + options.step_timeout_s
         answer, loss, broken = None, None, False
-        lost: list[tuple[Seat, WorkerLost]] = []
-        while waiting := [seat for seat in seats if seat.phase is Phase.BUSY]:
-            found = self._fleet.next_seat()
+        lost: list[tuple[Slot, WorkerLost]] = []
+        while waiting := [slot for slot in slots if slot.phase is Phase.BUSY]:
+            found = self._fleet.next_slot()
             if found is None:
                 continue
-            seat, overdue = found
-            if seat not in waiting:
-                self._fleet.settle(seat, overdue)
+            slot, overdue = found
+            if slot not in waiting:
+                self._fleet.settle(slot, overdue)
                 continue
             try:
-                given = self._fleet.get(seat, overdue)
-                answer = given if seat is seats[0] else answer
+                given = self._fleet.get(slot, overdue)
+                answer = given if slot is slots[0] else answer
             except GroupBroken as error:
                 broken = True
                 loss = loss or WorkerLost(f"lost its group ({error})")
             except WorkerLost as error:
                 loss, broken = error, True
-                lost.append((seat, error))
-                seat.phase = Phase.ABSENT  # until all have been heard: a replacement would be none of this group
+                lost.append((slot, error))
+                slot.phase = (
+                    Phase.ABSENT
+                )  # until all have been heard: a replacement would be none of this group
                 continue
-            seat.phase, seat.refs = Phase.IDLE, []
+            slot.phase, slot.refs = Phase.IDLE, []
             if broken:
                 for silent in waiting:
                     silent.deadline = min(silent.deadline, time.monotonic() + GRACE_S)
-        for seat, how in lost:
-            self._fleet.replace(seat, how, "in a kernel of all workers together, which runs again")
+        for slot, how in lost:
+            self._fleet.replace(slot, how, "in a kernel of all workers together, which runs again")
         if broken:
             self._present = []
         return answer, loss

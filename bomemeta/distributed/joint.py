@@ -1,4 +1,6 @@
-"""Which run a step has; and kernels of a shared lower problem that all workers run together: the request, and the workers' side."""
+"""Which run a step has; and kernels of a shared lower problem that all workers run together: the
+request, and the workers' side.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bomemeta.core.problem import BilevelProblem, Split
+from bomemeta.core.problem import Problem, Split
 from bomemeta.core.solver import Kernel, Layout, LowerStates, Reduced, Solver
 from bomemeta.core.tree import Params
 from bomemeta.distributed.packing import Packed, pack, unpack
 from bomemeta.distributed.rounds import SharedRun, StepRun, Traffic
 from bomemeta.distributed.summation import TreeSum
-from bomemeta.distributed.transport import Gather, Handle, Round, ShardCall, ShardReply, Transport, nothing
+from bomemeta.distributed.transport import (
+    Gather,
+    Handle,
+    Round,
+    ShardCall,
+    ShardReply,
+    Transport,
+    nothing,
+)
 from bomemeta.distributed.worker import ShardWorker
 from bomemeta.errors import ClusterError
 
 
-def step_run(problem: BilevelProblem, transport: Transport, ids: Sequence[int], shards: int, **rest: Any) -> StepRun | SharedRun:
-    """The run of a step on these tasks or blocks, as the problem's `lower` wants it; `rest` as for StepRun."""
-    given: dict[str, Any] = {"project_upper": problem.project_upper, "persistent": problem.pool is not None, **rest}
+def step_run(
+    problem: Problem, transport: Transport, ids: Sequence[int], shards: int, **rest: Any
+) -> StepRun | SharedRun:
+    """The run of a step on these tasks or blocks, as the problem's `lower` wants it; `rest` as for
+    StepRun.
+    """
+    given: dict[str, Any] = {
+        "project_upper": problem.project_upper,
+        "persistent": problem.num_tasks is not None,
+        **rest,
+    }
     run = StepRun(transport, ids, shards, **given)
     if problem.lower == "per_task":
         return run
@@ -39,7 +57,9 @@ class JointAnswer(NamedTuple):
 
 
 class JointKernel(NamedTuple):
-    """Everything about one kernel's run but x and the problem's memory, which are the broadcast array."""
+    """Everything about one kernel's run but x and the problem's memory, which are the broadcast
+    array.
+    """
 
     kernel: Kernel
     solver: Solver
@@ -55,8 +75,12 @@ class JointKernel(NamedTuple):
     differentiable: bool
     sent: Layout  # what is in the broadcast array
 
-    def execute(self, worker: ShardWorker, broadcast: np.ndarray, rank: int, world: int, gather: Gather) -> JointAnswer | None:
-        """See `transport.JointRequest`; None from all but the first. Raises ClusterError where the members' results differ."""
+    def execute(
+        self, worker: ShardWorker, broadcast: np.ndarray, rank: int, world: int, gather: Gather
+    ) -> JointAnswer | None:
+        """See `transport.JointRequest`; None from all but the first. Raises ClusterError where the
+        members' results differ.
+        """
         sent = unpack(Packed(self.sent, broadcast))
         transport = _Gathering(worker, rank, world, gather)
         given: dict[str, Any] = {
@@ -64,8 +88,12 @@ class JointKernel(NamedTuple):
             "differentiable": self.differentiable, "memory": sent.get("memory"),
         }  # fmt: skip
         run = StepRun(transport, self.block_ids, self.shards, **given)
-        shared = SharedRun(worker.problem(self.variant), run, StepRun(transport, self.block_ids[:1], 1, **given))
-        result = shared(self.kernel, self.solver, sent["x"], self.lower, self.keeps, **self.arguments)
+        shared = SharedRun(
+            worker.problem(self.variant), run, StepRun(transport, self.block_ids[:1], 1, **given)
+        )
+        result = shared(
+            self.kernel, self.solver, sent["x"], self.lower, self.keeps, **self.arguments
+        )
         _check_agreement(result, gather)
         return JointAnswer(result.sums, result.lower, shared.traffic) if rank == 0 else None
 
@@ -101,7 +129,9 @@ class JointRun(SharedRun):
         )
         blocks.meanwhile()
         started = time.perf_counter()
-        answer: JointAnswer = blocks.transport.run_together(broadcast.buffer, request, len(blocks.shards))
+        answer: JointAnswer = blocks.transport.run_together(
+            broadcast.buffer, request, len(blocks.shards)
+        )
         self.seconds["compute_s"] += time.perf_counter() - started
         self.traffic.add(answer.traffic)
         self.traffic.driver_bytes += sum(array.nbytes for array in _arrays(answer))
@@ -109,14 +139,21 @@ class JointRun(SharedRun):
 
 
 class _Gathering:
-    """A transport inside a worker: computes the member's own calls and gets the others' shares from the other members."""
+    """A transport inside a worker: computes the member's own calls and gets the others' shares from
+    the other members.
+    """
 
     collective = False
 
     def __init__(self, worker: ShardWorker, rank: int, world: int, gather: Gather) -> None:
         self._worker, self._rank, self._world, self._gather = worker, rank, world, gather
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
+    def run(
+        self,
+        broadcast: np.ndarray,
+        calls: Sequence[ShardCall],
+        meanwhile: Callable[[], None] = nothing,
+    ) -> Round:
         meanwhile()
         numbers = [range(len(calls))]
         if len(calls) > 1:
@@ -128,7 +165,11 @@ class _Gathering:
         if len(calls) > 1:
             most = max(len(cut) for cut in numbers)
             padded = np.stack(shares + [np.zeros_like(shares[0])] * (most - len(shares)))
-            everyones = [row for cut, rows in zip(numbers, self._gather(padded), strict=True) for row in rows[: len(cut)]]
+            everyones = [
+                row
+                for cut, rows in zip(numbers, self._gather(padded), strict=True)
+                for row in rows[: len(cut)]
+            ]
         else:
             everyones = shares
         for number, share in enumerate(everyones):

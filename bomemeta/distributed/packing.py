@@ -1,4 +1,6 @@
-"""Named sums, and a task's state, as ONE flat array: 160 small tensors cost ten times what one array of the same bytes costs."""
+"""Named sums, and a task's state, as ONE flat array: 160 small tensors cost ten times what one
+array of the same bytes costs.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,9 @@ def pack(sums: Sums, dtype: torch.dtype) -> Packed:
 
 
 def unpack(packed: Packed, device: torch.device = CPU) -> Sums:
-    """The inverse of `pack`. Every tensor is a copy in memory of its own: vectorised sums round differently on differently aligned
-    memory, and workers must agree with the driver bit for bit. To another device all of them go at once.
+    """The inverse of `pack`. Every tensor is a copy in memory of its own: vectorised sums round
+    differently on differently aligned memory, and workers must agree with the driver bit for bit.
+    To another device all of them go at once.
     """
     buffer = packed.buffer if device.type == "cpu" else torch.tensor(packed.buffer).to(device)
     sums: Sums = {}
@@ -60,9 +63,13 @@ class PackedTasks(NamedTuple):
 
 def pack_tasks(groups: LowerGroups) -> PackedTasks:
     """A stack's groups as one row per task, on the host."""
-    entries = [(group, name, tensor) for group, params in groups.items() for name, tensor in params.items()]
+    entries = [
+        (group, name, tensor) for group, params in groups.items() for name, tensor in params.items()
+    ]
     layout = tuple((group, name, tuple(tensor.shape[1:])) for group, name, tensor in entries)
-    return PackedTasks(layout, torch.cat([tensor.detach().flatten(1) for _, _, tensor in entries], dim=1).cpu())
+    return PackedTasks(
+        layout, torch.cat([tensor.detach().flatten(1) for _, _, tensor in entries], dim=1).cpu()
+    )
 
 
 def unpack_tasks(packed: PackedTasks) -> LowerGroups:

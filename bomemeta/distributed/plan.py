@@ -1,7 +1,9 @@
-"""What a round still has to do: its calls and, where shares are added on the workers, the merges of the tree. No Ray in here.
+"""What a round still has to do: its calls and, where shares are added on the workers, the merges of
+the tree. No Ray in here.
 
-Jobs are the nodes of `summation.merges`: 0..calls-1 are the calls, the others merges. The share of a job is held (a reference) until its
-merge has been done; one that is lost with its node is made again, with whatever it was made of and is not held any more.
+Jobs are the nodes of `summation.merges`: 0..calls-1 are the calls, the others merges. The share of
+a job is held (a reference) until its merge has been done; one that is lost with its node is made
+again, with whatever it was made of and is not held any more.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class Plan:
     def __init__(self, calls: int, merged: bool) -> None:
         self.calls = calls
         self._merges = {merge.node: merge for merge in merges(calls)} if merged else {}
-        self._parents = {child: merge for merge in self._merges.values() for child in (merge.left, merge.right)}
+        self._parents = {
+            child: merge for merge in self._merges.values() for child in (merge.left, merge.right)
+        }
         self.ready: deque[int] = deque(range(calls))
         self.held: dict[int, Any] = {}
         self.answers: dict[int, ShardReply] = {}

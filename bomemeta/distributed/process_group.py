@@ -1,4 +1,6 @@
-"""A worker's side of a kernel that all workers run together: its place in a process group, and the group. The driver's: collective.py."""
+"""A worker's side of a kernel that all workers run together: its place in a process group, and the
+group. The driver's: collective.py.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class ProcessGroup:
         self._group: Any = None
 
     def join(self, member: Member) -> Gather:
-        """What gathers in the member's group, which is formed where it is a new one. Raises GroupBroken."""
+        """What gathers in the member's group, which is formed where it is a new one. Raises
+        GroupBroken.
+        """
         if member != self._member:
             self._group, self._member = None, None
             if member.world > 1:
@@ -62,9 +66,13 @@ class ProcessGroup:
 
 def _formed(member: Member) -> Any:
     try:
-        store = dist.TCPStore(member.host, member.port, is_master=False, timeout=timedelta(seconds=FORM_TIMEOUT_S))
+        store = dist.TCPStore(
+            member.host, member.port, is_master=False, timeout=timedelta(seconds=FORM_TIMEOUT_S)
+        )
         options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())]
+        options._devices = [
+            dist.ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())
+        ]
         options._timeout = timedelta(seconds=member.timeout_s)
         named = dist.PrefixStore(str(member.epoch), store)
         return dist.ProcessGroupGloo(named, member.rank, member.world, options)

@@ -1,11 +1,13 @@
-"""The transport over Ray actors: stateless workers that may die or hang at any time without changing an answer.
+"""The transport over Ray actors: stateless workers that may die or hang at any time without
+changing an answer.
 
-A round (`RayRound`) is a `Plan` of jobs: calls and, where shards are added on the workers, merges. The `Fleet` has the workers, one
-`Seat` each; jobs are given to seats and their answers heard.
+A round (`RayRound`) is a `Plan` of jobs: calls and, where shards are added on the workers, merges.
+The `Fleet` has the workers, one `Slot` each; jobs are given to slots and their answers heard.
 
-Actors have `max_restarts=0, max_task_retries=0`: Ray repeats nothing by itself. What a call needs comes with the call,
-so a lost call is run again on any other worker. An answer is known by its reference: once a seat has let go of a
-reference, an answer that still arrives on it is never looked at.
+Actors have `max_restarts=0, max_task_retries=0`: Ray repeats nothing by itself. What a call needs
+comes with the call, so a lost call is run again on any other worker. An answer is known by its
+reference: once a slot has let go of a reference, an answer that still arrives on it is never looked
+at.
 """
 
 from __future__ import annotations
@@ -23,35 +25,40 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 from bomemeta.distributed import cluster
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.fleet import EventSink, Fleet
-from bomemeta.distributed.pace import Pace
 from bomemeta.distributed.ray_round import RayRound
-from bomemeta.distributed.seats import Phase, state_lost
+from bomemeta.distributed.scheduler import Scheduler
+from bomemeta.distributed.slots import Phase, state_lost
 from bomemeta.distributed.transport import Handle, Round, ShardCall, WorkerFactory, nothing
 from bomemeta.errors import ClusterError, LowerStateLost
 
 
 class RayTransport:
-    """Runs shards on actors: `options.workers` of them, or as many as the cluster has room for. The constructor returns at once; the first
-    `run` waits for a worker.
+    """Runs shards on actors: `options.workers` of them, or as many as the cluster has room for. The
+    constructor returns at once; the first `run` waits for a worker.
 
     Raises, in `run`, `fetch` or `wait_ready`:
         ClusterError: no room for the workers, no worker starts, or more were lost than can be replaced.
         LowerStateLost: a handle's array was on a node that is gone.
     """
 
-    def __init__(self, factory: WorkerFactory, options: RayOptions, on_event: EventSink = lambda line: None) -> None:
+    def __init__(
+        self, factory: WorkerFactory, options: RayOptions, on_event: EventSink = lambda line: None
+    ) -> None:
         self._options = options
         self._on_event = on_event
         self._fleet = Fleet(factory, options, on_event)
-        self._pace = Pace()
+        self._scheduler = Scheduler()
         self._collective: Any = None
         self._opened, self._closing = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
         self._joined = ExitStack()
         self._keeper: threading.Thread | None = None
         if cluster.must_start(options):
-            # A thread for the cluster's whole life, see cluster.local; starting takes about 10 s, in which data can load.
-            self._keeper = threading.Thread(target=self._keep_local, name="bomemeta-ray", daemon=True)
+            # A thread for the cluster's whole life, see cluster.local; starting takes about 10 s,
+            # in which data can load.
+            self._keeper = threading.Thread(
+                target=self._keep_local, name="bomemeta-ray", daemon=True
+            )
             self._keeper.start()
         else:
             self._joined.enter_context(cluster.joined(options))
@@ -73,7 +80,9 @@ class RayTransport:
         return self._options.reduce == "collective"
 
     def wait_ready(self) -> None:
-        """Waits until the cluster is up and its workers are being built. Raises ClusterError where it cannot be had."""
+        """Waits until the cluster is up and its workers are being built. Raises ClusterError where
+        it cannot be had.
+        """
         if self._closing.is_set():
             raise ClusterError("this ray transport is closed; make a new one")
         self._opened.wait()
@@ -81,35 +90,48 @@ class RayTransport:
             raise self._failure
 
     def worker_pids(self) -> list[int]:
-        """The processes of the workers that have started, on whatever node; for tests that kill one."""
-        return [seat.process.pid for seat in self._fleet.seats if seat.process is not None]
+        """The processes of the workers that have started, on whatever node; for tests that kill
+        one.
+        """
+        return [slot.process.pid for slot in self._fleet.slots if slot.process is not None]
 
     def worker_nodes(self) -> list[str]:
         """The nodes of the workers that have started, in the order of `worker_pids`."""
-        return [seat.process.node_id for seat in self._fleet.seats if seat.process is not None]
+        return [slot.process.node_id for slot in self._fleet.slots if slot.process is not None]
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
-        """See Transport.run. A busy worker is watched for `step_timeout_s` from when it was given its call."""
+    def run(
+        self,
+        broadcast: np.ndarray,
+        calls: Sequence[ShardCall],
+        meanwhile: Callable[[], None] = nothing,
+    ) -> Round:
+        """See Transport.run. A busy worker is watched for `step_timeout_s` from when it was given
+        its call.
+        """
         self.wait_ready()
         self._fleet.collect_forgotten()
         self._fleet.grow()
         started = time.monotonic()
         shared = cluster.outgoing(broadcast, len(calls))
         sent = time.monotonic()
-        running = RayRound(self._options, self._fleet, self._pace, calls, shared)
+        running = RayRound(self._options, self._fleet, self._scheduler, calls, shared)
         try:
             running.give_out()
             meanwhile()
             while (total := running.finish()) is None:
                 running.advance()
-        except BaseException:  # KeyboardInterrupt too: the next run must not take an old answer for a new one
-            for seat in self._fleet.in_phase(Phase.BUSY):
-                self._fleet.drain(seat)
+        except (
+            BaseException
+        ):  # KeyboardInterrupt too: the next run must not take an old answer for a new one
+            for slot in self._fleet.in_phase(Phase.BUSY):
+                self._fleet.drain(slot)
             raise
         replies = [running.plan.answers[number] for number in range(len(calls))]
         compute_s = time.monotonic() - sent - running.reduce_s
         summed = total if any(call.summed for call in calls) else None
-        return Round(replies, sent - started, compute_s, running.reduce_s, summed, running.driver_bytes)
+        return Round(
+            replies, sent - started, compute_s, running.reduce_s, summed, running.driver_bytes
+        )
 
     def run_together(self, broadcast: np.ndarray, request: Any, shards: int) -> Any:
         """See `collective.Collective.run`."""
@@ -117,7 +139,9 @@ class RayTransport:
         self._fleet.collect_forgotten()
         self._fleet.grow()
         if self._collective is None:
-            from bomemeta.distributed.collective import Collective  # torch's distributed part, for those who use it
+            from bomemeta.distributed.collective import (
+                Collective,  # torch's distributed part, for those who use it
+            )
 
             self._collective = Collective(self._fleet)
         return self._collective.run(broadcast, request, shards)
@@ -131,7 +155,9 @@ class RayTransport:
         except ObjectLostError as error:
             raise LowerStateLost(state_lost(error)) from error
         except GetTimeoutError as error:
-            raise ClusterError(f"{len(refs)} lower states did not arrive in {self._options.step_timeout_s:g} s") from error
+            raise ClusterError(
+                f"{len(refs)} lower states did not arrive in {self._options.step_timeout_s:g} s"
+            ) from error
         return [next(arrays) if isinstance(handle, ray.ObjectRef) else handle for handle in handles]
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
-"""The driver's side of a round: cuts a step's tasks into shards, sends x once, and has the shards' sums added.
+"""The driver's side of a round: cuts a step's tasks into shards, sends x once, and has the shards'
+sums added.
 
-`StepRun` runs kernels where the tasks are; `SharedRun` runs them here, on an oracle that asks the blocks of a shared lower problem.
+`StepRun` runs kernels where the tasks are; `SharedRun` runs them here, on an oracle that asks the
+blocks of a shared lower problem.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.inner import remember
-from bomemeta.core.problem import BilevelProblem, Split
+from bomemeta.core.inner import update_memory
+from bomemeta.core.problem import Problem, Split
 from bomemeta.core.reduced_oracle import ReducedOracle
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, LowerStates, Reduced, Solver, Sums
 from bomemeta.core.tree import Params
@@ -42,9 +44,11 @@ class Traffic:
 
 
 class StepRun:
-    """Runs kernels on the tasks of one step (or of an evaluation). `seconds` says where the time went.
+    """Runs kernels on the tasks of one step (or of an evaluation). `seconds` says where the time
+    went.
 
-    The shards are logical: their number is part of the config, and neither the number of workers nor who computes what changes a bit.
+    The shards are logical: their number is part of the config, and neither the number of workers
+    nor who computes what changes a bit.
     """
 
     def __init__(
@@ -63,13 +67,27 @@ class StepRun:
         memory: Params | None = None,
         meanwhile: Callable[[], None] = nothing,
     ) -> None:
-        self.task_ids, self.tasks, self.step, self.steps = tuple(task_ids), len(task_ids), step, steps
+        self.task_ids, self.tasks, self.step, self.steps = (
+            tuple(task_ids),
+            len(task_ids),
+            step,
+            steps,
+        )
         self.persistent, self.project_upper = persistent, project_upper
         self.meanwhile = meanwhile  # called in every round, while it is on its way
-        self.seconds = {"broadcast_s": 0.0, "compute_s": 0.0, "reduce_s": 0.0}  # summed over the step's rounds
+        self.seconds = {
+            "broadcast_s": 0.0,
+            "compute_s": 0.0,
+            "reduce_s": 0.0,
+        }  # summed over the step's rounds
         self.traffic = Traffic()
         self.memory: LowerGroups = {"memory": memory} if memory else {}
-        self.transport, self.split, self.variant, self.differentiable = transport, split, dict(variant or {}), differentiable
+        self.transport, self.split, self.variant, self.differentiable = (
+            transport,
+            split,
+            dict(variant or {}),
+            differentiable,
+        )
         cuts = np.array_split(np.asarray(task_ids), min(shards, len(task_ids)))
         self.shards = [tuple(int(task) for task in cut) for cut in cuts]
 
@@ -94,9 +112,14 @@ class StepRun:
         keeps: bool,
         arguments: Mapping[str, Any],
     ) -> Reduced:
-        """As `Run.__call__`; `sent`: lower groups that all tasks share, sent along with x in place of states of the tasks' own."""
+        """As `Run.__call__`; `sent`: lower groups that all tasks share, sent along with x in place
+        of states of the tasks' own.
+        """
         broadcast = pack({"x": upper, **self.memory, **sent}, next(iter(upper.values())).dtype)
-        calls = [self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout) for shard in self.shards]
+        calls = [
+            self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout)
+            for shard in self.shards
+        ]
         answer = self.transport.run(broadcast.buffer, calls, self.meanwhile)
         start = time.perf_counter()
         assert answer.total is not None, "every call is summed"
@@ -109,7 +132,9 @@ class StepRun:
         handles = {
             task: handle
             for shard, reply in zip(self.shards, answer.replies, strict=True)
-            for task, handle in zip(shard, reply.states, strict=False)  # no states where nothing is kept
+            for task, handle in zip(
+                shard, reply.states, strict=False
+            )  # no states where nothing is kept
         }
         self.seconds["broadcast_s"] += answer.broadcast_s
         self.seconds["compute_s"] += answer.compute_s
@@ -143,21 +168,26 @@ class StepRun:
             next_ids=self._next_ids(shard),
         )
         states = tuple(lower.handles[task] for task, has in zip(shard, present, strict=True) if has)
-        return ShardCall(request, states, len(shard) if keeps else 0, summed=True, kind=kernel.__name__)
+        return ShardCall(
+            request, states, len(shard) if keeps else 0, summed=True, kind=kernel.__name__
+        )
 
     def _next_ids(self, shard: tuple[int, ...]) -> tuple[int, ...]:
-        """The shard's tasks in the next step: fresh tasks are numbered on from step to step, others may be drawn from a pool."""
+        """The shard's tasks in the next step: fresh tasks are numbered on from step to step, others
+        may be drawn from a pool.
+        """
         known = self.split == "train" and not self.persistent and self.step + 1 < self.steps
         return tuple(task + self.tasks for task in shard) if known else ()
 
 
 class SharedRun:
-    """Runs kernels of a problem with one y: here, as a stack of one task, whose oracle asks the step's blocks through `blocks`.
+    """Runs kernels of a problem with one y: here, as a stack of one task, whose oracle asks the
+    step's blocks through `blocks`.
 
     `first` has the first block alone.
     """
 
-    def __init__(self, problem: BilevelProblem, blocks: StepRun, first: StepRun) -> None:
+    def __init__(self, problem: Problem, blocks: StepRun, first: StepRun) -> None:
         self.tasks, self.persistent = 1, True
         self.step, self.steps = blocks.step, blocks.steps
         self.project_upper: Callable[[Params], Params] = problem.project_upper
@@ -183,17 +213,25 @@ class SharedRun:
         _check_finite(Packed(layout, row))
         return Reduced(result.sums, LowerStates(layout, {SHARED_TASK: row}))
 
-    def remember(self, solver: Solver, upper: Params, lower: LowerStates) -> Params:
+    def update_memory(self, solver: Solver, upper: Params, lower: LowerStates) -> Params:
         """The problem's memory as it is after the step: the sum of the blocks' shares, at their y."""
         groups = _groups(lower)
         assert groups is not None, "a step leaves a y"
         y = {name: tensor[0] for name, tensor in groups["y"].items()}
-        sums, _ = self._blocks.ask(remember, solver, upper, LowerStates.none(), {"y": y}, False, {})
+        sums, _ = self._blocks.ask(
+            update_memory, solver, upper, LowerStates.none(), {"y": y}, False, {}
+        )
         memory: Params = sums["memory"]
         return memory
 
     def _ask(
-        self, solver: Solver, upper: Params, kernel: Kernel, sent: Mapping[str, Params], first: bool = False, **arguments: Any
+        self,
+        solver: Solver,
+        upper: Params,
+        kernel: Kernel,
+        sent: Mapping[str, Params],
+        first: bool = False,
+        **arguments: Any,
     ) -> Sums:
         run = self._first if first else self._blocks
         sums, _ = run.ask(kernel, solver, upper, LowerStates.none(), dict(sent), False, arguments)
@@ -223,7 +261,10 @@ def _check_finite(total: Packed) -> None:
         {
             name
             for name, value in unpack(total).items()
-            if not all(tensor.isfinite().all() for tensor in (value.values() if isinstance(value, dict) else [value]))
+            if not all(
+                tensor.isfinite().all()
+                for tensor in (value.values() if isinstance(value, dict) else [value])
+            )
         }
     )
     raise DivergenceError(f"not finite: {', '.join(bad)}")

@@ -1,4 +1,6 @@
-"""The transport without Ray: every call runs here, in order. The reference that the ray transport must equal bit for bit."""
+"""The transport without Ray: every call runs here, in order. The reference that the ray transport
+must equal bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from bomemeta.distributed.transport import (
 class SerialTransport:
     """One worker in this process; a handle is the array itself.
 
-    `threads` is set for the whole process (`torch.set_num_threads`): sums differ between thread counts.
+    `threads` is set for the whole process (`torch.set_num_threads`): sums differ between thread
+    counts.
     """
 
     collective = False
@@ -34,8 +37,15 @@ class SerialTransport:
         torch.set_num_threads(threads)
         self._worker = factory(device)
 
-    def run(self, broadcast: np.ndarray, calls: Sequence[ShardCall], meanwhile: Callable[[], None] = nothing) -> Round:
-        """See Transport.run; the worker's own exceptions are the only ones. Nobody waits here: `meanwhile` is called first."""
+    def run(
+        self,
+        broadcast: np.ndarray,
+        calls: Sequence[ShardCall],
+        meanwhile: Callable[[], None] = nothing,
+    ) -> Round:
+        """See Transport.run; the worker's own exceptions are the only ones. Nobody waits here:
+        `meanwhile` is called first.
+        """
         meanwhile()
         started = time.monotonic()
         shared = _read_only(broadcast)
@@ -63,7 +73,8 @@ class SerialTransport:
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
-    # As the object store would give it: a worker that writes into its arguments fails here too, not only on a cluster.
+    # As the object store would give it: a worker that writes into its arguments fails here too, not
+    # only on a cluster.
     view = array.view()
     view.flags.writeable = False
     return view

@@ -1,7 +1,8 @@
 """The order in which shards are added: a binary tree whose shape depends on their number alone.
 
-Float addition is not associative, so the order is part of a result. A tree's order can be kept wherever its nodes are added: here, or on
-the workers, so that the driver receives one sum and not every shard's.
+Float addition is not associative, so the order is part of a result. A tree's order can be kept
+wherever its nodes are added: here, or on the workers, so that the driver receives one sum and not
+every shard's.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Merge(NamedTuple):
 
 @cache
 def merges(leaves: int) -> tuple[Merge, ...]:
-    """The additions for `leaves` shards: leaves are the nodes 0..leaves-1, the root is the last node. Neighbours are added, level by
-    level; an odd one out waits for the next level.
+    """The additions for `leaves` shards: leaves are the nodes 0..leaves-1, the root is the last
+    node. Neighbours are added, level by level; an odd one out waits for the next level.
     """
     found: list[Merge] = []
     level = list(range(leaves))

@@ -1,4 +1,6 @@
-"""The worker's side of a round, the same for every transport: load the tasks, build the oracle, run a kernel, pack the sums."""
+"""The worker's side of a round, the same for every transport: load the tasks, build the oracle, run
+a kernel, pack the sums.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import torch
 from bomemeta.allocator import keep_freed_memory
 from bomemeta.core import tree
 from bomemeta.core.local_oracle import LocalOracle, TaskMap
-from bomemeta.core.problem import BilevelProblem, Split
+from bomemeta.core.problem import Problem, Split
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, Solver
 from bomemeta.core.spans import LOAD, span
 from bomemeta.distributed.ahead import Ahead, Asked
@@ -35,8 +37,11 @@ class Request(NamedTuple):
     layout: Layout  # what is in a state array
     with_state: tuple[bool, ...]  # which of the tasks come with a state array
     keeps: bool  # whether the kernel's lower groups are returned, one array per task
-    sent: Layout  # what is in the broadcast array: x, the problem's memory, and lower groups that all tasks share
-    next_ids: tuple[int, ...] = ()  # the shard's tasks in the next step, where they can be told; a guess
+    # what is in the broadcast array: x, the problem's memory, and lower groups that all tasks share
+    sent: Layout
+    next_ids: tuple[
+        int, ...
+    ] = ()  # the shard's tasks in the next step, where they can be told; a guess
 
 
 class ShardSums(NamedTuple):
@@ -57,32 +62,41 @@ class _Given(NamedTuple):
 class ShardWorker:
     """Runs requests for one problem. Stateless between calls but for caches.
 
-    `load_ahead`: the tasks of what will probably be asked for next are loaded in a thread while this computes.
+    `load_ahead`: the tasks of what will probably be asked for next are loaded in a thread while
+    this computes.
     """
 
     def __init__(
         self,
-        build_problem: Callable[[Mapping[str, Any]], BilevelProblem],
+        build_problem: Callable[[Mapping[str, Any]], Problem],
         task_map: str,
         device: str,
         load_ahead: bool = False,
     ) -> None:
         keep_freed_memory()
         if device != "cpu":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `_repeatable` wants it, before cuBLAS is first used
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # `_repeatable` wants it, before cuBLAS is first used
         self._build = build_problem
         self._device = torch.device(device)
-        self._task_map: TaskMap = "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
-        self._problems: dict[str, BilevelProblem] = {}
+        self._task_map: TaskMap = (
+            "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
+        )
+        self._problems: dict[str, Problem] = {}
         self._given: dict[Asked, _Given] = {}
         self._ahead = Ahead(self._load) if load_ahead else None
         self.problem({})  # what is wrong with it shows before the first step
 
-    def execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
+    def execute(
+        self, request: Request, broadcast: np.ndarray, *states: np.ndarray
+    ) -> tuple[Any, ...]:
         with _repeatable():
             return self._execute(request, broadcast, *states)
 
-    def _execute(self, request: Request, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
+    def _execute(
+        self, request: Request, broadcast: np.ndarray, *states: np.ndarray
+    ) -> tuple[Any, ...]:
         problem = self.problem(request.variant)
         sent = unpack(Packed(request.sent, broadcast), self._device)
         with span(LOAD):
@@ -90,7 +104,9 @@ class ShardWorker:
         if "memory" in sent:
             batch |= _repeated({"memory": sent.pop("memory")}, len(request.task_ids))["memory"]
         oracle = LocalOracle(problem, sent.pop("x"), batch, self._task_map, request.differentiable)
-        lower = _repeated(sent, oracle.tasks) if sent else self._unpack_lower(oracle, request, states)
+        lower = (
+            _repeated(sent, oracle.tasks) if sent else self._unpack_lower(oracle, request, states)
+        )
         result = request.kernel(request.solver, oracle, lower, **request.arguments)
         sums = pack(result.sums, problem.dtype)
         if not request.keeps:
@@ -102,15 +118,20 @@ class ShardWorker:
         asked = Asked(request.task_ids, request.step, request.split, _key(request.variant))
         if self._ahead is None:
             return self._here(asked, self._load(asked))
-        following = asked._replace(task_ids=request.next_ids, step=request.step + 1) if request.next_ids else None
+        following = (
+            asked._replace(task_ids=request.next_ids, step=request.step + 1)
+            if request.next_ids
+            else None
+        )
         return self._here(asked, self._ahead.batch(asked, following))
 
     def _load(self, asked: Asked) -> tree.Params:
         return self._problems[asked.variant].load(asked.task_ids, asked.step, asked.split)
 
     def _here(self, asked: Asked, batch: tree.Params) -> tree.Params:
-        """The batch on the worker's device. What a problem gives again for the same tasks, the very same, has not changed: from the
-        second time on it stays there, as long as every step asks for it. Fresh tasks do not.
+        """The batch on the worker's device. What a problem gives again for the same tasks, the very
+        same, has not changed: from the second time on it stays there, as long as every step asks
+        for it. Fresh tasks do not.
         """
         if self._device.type == "cpu":
             return dict(batch)
@@ -126,15 +147,19 @@ class ShardWorker:
     def _moved(self, batch: tree.Params) -> tree.Params:
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
-    def problem(self, variant: Mapping[str, Any]) -> BilevelProblem:
+    def problem(self, variant: Mapping[str, Any]) -> Problem:
         """The problem, with these fields changed."""
         key = _key(variant)
         if key not in self._problems:
             self._problems[key] = self._build(variant)
         return self._problems[key]
 
-    def _unpack_lower(self, oracle: LocalOracle, request: Request, states: tuple[np.ndarray, ...]) -> LowerGroups | None:
-        """State arrays into stacks. A task of the pool that is met for the first time starts at `init_lower`, other groups at 0."""
+    def _unpack_lower(
+        self, oracle: LocalOracle, request: Request, states: tuple[np.ndarray, ...]
+    ) -> LowerGroups | None:
+        """State arrays into stacks. A task of the pool that is met for the first time starts at
+        `init_lower`, other groups at 0.
+        """
         if not states:
             return None
         arrays = iter(states)
@@ -152,14 +177,22 @@ class ShardWorker:
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Torch's deterministic algorithms: some of the others add in another order each time, on a GPU and with threads.
+    """Torch's deterministic algorithms: some of the others add in another order each time, on a GPU
+    and with threads.
 
-    Where there is none, torch says so once, with the operation's name. What was set before comes back: this may be a user's process.
+    Where there is none, torch says so once, with the operation's name. What was set before comes
+    back: this may be a user's process.
     """
     memory: Any = torch.utils.deterministic
-    mode, fills, tries = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    mode, fills, tries = (
+        torch.get_deterministic_debug_mode(),
+        memory.fill_uninitialized_memory,
+        torch.backends.cudnn.benchmark,
+    )
     torch.set_deterministic_debug_mode(max(mode, 1))
-    memory.fill_uninitialized_memory = False  # it costs a pass over every new tensor, and nothing reads one unwritten
+    memory.fill_uninitialized_memory = (
+        False  # it costs a pass over every new tensor, and nothing reads one unwritten
+    )
     torch.backends.cudnn.benchmark = False  # it takes what was fastest in this process
     try:
         yield
@@ -176,14 +209,15 @@ def _key(variant: Mapping[str, Any]) -> str:
 def _repeated(groups: LowerGroups, tasks: int) -> LowerGroups:
     """Groups that all tasks share as stacks, without copies."""
     return {
-        group: {name: tensor.expand(tasks, *tensor.shape) for name, tensor in params.items()} for group, params in groups.items()
+        group: {name: tensor.expand(tasks, *tensor.shape) for name, tensor in params.items()}
+        for group, params in groups.items()
     }
 
 
-def variant_of(problem: BilevelProblem, changes: Mapping[str, Any]) -> BilevelProblem:
+def variant_of(problem: Problem, changes: Mapping[str, Any]) -> Problem:
     """The same problem with some fields changed, attached to the same run."""
     if not changes:
         return problem
-    other: BilevelProblem = dataclasses.replace(problem, **changes)  # type: ignore[type-var]
+    other: Problem = dataclasses.replace(problem, **changes)  # type: ignore[type-var]
     other.attach(seed=problem.seed, dtype=problem.dtype, data=problem.data)
     return other

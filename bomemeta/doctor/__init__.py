@@ -1,7 +1,8 @@
 """`bomemeta doctor`: what a run will need, against what is there, before it starts.
 
-`dry.py` runs a step on a few tasks and counts; `machine.py` and `cluster.py` look at this machine and at a cluster's nodes; `data.py`,
-`memory.py`, `traffic.py`, `bundles.py` and `storage.py` make findings of it; `session.py` does it in order.
+`dry.py` runs a step on a few tasks and counts; `machine.py` and `cluster.py` look at this machine
+and at a cluster's nodes; `data.py`, `memory.py`, `traffic.py`, `bundles.py` and `storage.py` make
+findings of it; `session.py` does it in order.
 """
 
 from bomemeta.doctor.report import Finding, Report

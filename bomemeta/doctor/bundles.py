@@ -1,4 +1,6 @@
-"""Workers against nodes: room, shards, threads, versions, and what a worker's process would fail with."""
+"""Workers against nodes: room, shards, threads, versions, and what a worker's process would fail
+with.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +19,52 @@ IDLE = 0.05
 def bundles(config: Config, place: Place, workers: Workers) -> list[Finding]:
     """Whether the workers fit. Ray itself would wait for ever."""
     if place.kind == "serial":
-        return [Finding("OK", "workers", "workers: 0: everything is computed in one process, without Ray")]
+        return [
+            Finding(
+                "OK", "workers", "workers: 0: everything is computed in one process, without Ray"
+            )
+        ]
     if place.error:
         return []
     asked = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
-    each = " and ".join(f"{amount:g} {name}" for name, amount in asked.items() if amount > 0) or "nothing of their own"
+    each = (
+        " and ".join(f"{amount:g} {name}" for name, amount in asked.items() if amount > 0)
+        or "nothing of their own"
+    )
     at_all = sum(room(node.resources, config, workers.most) for node in place.nodes)
     now = min(at_all, room(place.free, config, workers.most))
     if place.kind == "local":
-        where = (
-            f"a cluster on this machine, of up to {place.nodes[0].resources['CPU']:g} CPU on its {cores_of(place.nodes[0])} cores,"
-        )
+        where = f"a cluster on this machine, of up to {place.nodes[0].resources['CPU']:g} CPU on its {cores_of(place.nodes[0])} cores,"
     else:
-        has = ", ".join(f"{sum(node.resources.get(name, 0.0) for node in place.nodes):g} {name}" for name in ("CPU", "GPU"))
+        has = ", ".join(
+            f"{sum(node.resources.get(name, 0.0) for node in place.nodes):g} {name}"
+            for name in ("CPU", "GPU")
+        )
         where = f"{number(len(place.nodes), 'node')} ({has})"
-    wanted = str(workers.most) if workers.least == workers.most else f"{workers.least} to {workers.most}"
+    wanted = (
+        str(workers.most) if workers.least == workers.most else f"{workers.least} to {workers.most}"
+    )
     verb = "have" if place.kind == "cluster" and len(place.nodes) > 1 else "has"
     text = f"{wanted} workers of {each}: {where} {verb} room for {at_all}"
     if at_all < workers.least:
         count = f"workers={at_all}, or" if at_all else ""
         return [
             Finding(
-                "PROBLEM", "workers", text, f"Set {count} a smaller cpus_per_worker or gpus_per_worker, or join a larger cluster"
+                "PROBLEM",
+                "workers",
+                text,
+                f"Set {count} a smaller cpus_per_worker or gpus_per_worker, or join a larger cluster",
             )
         ]
     if now < workers.least:
-        return [Finding("PROBLEM", "workers", f"{text}, of which {now} free now", "End what else runs there, or wait for it")]
+        return [
+            Finding(
+                "PROBLEM",
+                "workers",
+                f"{text}, of which {now} free now",
+                "End what else runs there, or wait for it",
+            )
+        ]
     return [Finding("OK", "workers", text)]
 
 
@@ -83,9 +105,13 @@ def shards(config: Config, plan: Plan, workers: Workers) -> list[Finding]:
 
 
 def threads(config: Config, place: Place, workers: Workers) -> list[Finding]:
-    """Threads against cores, node by node. Two processes of two threads each on two cores were measured 30 times slower than of one."""
+    """Threads against cores, node by node. Two processes of two threads each on two cores were
+    measured 30 times slower than of one.
+    """
     found = []
-    loads = [(place.nodes[0], 1)] if place.kind == "serial" else spread(config, place, workers.expected)
+    loads = (
+        [(place.nodes[0], 1)] if place.kind == "serial" else spread(config, place, workers.expected)
+    )
     for node, count in loads:
         cores = cores_of(node)
         text = f"{node.name}: {number(count, 'process')} of {number(config.threads, 'thread')} on {cores} cores"
@@ -93,28 +119,46 @@ def threads(config: Config, place: Place, workers: Workers) -> list[Finding]:
             found.append(Finding("OK", "threads", text))
         elif config.threads > 1:
             fitting = cores // count
-            do = f"Set threads={max(fitting, 1)}" + (f" or workers={cores // config.threads}" if cores // config.threads else "")
+            do = f"Set threads={max(fitting, 1)}" + (
+                f" or workers={cores // config.threads}" if cores // config.threads else ""
+            )
             found.append(
-                Finding("PROBLEM", "threads", f"{text}: they would stall each other", f"{do}; threads changes the result's bits")
+                Finding(
+                    "PROBLEM",
+                    "threads",
+                    f"{text}: they would stall each other",
+                    f"{do}; threads changes the result's bits",
+                )
             )
         else:
             found.append(
                 Finding(
-                    "NOTE", "threads", f"{text}: results stay the same, speed suffers", f"workers={cores} is as many as it can use"
+                    "NOTE",
+                    "threads",
+                    f"{text}: results stay the same, speed suffers",
+                    f"workers={cores} is as many as it can use",
                 )
             )
-    if place.kind != "serial" and config.gpus_per_worker == 0 and config.cpus_per_worker < config.threads:
+    if (
+        place.kind != "serial"
+        and config.gpus_per_worker == 0
+        and config.cpus_per_worker < config.threads
+    ):
         text = f"a worker has {config.threads} threads and asks Ray for {config.cpus_per_worker:g} CPU: others may be placed on its cores"
         found.append(Finding("NOTE", "threads", text, f"Set cpus_per_worker={config.threads}"))
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given not in ("", str(config.threads)):
         text = f"OMP_NUM_THREADS={given} here, and the config has threads: {config.threads}, which counts in every process of a run"
-        found.append(Finding("NOTE", "threads", text, f"Set threads={given} if that is what you mean"))
+        found.append(
+            Finding("NOTE", "threads", text, f"Set threads={given} if that is what you mean")
+        )
     return found
 
 
 def nodes(config: Config, place: Place) -> list[Finding]:
-    """What the cluster's nodes say: the same versions as here, and a worker that can be built, with imports and data."""
+    """What the cluster's nodes say: the same versions as here, and a worker that can be built, with
+    imports and data.
+    """
     if place.kind != "cluster" or place.error:
         return []
     ours = machine.facts()["versions"]
@@ -127,14 +171,28 @@ def nodes(config: Config, place: Place) -> list[Finding]:
 
 def _node(node: Node, ours: dict[str, str | None]) -> Finding | None:
     if node.facts is None:
-        return Finding("PROBLEM", "nodes", f"{node.name} did not answer in time", "Look at it with `ray status`, or take it out")
+        return Finding(
+            "PROBLEM",
+            "nodes",
+            f"{node.name} did not answer in time",
+            "Look at it with `ray status`, or take it out",
+        )
     theirs = node.facts["versions"]
     other = [
-        f"{name} {theirs.get(name) or 'missing'} (here {version})" for name, version in ours.items() if theirs.get(name) != version
+        f"{name} {theirs.get(name) or 'missing'} (here {version})"
+        for name, version in ours.items()
+        if theirs.get(name) != version
     ]
     if other:
         text = f"{node.name} has {', '.join(other)}"
-        return Finding("PROBLEM", "nodes", text, "Install the same versions everywhere: other ones fail, or add in another order")
+        return Finding(
+            "PROBLEM",
+            "nodes",
+            text,
+            "Install the same versions everywhere: other ones fail, or add in another order",
+        )
     if node.worker is None or not node.worker:
         return None
-    return Finding("PROBLEM", "nodes", f"{node.name}: a worker cannot be built there: {node.worker}")
+    return Finding(
+        "PROBLEM", "nodes", f"{node.name}: a worker cannot be built there: {node.worker}"
+    )

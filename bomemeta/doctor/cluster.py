@@ -1,4 +1,5 @@
-"""A running Ray cluster, asked from a process of its own: what hangs there (Ray's start does, at a wrong address) is ended in time.
+"""A running Ray cluster, asked from a process of its own: what hangs there (Ray's start does, at a
+wrong address) is ended in time.
 
     python -m bomemeta.doctor.cluster < question > answer      pickled question, JSON answer in the last line
 
@@ -23,12 +24,16 @@ from bomemeta.doctor.places import Node, Place
 from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.imports import read_imports
 
-PATIENCE_S = 180.0  # for all of it; a worker's process takes about 20 s to start, load torch and its data
+PATIENCE_S = (
+    180.0  # for all of it; a worker's process takes about 20 s to start, load torch and its data
+)
 ANSWER_S = 60.0  # for a node's first word
 
 
 def ask(config: Config, patience_s: float = PATIENCE_S) -> Place:
-    """The cluster of `address` or RAY_ADDRESS, with what each node says. Raises ConfigError where the address can be none."""
+    """The cluster of `address` or RAY_ADDRESS, with what each node says. Raises ConfigError where
+    the address can be none.
+    """
     address = config.address or os.environ["RAY_ADDRESS"]
     paths = [os.path.abspath(path) for path in sys.path]
     factory = BuildWorker(config.to_dict(), tuple(read_imports(config.imports)))
@@ -52,14 +57,19 @@ def ask(config: Config, patience_s: float = PATIENCE_S) -> Place:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Place("cluster", [], {}, f"the cluster at {address} did not answer within {patience_s:g} s")
+        return Place(
+            "cluster", [], {}, f"the cluster at {address} did not answer within {patience_s:g} s"
+        )
     lines = done.stdout.decode(errors="replace").strip().splitlines()
     try:
         answer = json.loads(lines[-1])
     except (IndexError, ValueError):
         said = done.stderr.decode(errors="replace").strip().splitlines()
         return Place(
-            "cluster", [], {}, f"the process that asks {address} ended with {done.returncode}: {(said or ['no word'])[-1][:300]}"
+            "cluster",
+            [],
+            {},
+            f"the process that asks {address} ended with {done.returncode}: {(said or ['no word'])[-1][:300]}",
         )
     if answer.get("config_error"):
         raise ConfigError(answer["config_error"])
@@ -93,11 +103,17 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
 
     def started(function: Any, node: dict[str, Any], *arguments: Any) -> Any:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function).remote(*arguments)
+        return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function).remote(
+            *arguments
+        )
 
     def answers(references: dict[str, Any], until: float) -> dict[str, Any]:
         """What came in time, by node; an exception's text in place of its answer."""
-        ready, late = ray.wait(list(references.values()), num_returns=len(references), timeout=max(until - time.monotonic(), 1.0))
+        ready, late = ray.wait(
+            list(references.values()),
+            num_returns=len(references),
+            timeout=max(until - time.monotonic(), 1.0),
+        )
         for reference in late:
             ray.cancel(reference, force=True)
         found: dict[str, Any] = {}
@@ -118,10 +134,22 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             for name, said in answers(asked, min(deadline, time.monotonic() + ANSWER_S)).items()
             if isinstance(said, dict)
         }
-        wanted = {name: amount for name, amount in (("CPU", question["cpus"]), ("GPU", question["gpus"])) if amount > 0}
-        able = [node for node in alive if all(node["Resources"].get(name, 0.0) >= amount for name, amount in wanted.items())]
+        wanted = {
+            name: amount
+            for name, amount in (("CPU", question["cpus"]), ("GPU", question["gpus"]))
+            if amount > 0
+        }
+        able = [
+            node
+            for node in alive
+            if all(node["Resources"].get(name, 0.0) >= amount for name, amount in wanted.items())
+        ]
         arguments = (question["factory"], question["threads"], question["paths"])
-        building = {node["NodeID"]: started(machine.build_worker, node, *arguments) for node in able if node["NodeID"] in facts}
+        building = {
+            node["NodeID"]: started(machine.build_worker, node, *arguments)
+            for node in able
+            if node["NodeID"] in facts
+        }
         built = answers(building, deadline) if building else {}
         missing = dict.fromkeys(building, "it was not ready in time")
         workers = {**missing, **built}

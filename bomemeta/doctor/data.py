@@ -1,4 +1,6 @@
-"""Whether there is enough data for what the config asks, class by class, and whose images make the BatchNorm statistics."""
+"""Whether there is enough data for what the config asks, class by class, and whose images make the
+BatchNorm statistics.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import Problem
 from bomemeta.data.episodes import EpisodeSpec, Split
 from bomemeta.doctor.report import Finding
 from bomemeta.errors import DataError
@@ -20,21 +22,37 @@ MOST = 1 << 20
 FEW = 5
 
 
-def data(problem: BilevelProblem) -> list[Finding]:
-    """What there is against what is asked for. The problem has been built, so nothing is missing altogether."""
+def data(problem: Problem) -> list[Finding]:
+    """What there is against what is asked for. The problem has been built, so nothing is missing
+    altogether.
+    """
     source = problem.data
     if source is None:
         return [Finding("OK", "data", "the problem reads none")]
-    if hasattr(source, "episode") and all(hasattr(problem, name) for name in ("ways", "shots", "queries", "test_queries")):
+    if hasattr(source, "episode") and all(
+        hasattr(problem, name) for name in ("ways", "shots", "queries", "test_queries")
+    ):
         return [_episodes(problem, split) for split in SPLITS]
-    parts = {part: labels for part in ("train", "test") if (labels := _labels(source, part)) is not None}
+    parts = {
+        part: labels for part in ("train", "test") if (labels := _labels(source, part)) is not None
+    }
     if not parts:
-        return [Finding("NOTE", "data", f"{type(source).__name__} does not say what its classes are, so they were not counted")]
-    return [_labelled(part, labels) for part, labels in parts.items()] + _shares(problem, parts["train"])
+        return [
+            Finding(
+                "NOTE",
+                "data",
+                f"{type(source).__name__} does not say what its classes are, so they were not counted",
+            )
+        ]
+    return [_labelled(part, labels) for part, labels in parts.items()] + _shares(
+        problem, parts["train"]
+    )
 
 
-def shortages(problem: BilevelProblem, source: Any) -> list[Finding]:
-    """Each split of a few-shot data set that is too small, where a problem could not be built for that reason."""
+def shortages(problem: Problem, source: Any) -> list[Finding]:
+    """Each split of a few-shot data set that is too small, where a problem could not be built for
+    that reason.
+    """
     wanted = ("ways", "shots", "queries", "test_queries")
     if not hasattr(source, "episode") or not all(hasattr(problem, name) for name in wanted):
         return []
@@ -47,22 +65,42 @@ def shortages(problem: BilevelProblem, source: Any) -> list[Finding]:
     return found
 
 
-def batch_norm(problem: BilevelProblem) -> list[Finding]:
+def batch_norm(problem: Problem) -> list[Finding]:
     """Which statistics normalise what, in training and in testing."""
     found = []
-    for module in (module for value in vars(problem).values() if isinstance(value, nn.Module) for module in value.modules()):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.training:
+    for module in (
+        module
+        for value in vars(problem).values()
+        if isinstance(value, nn.Module)
+        for module in value.modules()
+    ):
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.track_running_stats
+            and module.training
+        ):
             text = f"{type(module).__name__} keeps running averages, which are no part of x: workers differ, checkpoints have none"
             do = "Use bomemeta.nets.batch_norm.TaskBatchNorm, or track_running_stats=False"
             return [Finding("PROBLEM", "batch norm", text, do)]
     policy = getattr(problem, "batch_norm", None)
     if policy == "transductive":
-        whose = "queries alone" if getattr(problem, "form", "") == "network" else "support and queries together"
+        whose = (
+            "queries alone"
+            if getattr(problem, "form", "") == "network"
+            else "support and queries together"
+        )
         text = (
             f"transductive, in training and in testing: the statistics of {whose} normalise the queries, so they see each other. "
             "Published figures may be of either kind; result.json has both (test_accuracy, test_accuracy_inductive)"
         )
-        found.append(Finding("NOTE", "batch norm", text, "problem.batch_norm=inductive takes the support set's alone"))
+        found.append(
+            Finding(
+                "NOTE",
+                "batch norm",
+                text,
+                "problem.batch_norm=inductive takes the support set's alone",
+            )
+        )
     elif policy == "inductive":
         rows = getattr(problem, "ways", 0) * getattr(problem, "shots", 0)
         text = f"inductive, in training and in testing: the statistics of the {rows} support images alone; no running averages"
@@ -71,7 +109,9 @@ def batch_norm(problem: BilevelProblem) -> list[Finding]:
 
 
 def _spec(problem: Any, split: Split) -> EpisodeSpec:
-    return EpisodeSpec(problem.ways, problem.shots, problem.queries if split == "train" else problem.test_queries)
+    return EpisodeSpec(
+        problem.ways, problem.shots, problem.queries if split == "train" else problem.test_queries
+    )
 
 
 def _episodes(problem: Any, split: Split) -> Finding:
@@ -91,9 +131,7 @@ def _episodes(problem: Any, split: Split) -> Finding:
     if queries < MOST:
         images = f"{spec.shots + queries} images in the smallest class, {spec.shots + spec.queries} asked for (shots + queries)"
     elif shots < MOST:
-        images = (
-            f"{shots + 1} images in the smallest class, {spec.shots} of them for the support; queries repeat the rest, drawn anew"
-        )
+        images = f"{shots + 1} images in the smallest class, {spec.shots} of them for the support; queries repeat the rest, drawn anew"
     else:
         images = "no limit on images"
     classes = f"{ways:,} classes, {spec.ways} asked for" if ways < MOST else "no limit on classes"
@@ -101,7 +139,9 @@ def _episodes(problem: Any, split: Split) -> Finding:
 
 
 def _largest(allowed: Callable[[int], bool], known: int) -> int:
-    """The largest number that is allowed, where all below it are; `MOST` where there seems to be none."""
+    """The largest number that is allowed, where all below it are; `MOST` where there seems to be
+    none.
+    """
     high = max(known, 1)
     while high < MOST and allowed(high * 2):
         high *= 2
@@ -129,7 +169,12 @@ def _labelled(part: str, labels: Tensor) -> Finding:
     text = f"{part}: {len(labels):,} samples of {len(counts)} classes, {int(counts.min()):,} to {int(counts.max()):,} of each"
     empty = [str(c) for c in (counts == 0).nonzero()[:, 0].tolist()]
     if empty:
-        return Finding("NOTE", "data", f"{text}; none of class {', '.join(empty[:10])}", "Count classes from 0 without gaps")
+        return Finding(
+            "NOTE",
+            "data",
+            f"{text}; none of class {', '.join(empty[:10])}",
+            "Count classes from 0 without gaps",
+        )
     return Finding("OK", "data", text)
 
 
@@ -144,12 +189,21 @@ def _shares(problem: Any, labels: Tensor) -> list[Finding]:
             continue
         # A task of a split stream has a part of the classes.
         classes = getattr(problem, "classes_per_task", None) or len(share)
-        if getattr(problem, "stream", "") == "split" and not getattr(problem, "classes_per_task", None):
+        if getattr(problem, "stream", "") == "split" and not getattr(
+            problem, "classes_per_task", None
+        ):
             classes = max(len(share) // getattr(problem, "tasks", 1), 1)
         each = count * float(share.min()) * len(share) / classes
         remembered = key in ("memory_per_task", "semantic_per_task")
         wanted = 1 if remembered else FEW
         if (count < classes) if remembered else (each < wanted):
             text = f"problem.{key} = {count}: {each:.2g} samples of the rarest class, on average"
-            found.append(Finding("NOTE", "data", text, f"{round(wanted * count / each + 0.5)} would be {wanted} of it"))
+            found.append(
+                Finding(
+                    "NOTE",
+                    "data",
+                    text,
+                    f"{round(wanted * count / each + 0.5)} would be {wanted} of it",
+                )
+            )
     return found

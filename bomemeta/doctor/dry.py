@@ -1,6 +1,8 @@
-"""Dry steps: the run's own step in this process on a few tasks, with what it holds, sends and takes counted where it arises.
+"""Dry steps: the run's own step in this process on a few tasks, with what it holds, sends and takes
+counted where it arises.
 
-Nothing is written. A step on one and a step on two tasks give what a task adds, and the rest; both are the same at every run of them.
+Nothing is written. A step on one and a step on two tasks give what a task adds, and the rest; both
+are the same at every run of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from bomemeta.config import Config
 from bomemeta.core.inner import evaluate
-from bomemeta.core.problem import BilevelProblem, Split
+from bomemeta.core.problem import Problem, Split
 from bomemeta.core.solver import LowerStates, Solver
 from bomemeta.distributed.rounds import SharedRun
 from bomemeta.distributed.serial import SerialTransport
@@ -78,20 +80,22 @@ class Plan(NamedTuple):
     evaluated: int  # tasks that an evaluation holds in a worker at once; 0: there is none
 
 
-def plan_of(config: Config, problem: BilevelProblem) -> Plan:
-    pool = problem.pool
-    tasks = config.tasks_per_step or (FRESH_TASKS_PER_STEP if pool is None else pool)
-    tasks = tasks if pool is None else min(tasks, pool)
+def plan_of(config: Config, problem: Problem) -> Plan:
+    num_tasks = problem.num_tasks
+    tasks = config.tasks_per_step or (FRESH_TASKS_PER_STEP if num_tasks is None else num_tasks)
+    tasks = tasks if num_tasks is None else min(tasks, num_tasks)
     shards = min(config.shards, tasks)
     if problem.meta_tests:
         evaluated = min(EVALUATION_SHARD, config.evaluation.episodes)
     else:
-        evaluated = 0 if pool is None else -(-pool // min(config.shards, pool))
+        evaluated = 0 if num_tasks is None else -(-num_tasks // min(config.shards, num_tasks))
     return Plan(tasks, shards, -(-tasks // shards), evaluated)
 
 
 def device_of(config: Config) -> str:
-    """Where the dry step runs: where the run's tasks would, or on the CPU where this machine has no such device."""
+    """Where the dry step runs: where the run's tasks would, or on the CPU where this machine has no
+    such device.
+    """
     wants_gpu = config.device != "cpu" if config.workers == 0 else config.gpus_per_worker > 0
     return "cuda:0" if wants_gpu and torch.cuda.is_available() else "cpu"
 
@@ -137,25 +141,34 @@ class _ObservedWorker:
 class DryRun:
     """The run's problem and solver in this process; `device` is where its tasks are computed here."""
 
-    def __init__(self, config: Config, problem: BilevelProblem, solver: Solver) -> None:
+    def __init__(self, config: Config, problem: Problem, solver: Solver) -> None:
         self.device = device_of(config)
         self._counts = _Counts()
         self._counts.resident = _resident(problem)
         counts = self._counts
 
         def worker(device: str) -> _ObservedWorker:
-            shard_worker = ShardWorker(lambda changes: variant_of(problem, changes), config.task_map, device)
+            shard_worker = ShardWorker(
+                lambda changes: variant_of(problem, changes), config.task_map, device
+            )
             return _ObservedWorker(shard_worker, counts, device)
 
-        self.job = Job(config, problem, solver, SerialTransport(worker, threads=config.threads, device=self.device))
+        self.job = Job(
+            config,
+            problem,
+            solver,
+            SerialTransport(worker, threads=config.threads, device=self.device),
+        )
         # A stream's memory fills up: its last steps are those that need most.
         self._first = max(self.job.steps - 3, 0) if problem.length is not None else 0
 
     def steps(self, tasks: int) -> Dry:
-        """A counted step, one more where y persists (it then comes with the call), and one that is timed. Raises what a step raises."""
+        """A counted step, one more where y persists (it then comes with the call), and one that is
+        timed. Raises what a step raises.
+        """
         state = self._start()
         seen = [self._counted(state, tasks)]
-        if self.job.problem.pool is not None:
+        if self.job.problem.num_tasks is not None:
             seen.append(self._counted(state, tasks))
         self._counts.reset()
         started = time.perf_counter()
@@ -199,7 +212,9 @@ class DryRun:
         rest: dict[str, Any] = {"persistent": own, "memory": state.memory}
         steps = 0 if own else settings.inner_steps
         run = self.job.run_on(range(tasks), 1, step=0, split=split, differentiable=False, **rest)
-        ask = functools.partial(run, evaluate, self.job.solver, state.upper.params, state.lower, steps=steps)
+        ask = functools.partial(
+            run, evaluate, self.job.solver, state.upper.params, state.lower, steps=steps
+        )
         with self._counting():
             ask()
         peak = self._counts.peak
@@ -210,7 +225,7 @@ class DryRun:
     def remembering(self) -> int:
         """Bytes of a worker where the problem's memory is made anew; 0 where it never is."""
         problem = self.job.problem
-        step = next((step for step in range(self.job.steps) if problem.remembers(step)), None)
+        step = next((step for step in range(self.job.steps) if problem.memory_due(step)), None)
         if problem.lower != "shared" or step is None:
             return 0
         state = self._start()
@@ -219,13 +234,18 @@ class DryRun:
         run = self.job.run_on(range(1), 1, step=step, memory=state.memory)
         assert isinstance(run, SharedRun), "the problem is shared"
         with self._counting():
-            run.remember(self.job.solver, state.upper.params, state.lower)
+            run.update_memory(self.job.solver, state.upper.params, state.lower)
         return self._counts.peak
 
     def _start(self) -> State:
         problem, config = self.job.problem, self.job.config
         upper = problem.init_upper(torch.Generator().manual_seed(config.seed))
-        return State(self._first, self.job.solver.start(upper, self.job.steps), LowerStates.none(), problem.init_memory())
+        return State(
+            self._first,
+            self.job.solver.start(upper, self.job.steps),
+            LowerStates.none(),
+            problem.init_memory(),
+        )
 
     def _step(self, state: State, tasks: int) -> tuple[Any, dict[str, float]]:
         step = min(state.step, self.job.steps - 1)
@@ -238,7 +258,13 @@ class DryRun:
     def _counted(self, state: State, tasks: int) -> _Seen:
         with self._counting() as driver:
             run, _ = self._step(state, tasks)
-        return _Seen(self._counts.peak, driver.peak, run.traffic.reduces, run.traffic.bytes_reduced, self._counts.sent)
+        return _Seen(
+            self._counts.peak,
+            driver.peak,
+            run.traffic.reduces,
+            run.traffic.bytes_reduced,
+            self._counts.sent,
+        )
 
     @contextmanager
     def _counting(self) -> Iterator[LiveBytes]:
@@ -262,7 +288,11 @@ class _Seen(NamedTuple):
     sent: int
 
 
-def _resident(problem: BilevelProblem) -> list[Tensor]:
+def _resident(problem: Problem) -> list[Tensor]:
     """What `load` keeps and gives again and again: it is part of the process, and not of a step."""
     once, again = (problem.load((0,), 0, "train") for _ in range(2))
-    return [tensor for name, tensor in once.items() if tensor.nbytes and tensor.data_ptr() == again[name].data_ptr()]
+    return [
+        tensor
+        for name, tensor in once.items()
+        if tensor.nbytes and tensor.data_ptr() == again[name].data_ptr()
+    ]

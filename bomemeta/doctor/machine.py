@@ -1,5 +1,5 @@
-"""One machine, as the process that asks sees it. The standard library alone, and no other module of bomemeta: `cluster.py` sends this file
-to nodes where bomemeta may be missing.
+"""One machine, as the process that asks sees it. The standard library alone, and no other module of
+bomemeta: `cluster.py` sends this file to nodes where bomemeta may be missing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ PACKAGES = ("bomemeta", "torch", "ray", "numpy")
 
 
 def facts() -> dict[str, Any]:
-    """Versions (None: not there), cores, free memory, GPUs as [total, free] and the room of the shared memory, in bytes."""
+    """Versions (None: not there), cores, free memory, GPUs as [total, free] and the room of the
+    shared memory, in bytes.
+    """
     return {
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version_of(name) for name in PACKAGES},
+        },
         "cores": cores(),
         "memory_available": memory_available(),
         "gpus": gpus(),
@@ -47,12 +52,18 @@ def cores() -> int:
 
 def memory_available() -> int:
     """Bytes that new processes can have: the machine's, or what the container's limit leaves."""
-    free = [int(line.split()[1]) * 1024 for line in text_of("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
+    free = [
+        int(line.split()[1]) * 1024
+        for line in text_of("/proc/meminfo").splitlines()
+        if line.startswith("MemAvailable:")
+    ]
     limit, used = text_of("/sys/fs/cgroup/memory.max"), text_of("/sys/fs/cgroup/memory.current")
     if limit.isdigit() and used.isdigit():
         # Files that were read long ago are given back when memory is short.
         cache = [
-            int(line.split()[1]) for line in text_of("/sys/fs/cgroup/memory.stat").splitlines() if line.startswith("inactive_file ")
+            int(line.split()[1])
+            for line in text_of("/sys/fs/cgroup/memory.stat").splitlines()
+            if line.startswith("inactive_file ")
         ]
         free.append(int(limit) - int(used) + sum(cache))
     return min(free, default=0)
@@ -75,14 +86,22 @@ def gpus() -> list[list[int]]:
     """[total, free] of each GPU in bytes; the driver is asked, because torch may not be there."""
     query = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return [[int(float(amount) * 2**20) for amount in line.split(",")] for line in answer.splitlines() if line.strip()]
+        answer = subprocess.run(
+            query, capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+        return [
+            [int(float(amount) * 2**20) for amount in line.split(",")]
+            for line in answer.splitlines()
+            if line.strip()
+        ]
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
 
 
 def build_worker(factory: str, threads: int, paths: list[str]) -> str:
-    """Builds a run's worker here, from the pickled factory in base64, as an actor does; what went wrong, or an empty text."""
+    """Builds a run's worker here, from the pickled factory in base64, as an actor does; what went
+    wrong, or an empty text.
+    """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     sys.path.extend(path for path in paths if path not in sys.path)

@@ -1,4 +1,6 @@
-"""Memory: what dry steps held, carried over to the run's shards, against what is free on each machine."""
+"""Memory: what dry steps held, carried over to the run's shards, against what is free on each
+machine.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from bomemeta.doctor.dry import Dry, Line, Plan
 from bomemeta.doctor.places import Node, Place, Workers, spread
 from bomemeta.doctor.report import Finding, Level, number, size
 
-# Ray kills workers from here on (its memory_usage_threshold); without Ray the system is not far from doing so.
+# Ray kills workers from here on (its memory_usage_threshold); without Ray the system is not far
+# from doing so.
 FULL = 0.95
 # From here on a note says that it is close.
 CLOSE = 0.8
@@ -23,7 +26,9 @@ WORTH = 0.2
 
 
 class Memory(NamedTuple):
-    """Bytes. `process` is what a worker holds before its first step; `step` and `evaluation` are its tensors, by tasks held at once."""
+    """Bytes. `process` is what a worker holds before its first step; `step` and `evaluation` are
+    its tensors, by tasks held at once.
+    """
 
     process: float
     step: Line
@@ -36,13 +41,23 @@ class Memory(NamedTuple):
 
     def tensors(self, plan: Plan) -> float:
         """The most that a worker's tensors take, whatever it is doing."""
-        return max(self.step.at(plan.largest), self.evaluation.at(plan.evaluated) if plan.evaluated else 0.0, self.remembering)
+        return max(
+            self.step.at(plan.largest),
+            self.evaluation.at(plan.evaluated) if plan.evaluated else 0.0,
+            self.remembering,
+        )
 
 
-def memory(config: Config, plan: Plan, place: Place, workers: Workers, needs: Memory) -> list[Finding]:
+def memory(
+    config: Config, plan: Plan, place: Place, workers: Workers, needs: Memory
+) -> list[Finding]:
     """Whether the workers, or the one process, fit into what is free."""
     tensors = needs.tensors(plan)
-    rest = f"{size(needs.step.rest)} + " if needs.step.rest >= 0.01 * needs.step.at(plan.largest) else ""
+    rest = (
+        f"{size(needs.step.rest)} + "
+        if needs.step.rest >= 0.01 * needs.step.at(plan.largest)
+        else ""
+    )
     what = f"tensors of a step {rest}{number(plan.largest, 'task')} x {size(needs.step.each)} = {size(needs.step.at(plan.largest))}"
     if plan.evaluated and needs.evaluation.at(plan.evaluated) > needs.step.at(plan.largest):
         what += f", of an evaluation of {plan.evaluated} at once {size(needs.evaluation.at(plan.evaluated))}"
@@ -54,7 +69,10 @@ def memory(config: Config, plan: Plan, place: Place, workers: Workers, needs: Me
     found = []
     if on_gpu:
         found += _on_gpus(config, plan, place, workers, needs, f"{what}{where}")
-        each, text = needs.process, f"a worker's process {size(needs.process)}, its tensors on a GPU"
+        each, text = (
+            needs.process,
+            f"a worker's process {size(needs.process)}, its tensors on a GPU",
+        )
     else:
         each, text = (
             needs.process + tensors,
@@ -63,7 +81,11 @@ def memory(config: Config, plan: Plan, place: Place, workers: Workers, needs: Me
     loads = [(node, count) for node, count in spread(config, place, workers.expected)]
     if place.kind == "serial":
         # This process is there already.
-        each, text, loads = each - needs.process + needs.driver, text.replace("a worker", "the run", 1), [(place.nodes[0], 1)]
+        each, text, loads = (
+            each - needs.process + needs.driver,
+            text.replace("a worker", "the run", 1),
+            [(place.nodes[0], 1)],
+        )
     for node, count in loads:
         if node.facts is not None:
             driver = 0.0 if place.kind == "serial" or node is not place.nodes[0] else needs.driver
@@ -86,49 +108,89 @@ def inner_steps(config: Config, needs: Memory) -> list[Finding]:
             )
         ]
     text = f"{config.solver.name} holds {size(needs.inner_steps.each)} more for each inner step in a task: {size(grown)} for T = {steps}"
-    return [Finding("NOTE", "inner steps", text, "Halving solver.inner_steps halves it; bome, sl_bamm or aid_cg keep no steps")]
-
-
-def states(config: Config, plan: Plan, place: Place, workers: Workers, dry: Dry, pool: int | None, shared: bool) -> list[Finding]:
-    """Lower states that persist, in Ray's object store and in checkpoints; and what else is in that store in a step."""
-    found = []
-    kept = 0 if shared else dry.state_bytes * (pool or 0)
-    moving = dry.sent_bytes + dry.bytes_reduced * plan.shards + (0 if shared else dry.state_bytes * plan.tasks)
-    if shared:
-        text = (
-            f"the one y, with what the solver keeps beside it, has {size(dry.state_bytes)}: on the driver and in every checkpoint"
+    return [
+        Finding(
+            "NOTE",
+            "inner steps",
+            text,
+            "Halving solver.inner_steps halves it; bome, sl_bamm or aid_cg keep no steps",
         )
+    ]
+
+
+def states(
+    config: Config,
+    plan: Plan,
+    place: Place,
+    workers: Workers,
+    dry: Dry,
+    num_tasks: int | None,
+    shared: bool,
+) -> list[Finding]:
+    """Lower states that persist, in Ray's object store and in checkpoints; and what else is in that
+    store in a step.
+    """
+    found = []
+    kept = 0 if shared else dry.state_bytes * (num_tasks or 0)
+    moving = (
+        dry.sent_bytes
+        + dry.bytes_reduced * plan.shards
+        + (0 if shared else dry.state_bytes * plan.tasks)
+    )
+    if shared:
+        text = f"the one y, with what the solver keeps beside it, has {size(dry.state_bytes)}: on the driver and in every checkpoint"
         found.append(Finding("OK", "lower states", text))
     elif kept:
-        text = f"{number(pool or 0, 'task')} x {size(dry.state_bytes)} = {size(kept)} persist between steps and are in every checkpoint"
+        text = (
+            f"{number(num_tasks or 0, 'task')} x {size(dry.state_bytes)} = {size(kept)} "
+            "persist between steps and are in every checkpoint"
+        )
         found.append(Finding("OK", "lower states", text))
     if place.kind == "serial":
         return found
     for node, count in spread(config, place, workers.expected):
         share = count / max(workers.expected, 1)
         wanted = (kept + moving) * share
-        room = node.resources.get("object_store_memory") or (STORE_SHARE * node.facts["memory_available"] if node.facts else 0)
+        room = node.resources.get("object_store_memory") or (
+            STORE_SHARE * node.facts["memory_available"] if node.facts else 0
+        )
         if node.facts and wanted > node.facts["shm_available"]:
             text = f"{node.name}: a step puts {size(wanted)} into Ray's object store, and /dev/shm has {size(node.facts['shm_available'])}"
             found.append(
-                Finding("NOTE", "object store", text, "Ray then uses the disk, slowly: give the container a larger /dev/shm")
+                Finding(
+                    "NOTE",
+                    "object store",
+                    text,
+                    "Ray then uses the disk, slowly: give the container a larger /dev/shm",
+                )
             )
         elif room and wanted > FULL * room:
-            text = f"{node.name}: a step puts {size(wanted)} into Ray's object store of {size(room)}"
+            text = (
+                f"{node.name}: a step puts {size(wanted)} into Ray's object store of {size(room)}"
+            )
             found.append(
-                Finding("PROBLEM", "object store", text, "Start Ray with a larger --object-store-memory, or use fewer tasks")
+                Finding(
+                    "PROBLEM",
+                    "object store",
+                    text,
+                    "Start Ray with a larger --object-store-memory, or use fewer tasks",
+                )
             )
     return found
 
 
-def _fits(node: Node, count: int, each: float, driver: float, plan: Plan, needs: Memory, text: str) -> Finding:
+def _fits(
+    node: Node, count: int, each: float, driver: float, plan: Plan, needs: Memory, text: str
+) -> Finding:
     assert node.facts is not None
     free, wanted = node.facts["memory_available"], count * each + driver
     text += f"; {number(count, 'process')} on {node.name}: {size(wanted)} of {size(free)} free"
     if wanted > FULL * free:
         return Finding("PROBLEM", "memory", text, _smaller(FULL * free, count, driver, plan, needs))
     if wanted > CLOSE * free:
-        return Finding("NOTE", "memory", f"{text}: that is close", "Leave nothing else running there")
+        return Finding(
+            "NOTE", "memory", f"{text}: that is close", "Leave nothing else running there"
+        )
     return Finding("OK", "memory", text)
 
 
@@ -142,10 +204,14 @@ def _smaller(free: float, count: int, driver: float, plan: Plan, needs: Memory) 
     return "Use fewer workers, fewer or smaller tasks, or a machine with more memory"
 
 
-def _on_gpus(config: Config, plan: Plan, place: Place, workers: Workers, needs: Memory, what: str) -> list[Finding]:
+def _on_gpus(
+    config: Config, plan: Plan, place: Place, workers: Workers, needs: Memory, what: str
+) -> list[Finding]:
     """A worker has a share of one GPU, or whole ones."""
     tensors = needs.tensors(plan)
-    together = max(int(1 / config.gpus_per_worker + 1e-9), 1) if 0 < config.gpus_per_worker < 1 else 1
+    together = (
+        max(int(1 / config.gpus_per_worker + 1e-9), 1) if 0 < config.gpus_per_worker < 1 else 1
+    )
     together = min(together, max(workers.expected, 1))
     wanted = together * (tensors + CUDA_CONTEXT)
     text = f"{number(together, 'worker')} on a GPU: {size(wanted)}, each {size(CUDA_CONTEXT)} for CUDA and {what}"
@@ -153,6 +219,19 @@ def _on_gpus(config: Config, plan: Plan, place: Place, workers: Workers, needs: 
     if not gpus:
         return [Finding("NOTE", "GPU memory", f"{text}; no GPU was seen to compare with")]
     least = min(free for _, free in gpus)
-    level: Level = "PROBLEM" if wanted > FULL * least else "NOTE" if wanted > CLOSE * least else "OK"
-    do = "Use more shards (smaller ones; this changes the result's bits), or a larger gpus_per_worker" if level != "OK" else ""
-    return [Finding(level, "GPU memory", f"{text}; the fullest of {number(len(gpus), 'GPU')} has {size(least)} free", do)]
+    level: Level = (
+        "PROBLEM" if wanted > FULL * least else "NOTE" if wanted > CLOSE * least else "OK"
+    )
+    do = (
+        "Use more shards (smaller ones; this changes the result's bits), or a larger gpus_per_worker"
+        if level != "OK"
+        else ""
+    )
+    return [
+        Finding(
+            level,
+            "GPU memory",
+            f"{text}; the fullest of {number(len(gpus), 'GPU')} has {size(least)} free",
+            do,
+        )
+    ]

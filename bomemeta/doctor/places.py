@@ -1,4 +1,6 @@
-"""Where a run's workers would be: nodes with what Ray counts there, what their machines have, and how many workers go where."""
+"""Where a run's workers would be: nodes with what Ray counts there, what their machines have, and
+how many workers go where.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ class Node(NamedTuple):
     name: str
     resources: Mapping[str, float]  # as Ray counts them, all of the node's
     facts: Mapping[str, Any] | None  # of `machine.facts`; None: the node did not answer
-    worker: str | None = None  # what went wrong when a run's worker was built there; empty: nothing, None: not tried
+    worker: str | None = (
+        None  # what went wrong when a run's worker was built there; empty: nothing, None: not tried
+    )
 
 
 class Place(NamedTuple):
@@ -29,7 +33,9 @@ class Place(NamedTuple):
 
 
 class Workers(NamedTuple):
-    """How many a run wants, least and most, and how many it would have; 0: it computes in its own process."""
+    """How many a run wants, least and most, and how many it would have; 0: it computes in its own
+    process.
+    """
 
     least: int
     most: int
@@ -40,7 +46,9 @@ def kind_of(config: Config) -> Literal["serial", "local", "cluster"]:
     """Which of the three a run with this config has, here and now."""
     if config.workers == 0:
         return "serial"
-    joins = config.address not in (None, "local") or (config.address is None and bool(os.environ.get("RAY_ADDRESS")))
+    joins = config.address not in (None, "local") or (
+        config.address is None and bool(os.environ.get("RAY_ADDRESS"))
+    )
     return "cluster" if joins else "local"
 
 
@@ -52,18 +60,34 @@ def here(config: Config) -> Place:
     if kind == "local":
         from bomemeta.distributed.cluster import MAX_OVERSUBSCRIPTION  # imports Ray
 
-        # A local cluster is told that it has as many as the workers want (the least number of them), up to here.
+        # A local cluster is told that it has as many as the workers want (the least number of
+        # them), up to here.
         most = resources["CPU"] * MAX_OVERSUBSCRIPTION
-        asked = most if config.workers != "auto" else math.ceil(worker_range(config)[0] * config.cpus_per_worker)
+        asked = (
+            most
+            if config.workers != "auto"
+            else math.ceil(worker_range(config)[0] * config.cpus_per_worker)
+        )
         resources["CPU"] = max(resources["CPU"], min(most, asked))
-    return Place("serial" if kind == "serial" else "local", [Node("this machine", resources, facts)], resources)
+    return Place(
+        "serial" if kind == "serial" else "local",
+        [Node("this machine", resources, facts)],
+        resources,
+    )
 
 
 def room(resources: Mapping[str, float], config: Config, most: int) -> int:
     """How many workers fit; `most` where they ask for nothing."""
     wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     # 1e-9: three workers of 0.1 fit in 0.3, which is a little less in floating point.
-    return min((int(resources.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items() if amount > 0), default=most)
+    return min(
+        (
+            int(resources.get(name, 0.0) / amount + 1e-9)
+            for name, amount in wanted.items()
+            if amount > 0
+        ),
+        default=most,
+    )
 
 
 def cores_of(node: Node) -> int:
@@ -80,7 +104,9 @@ def workers_of(config: Config, place: Place) -> Workers:
 
 
 def spread(config: Config, place: Place, workers: int) -> list[tuple[Node, int]]:
-    """Nodes with the number of workers that each would get: one by one to the nodes that have room, as Ray's SPREAD does."""
+    """Nodes with the number of workers that each would get: one by one to the nodes that have room,
+    as Ray's SPREAD does.
+    """
     left = [room(node.resources, config, workers) for node in place.nodes]
     given = [0] * len(left)
     for _ in range(workers):

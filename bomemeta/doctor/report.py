@@ -20,7 +20,9 @@ class Finding(NamedTuple):
     do: str = ""
 
     def line(self, width: int) -> str:
-        return f"{self.level:<7}  {self.topic:<{width}}  {self.text}" + (f". {self.do}" if self.do else "")
+        return f"{self.level:<7}  {self.topic:<{width}}  {self.text}" + (
+            f". {self.do}" if self.do else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Report:
     def to_json(self) -> str:
         """All of it; NaN and infinite numbers, which JSON does not have, become null."""
         findings = [finding._asdict() for finding in self.findings]
-        return json.dumps(_finite({"ok": self.ok, "findings": findings, "figures": dict(self.figures)}), indent=2)
+        return json.dumps(
+            _finite({"ok": self.ok, "findings": findings, "figures": dict(self.figures)}), indent=2
+        )
 
 
 def size(count: float) -> str:
@@ -61,7 +65,12 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """`12 ms`, `3.4 s`, `25 min`, `7.5 h`, `3.2 days`."""
-    for unit, factor, until in (("ms", 1e-3, 1.0), ("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 172800.0)):
+    for unit, factor, until in (
+        ("ms", 1e-3, 1.0),
+        ("s", 1.0, 120.0),
+        ("min", 60.0, 7200.0),
+        ("h", 3600.0, 172800.0),
+    ):
         if seconds < until:
             return f"{seconds / factor:.3g} {unit}"
     return f"{seconds / 86400:.3g} days"

@@ -1,4 +1,6 @@
-"""The examination from start to end. Nothing is written, and a cluster that is joined is left as it was."""
+"""The examination from start to end. Nothing is written, and a cluster that is joined is left as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch
 
 from bomemeta.assembly import build_problem, build_solver, torch_threads
 from bomemeta.config import Config, load_config
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import Problem
 from bomemeta.doctor import bundles, data, machine, memory, places, storage, traffic
 from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, Plan, line_through, plan_of
 from bomemeta.doctor.memory import Memory
@@ -25,16 +27,21 @@ Say = Callable[[str], None]
 # What a step on more tasks may take before two of them must do.
 QUICK_S = 3.0
 FEW_TASKS = 4
-# What Ray's own part of a worker holds before its first call (measured with Ray 2.60: 25 MiB beside torch's 301).
+# What Ray's own part of a worker holds before its first call (measured with Ray 2.60: 25 MiB beside
+# torch's 301).
 RAY_BYTES = 26e6
 
 
 def examine(
-    config: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = (), *, say: Say = lambda text: None
+    config: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    *,
+    say: Say = lambda text: None,
 ) -> Report:
     """What a run of this config will need against what is there. `say` hears what is being done.
 
-    Raises ConfigError as `train` would. What else `train` would fail with is a PROBLEM of the report.
+    Raises ConfigError as `train` would. What else `train` would fail with is a PROBLEM of the
+    report.
     """
     settings = load_config(config, overrides)
     name = Path(config).stem if isinstance(config, str | Path) else settings.problem.name
@@ -45,7 +52,9 @@ def examine(
         problem = build_problem(settings)
     except DataError as error:
         found += _no_data(settings, error)
-        found += bundles.bundles(settings, place, places.workers_of(settings, place)) + _elsewhere(settings, place)
+        found += bundles.bundles(settings, place, places.workers_of(settings, place)) + _elsewhere(
+            settings, place
+        )
         return Report(found + storage.output(settings, name, place, None), figures)
     with torch_threads(settings.threads):
         found += data.data(problem) + data.batch_norm(problem)
@@ -65,7 +74,9 @@ def _place(config: Config, say: Say) -> Place:
         return places.here(config)
     from bomemeta.doctor import cluster
 
-    say(f"the cluster at {config.address or os.environ['RAY_ADDRESS']}: its nodes, and a worker built on each")
+    say(
+        f"the cluster at {config.address or os.environ['RAY_ADDRESS']}: its nodes, and a worker built on each"
+    )
     return cluster.ask(config)
 
 
@@ -85,19 +96,40 @@ def _elsewhere(config: Config, place: Place) -> list[Finding]:
         return [Finding("NOTE", "authentication", text, "Leave RAY_AUTH_MODE unset to have tokens")]
     with suppress(OSError):
         if "RAY_AUTH_TOKEN" not in os.environ and token.stat().st_mode & 0o077:
-            return [Finding("NOTE", "authentication", f"others can read the token in {token}", f"chmod 600 {token}")]
-    return [Finding("OK", "authentication", "a local cluster, on the loopback address, with a token")]
+            return [
+                Finding(
+                    "NOTE",
+                    "authentication",
+                    f"others can read the token in {token}",
+                    f"chmod 600 {token}",
+                )
+            ]
+    return [
+        Finding("OK", "authentication", "a local cluster, on the loopback address, with a token")
+    ]
 
 
 def _devices(config: Config) -> list[Finding]:
     """What `train` refuses when it opens its transport."""
     if config.workers == 0:
         if config.device == "cuda" and not torch.cuda.is_available():
-            return [Finding("PROBLEM", "device", "device: cuda, and torch sees no GPU here", "Set device=cpu or device=auto")]
+            return [
+                Finding(
+                    "PROBLEM",
+                    "device",
+                    "device: cuda, and torch sees no GPU here",
+                    "Set device=cpu or device=auto",
+                )
+            ]
         return []
     if config.device == "cuda" and config.gpus_per_worker == 0:
         return [
-            Finding("PROBLEM", "device", "device: cuda with gpus_per_worker: 0: no worker would see a GPU", "Set gpus_per_worker=1")
+            Finding(
+                "PROBLEM",
+                "device",
+                "device: cuda with gpus_per_worker: 0: no worker would see a GPU",
+                "Set gpus_per_worker=1",
+            )
         ]
     if config.device == "cpu" and config.gpus_per_worker > 0:
         text = f"device: cpu with gpus_per_worker: {config.gpus_per_worker:g}"
@@ -116,7 +148,7 @@ def _no_data(config: Config, error: DataError) -> list[Finding]:
 
 
 def _dry(
-    config: Config, problem: BilevelProblem, plan: Plan, place: Place, workers: Workers, found: list[Finding], figures: dict[str, Any],
+    config: Config, problem: Problem, plan: Plan, place: Place, workers: Workers, found: list[Finding], figures: dict[str, Any],
     say: Say,
 ) -> storage.Needs | None:  # fmt: skip
     """Dry steps, and the findings that follow from them; None where there could be none."""
@@ -131,30 +163,49 @@ def _dry(
         text = f"{config.solver.name} diverges in its first steps: {error}"
         found.append(
             Finding(
-                "PROBLEM", "dry step", text, "Make solver.inner_lr, lower_lr or upper_lr smaller; `bomemeta check` says by how much"
+                "PROBLEM",
+                "dry step",
+                text,
+                "Make solver.inner_lr, lower_lr or upper_lr smaller; `bomemeta check` says by how much",
             )
         )
         return None
     except (MemoryError, torch.OutOfMemoryError) as error:
         found.append(
-            Finding("PROBLEM", "memory", f"a step on {number(1, 'task')} does not fit into this machine's memory: {error}")
+            Finding(
+                "PROBLEM",
+                "memory",
+                f"a step on {number(1, 'task')} does not fit into this machine's memory: {error}",
+            )
         )
         return None
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise
         found.append(
-            Finding("PROBLEM", "memory", f"a step on {number(1, 'task')} does not fit into this machine's memory: {error}")
+            Finding(
+                "PROBLEM",
+                "memory",
+                f"a step on {number(1, 'task')} does not fit into this machine's memory: {error}",
+            )
         )
         return None
     needs, evaluating = measured
     steps, dry, shared = run.job.steps, dries[-1], problem.lower == "shared"
     times = traffic.times_of(
-        config, problem, plan, place, workers, dries, line_through([(one.tasks, one.worker_s) for one in dries]), evaluating, steps
+        config,
+        problem,
+        plan,
+        place,
+        workers,
+        dries,
+        line_through([(one.tasks, one.worker_s) for one in dries]),
+        evaluating,
+        steps,
     )
-    disk = traffic.needs_of(config, dries, problem.pool, shared, steps)
+    disk = traffic.needs_of(config, dries, problem.num_tasks, shared, steps)
     found += memory.memory(config, plan, place, workers, needs) + memory.inner_steps(config, needs)
-    found += memory.states(config, plan, place, workers, dry, problem.pool, shared)
+    found += memory.states(config, plan, place, workers, dry, problem.num_tasks, shared)
     found += traffic.traffic(config, plan, place, workers, dry)
     found += traffic.times(config, place, workers, times, dry.tasks, steps, run.device)
     text = f"{config.solver.name} takes problem {config.problem.name}; whether its direction is right, `bomemeta check` says"
@@ -170,19 +221,24 @@ def _dry(
             "worker_bytes": needs.process + needs.tensors(plan),
             "driver_bytes": needs.driver,
             "bytes_per_inner_step": needs.inner_steps.each if needs.inner_steps else None,
-            "lower_state_bytes": dry.state_bytes * (1 if shared else problem.pool or 0),
+            "lower_state_bytes": dry.state_bytes * (1 if shared else problem.num_tasks or 0),
         },
-        "traffic": {"reduces": dry.reduces, **traffic.traffic_of(config, plan, place, workers, dry)._asdict()},
+        "traffic": {
+            "reduces": dry.reduces,
+            **traffic.traffic_of(config, plan, place, workers, dry)._asdict(),
+        },
         "seconds": times._asdict(),
         "disk": disk._asdict(),
     }
     return disk
 
 
-def _few(run: DryRun, problem: BilevelProblem, plan: Plan) -> list[Dry]:
-    """Dry steps on one task, and on two or, where that is quick, as many as a shard has, up to four."""
+def _few(run: DryRun, problem: Problem, plan: Plan) -> list[Dry]:
+    """Dry steps on one task, and on two or, where that is quick, as many as a shard has, up to
+    four.
+    """
     dries = [run.steps(1)]
-    most = problem.pool if problem.pool is not None else FEW_TASKS
+    most = problem.num_tasks if problem.num_tasks is not None else FEW_TASKS
     quick = dries[0].step_s * FEW_TASKS < QUICK_S
     second = min(max(plan.largest, 2), FEW_TASKS if quick else 2, most)
     if second > 1:
@@ -190,7 +246,9 @@ def _few(run: DryRun, problem: BilevelProblem, plan: Plan) -> list[Dry]:
     return dries
 
 
-def _measure(run: DryRun, dries: list[Dry], plan: Plan, process: float, say: Say) -> tuple[Memory, Line]:
+def _measure(
+    run: DryRun, dries: list[Dry], plan: Plan, process: float, say: Say
+) -> tuple[Memory, Line]:
     """Memory by tasks, and an evaluation's seconds by tasks."""
     evaluation, evaluating = Line(0.0, 0.0), Line(0.0, 0.0)
     if plan.evaluated:
@@ -207,9 +265,20 @@ def _measure(run: DryRun, dries: list[Dry], plan: Plan, process: float, say: Say
         say("a step with another number of inner steps")
         other = steps // 2 if steps > 1 else 2
         with suppress(ConfigError, ValueError, DivergenceError):
-            by_steps = line_through(sorted([(steps, run.with_inner_steps(steps)), (other, run.with_inner_steps(other))]))
+            by_steps = line_through(
+                sorted([(steps, run.with_inner_steps(steps)), (other, run.with_inner_steps(other))])
+            )
     step = line_through([(dry.tasks, dry.worker_bytes) for dry in dries])
     last = dries[-1]
     driver = last.driver_bytes + last.bytes_reduced / max(last.reduces, 1) * plan.shards
-    measured = Memory(process, step, evaluation, run.remembering(), driver, tuple(dry.tasks for dry in dries), run.device, by_steps)
+    measured = Memory(
+        process,
+        step,
+        evaluation,
+        run.remembering(),
+        driver,
+        tuple(dry.tasks for dry in dries),
+        run.device,
+        by_steps,
+    )
     return measured, evaluating

@@ -15,7 +15,20 @@ from bomemeta.doctor.report import Finding, size
 from bomemeta.storage import is_uri
 
 # File systems that other machines see too; `fuse` is a prefix of several.
-SHARED = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "afs", "glusterfs", "9p", "virtiofs")
+SHARED = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "afs",
+    "glusterfs",
+    "9p",
+    "virtiofs",
+)
 # Part of the path of the throw-away copy in which `ray job submit` runs a job.
 JOB_COPY = "runtime_resources/working_dir_files"
 TENSORBOARD_BYTES = 60  # of an event of one number beside its tag
@@ -42,18 +55,40 @@ def output(config: Config, name: str, place: Place, needs: Needs | None) -> list
     there = _nearest(path)
     refused = _refused(path, there, given is not None)
     if refused:
-        return [Finding("PROBLEM", "output", f"output_dir {path}: {refused}", "Choose another output_dir")]
+        return [
+            Finding(
+                "PROBLEM", "output", f"output_dir {path}: {refused}", "Choose another output_dir"
+            )
+        ]
     found = []
-    if JOB_COPY in str(Path.cwd()) and (given is None or not Path(given).expanduser().is_absolute()):
+    if JOB_COPY in str(Path.cwd()) and (
+        given is None or not Path(given).expanduser().is_absolute()
+    ):
         text = f"output_dir {path} lies in the job's copy of the working directory, which vanishes with the job"
-        found.append(Finding("PROBLEM", "output", text, "Give an absolute output_dir on storage that stays"))
+        found.append(
+            Finding("PROBLEM", "output", text, "Give an absolute output_dir on storage that stays")
+        )
     kind = _file_system(there)
     shared = kind in SHARED or kind.startswith("fuse")
     if kind in ("tmpfs", "ramfs"):
-        found.append(Finding("NOTE", "output", f"{path} is kept in memory ({kind}): it is gone after a restart", "Choose a disk"))
+        found.append(
+            Finding(
+                "NOTE",
+                "output",
+                f"{path} is kept in memory ({kind}): it is gone after a restart",
+                "Choose a disk",
+            )
+        )
     elif place.kind == "cluster" and not shared:
         text = f"{path} is this machine's own ({kind}): if it is lost, so is the run"
-        found.append(Finding("NOTE", "output", text, "Storage that other machines see lets the run be resumed there"))
+        found.append(
+            Finding(
+                "NOTE",
+                "output",
+                text,
+                "Storage that other machines see lets the run be resumed there",
+            )
+        )
     if needs is not None:
         free = shutil.disk_usage(there).free
         text = f"{size(free)} free at {there}; the run leaves {size(needs.total)}"
@@ -100,6 +135,7 @@ def _file_system(path: Path) -> str:
     holding = [
         (len(fields[1]), fields[2])
         for fields in mounts
-        if len(fields) > 2 and (resolved == fields[1] or resolved.startswith(fields[1].rstrip("/") + "/"))
+        if len(fields) > 2
+        and (resolved == fields[1] or resolved.startswith(fields[1].rstrip("/") + "/"))
     ]
     return max(holding, key=lambda one: one[0])[1] if holding else "unknown"

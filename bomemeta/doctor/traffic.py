@@ -1,11 +1,13 @@
-"""Bytes and seconds of a step, carried over from the dry steps to the run's shards, nodes and workers. Seconds are estimates."""
+"""Bytes and seconds of a step, carried over from the dry steps to the run's shards, nodes and
+workers. Seconds are estimates.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from bomemeta.config import Config
-from bomemeta.core.problem import BilevelProblem
+from bomemeta.core.problem import Problem
 from bomemeta.doctor.dry import Dry, Line, Plan
 from bomemeta.doctor.places import Place, Workers, spread
 from bomemeta.doctor.report import Finding, duration, number, size
@@ -38,9 +40,15 @@ def traffic(config: Config, plan: Plan, place: Place, workers: Workers, dry: Dry
     if dry.bytes_reduced_later != dry.bytes_reduced:
         text += f"; {size(dry.bytes_reduced_later * plan.shards)} up in steps that measure less"
     if place.kind == "serial":
-        return [Finding("OK", "bytes per step", f"{text}; within one process, so none of it travels")]
+        return [
+            Finding("OK", "bytes per step", f"{text}; within one process, so none of it travels")
+        ]
     if config.reduce != "driver":
-        return [Finding("OK", "bytes per step", f"{text}, added among the workers (reduce: {config.reduce})")]
+        return [
+            Finding(
+                "OK", "bytes per step", f"{text}, added among the workers (reduce: {config.reduce})"
+            )
+        ]
     if bytes_.up > LARGE and plan.shards >= 4:
         do = f"reduce=tree adds on the workers, and {size(dry.bytes_reduced)} come to the driver"
         return [Finding("NOTE", "bytes per step", f"{text}: all of it comes to one process", do)]
@@ -57,7 +65,7 @@ class Times(NamedTuple):
 
 
 def times_of(
-    config: Config, problem: BilevelProblem, plan: Plan, place: Place, workers: Workers, dries: list[Dry], worker: Line, evaluating: Line,
+    config: Config, problem: Problem, plan: Plan, place: Place, workers: Workers, dries: list[Dry], worker: Line, evaluating: Line,
     steps: int,
 ) -> Times:  # fmt: skip
     dry = dries[-1]
@@ -68,46 +76,84 @@ def times_of(
         step = driver + sum(worker.at(tasks) for tasks in sizes)
     else:
         moved = (dry.sent_bytes + dry.bytes_reduced * plan.shards) / 1e6 * MEGABYTE_S
-        step = driver + -(-plan.shards // lanes) * worker.at(plan.largest) + dry.reduces * ROUND_S + moved
+        step = (
+            driver
+            + -(-plan.shards // lanes) * worker.at(plan.largest)
+            + dry.reduces * ROUND_S
+            + moved
+        )
     evaluation = config.evaluation
     episodes = 0
     if problem.meta_tests:
         variants = problem.evaluation_variants().values()
-        others = sum(any(getattr(problem, name) != value for name, value in changes.items()) for changes in variants)
+        others = sum(
+            any(getattr(problem, name) != value for name, value in changes.items())
+            for changes in variants
+        )
         episodes = evaluation.episodes * (1 + others)
-        episodes += evaluation.validation_episodes * (steps // evaluation.every_steps) if evaluation.every_steps else 0
-    return Times(dry.step_s, step, step * steps * config.seeds, episodes * evaluating.each / lanes * config.seeds)
-
-
-def times(config: Config, place: Place, workers: Workers, found: Times, tasks: int, steps: int, device: str) -> list[Finding]:
-    where = "in this process" if place.kind == "serial" else f"with {number(workers.expected, 'worker')}"
-    seeds = f" x {config.seeds} seeds" if config.seeds > 1 else ""
-    text = (
-        f"a step on {number(tasks, 'task')} took {duration(found.dry)} here ({device}). Estimated {where}: {duration(found.step)} "
+        episodes += (
+            evaluation.validation_episodes * (steps // evaluation.every_steps)
+            if evaluation.every_steps
+            else 0
+        )
+    return Times(
+        dry.step_s,
+        step,
+        step * steps * config.seeds,
+        episodes * evaluating.each / lanes * config.seeds,
     )
+
+
+def times(
+    config: Config,
+    place: Place,
+    workers: Workers,
+    found: Times,
+    tasks: int,
+    steps: int,
+    device: str,
+) -> list[Finding]:
+    where = (
+        "in this process"
+        if place.kind == "serial"
+        else f"with {number(workers.expected, 'worker')}"
+    )
+    seeds = f" x {config.seeds} seeds" if config.seeds > 1 else ""
+    text = f"a step on {number(tasks, 'task')} took {duration(found.dry)} here ({device}). Estimated {where}: {duration(found.step)} "
     text += f"a step, {duration(found.run)} for {steps:,} steps{seeds}"
     if found.evaluation:
         text += f", {duration(found.evaluation)} for evaluations"
     if config.workers != 0 and config.gpus_per_worker > 0 and device == "cpu":
-        return [Finding("NOTE", "time", f"{text}; on GPUs it will be another", "Ask again on a machine with one")]
+        return [
+            Finding(
+                "NOTE",
+                "time",
+                f"{text}; on GPUs it will be another",
+                "Ask again on a machine with one",
+            )
+        ]
     if place.kind == "cluster":
         text += ", were the nodes as fast as this machine"
     return [Finding("OK", "time", text)]
 
 
-def needs_of(config: Config, dries: list[Dry], pool: int | None, shared: bool, steps: int) -> Needs:
+def needs_of(
+    config: Config, dries: list[Dry], num_tasks: int | None, shared: bool, steps: int
+) -> Needs:
     """What the run will leave on the disk."""
     dry = dries[-1]
     # Each task that persists is an entry of its own, with its overhead.
     checkpoint = float(dry.checkpoint_bytes)
-    if pool is not None and not shared:
+    if num_tasks is not None and not shared:
         first = dries[0]
         each = (dry.checkpoint_bytes - first.checkpoint_bytes) / max(dry.tasks - first.tasks, 1)
-        checkpoint += max(each, dry.state_bytes) * max(pool - dry.tasks, 0)
+        checkpoint += max(each, dry.state_bytes) * max(num_tasks - dry.tasks, 0)
     # The new one is whole before the oldest goes.
     at_once = min(config.checkpoint.keep + 1, steps // config.checkpoint.every_steps + 2)
     # Names and brackets of TensorBoard's events are as long as those of a line of metrics.jsonl.
-    log = dry.log_bytes + (dry.log_bytes + dry.log_numbers * TENSORBOARD_BYTES if config.log.tensorboard else 0)
+    log = dry.log_bytes + (
+        dry.log_bytes + dry.log_numbers * TENSORBOARD_BYTES if config.log.tensorboard else 0
+    )
     return Needs(checkpoint, at_once * checkpoint * config.seeds, float(log * steps * config.seeds))
 
 
@@ -118,5 +164,7 @@ def _lanes(config: Config, place: Place, workers: Workers) -> int:
     total = 0
     for node, count in spread(config, place, workers.expected):
         cores = node.facts["cores"] if node.facts else count
-        total += min(count, max(cores // config.threads, 1)) if config.gpus_per_worker == 0 else count
+        total += (
+            min(count, max(cores // config.threads, 1)) if config.gpus_per_worker == 0 else count
+        )
     return max(total, 1)

@@ -1,6 +1,8 @@
-"""`bomemeta check`: a solver's hypergradient against the implicit one and finite differences, on a small cut of the user's problem.
+"""`bomemeta check`: a solver's hypergradient against the implicit one and finite differences, on a
+small cut of the user's problem.
 
-`frozen.py` gets the solver's direction at a fixed x, `kernels.py` the reference, `verdict.py` judges, `session.py` does it in order.
+`frozen.py` gets the solver's direction at a fixed x, `kernels.py` the reference, `verdict.py`
+judges, `session.py` does it in order.
 """
 
 from bomemeta.hypercheck.session import check

@@ -18,7 +18,8 @@ AFFORDABLE = 1000  # a T up to which a trial is run; a longer one is only named
 HELPS = 0.8  # a trial helps where the error falls to this share or less
 SEEN = 0.95  # the share of the slowest direction that a proposed T sees
 DULL = 0.1  # a step size below this share of 1 / L is tried at 1 / L
-ALIKE = 0.2  # a direction is what T steps see of the reference where the rest of its error is this share or less
+# a direction is what T steps see of the reference where the rest of its error is this share or less
+ALIKE = 0.2
 
 STEP_SIZES = ("inner_lr", "aux_lr")
 SYSTEM_STEPS = ("subspace", "aux_steps")
@@ -35,7 +36,9 @@ class Trial(NamedTuple):
 
     @property
     def keys(self) -> str:
-        return " ".join(f"solver.{name}={format(value, '.4g')}" for name, value in self.changes.items())
+        return " ".join(
+            f"solver.{name}={format(value, '.4g')}" for name, value in self.changes.items()
+        )
 
     @property
     def ok(self) -> bool:
@@ -53,11 +56,17 @@ def work(solver: Solver) -> list[str]:
 
 
 def proposals(solver: Solver, known: Reference) -> list[Changes]:
-    """Changes of keys that may make a poor direction better, one reason each: more work, then step sizes, then penalties."""
+    """Changes of keys that may make a poor direction better, one reason each: more work, then step
+    sizes, then penalties.
+    """
     keys = _numbers(solver)
     found: list[Changes] = [{name: MORE * keys[name]} for name in work(solver)]
     if known.largest > 0:
-        found += [{name: step_size(known)} for name in STEP_SIZES if name in keys and not DULL <= keys[name] * known.largest < 2]
+        found += [
+            {name: step_size(known)}
+            for name in STEP_SIZES
+            if name in keys and not DULL <= keys[name] * known.largest < 2
+        ]
         if inner_share(solver, known) < SEEN:
             steps, alpha = needed(keys["inner_lr"], known.smallest), step_size(known)
             if steps <= AFFORDABLE:
@@ -70,13 +79,16 @@ def proposals(solver: Solver, known: Reference) -> list[Changes]:
 
 
 def together(solver: Solver, trials: Sequence[Trial]) -> Changes | None:
-    """All keys of work at once, of those that changed something by themselves; None where that is no new trial."""
+    """All keys of work at once, of those that changed something by themselves; None where that is
+    no new trial.
+    """
     keys = [name for name in work(solver) if any(list(one.changes) == [name] for one in trials)]
     return {name: MORE * _numbers(solver)[name] for name in keys} if len(keys) > 1 else None
 
 
 def cure(trials: Sequence[Trial], now: Comparison | None) -> Trial | None:
-    """The first trial that helps as much as any, but for a fifth; `now` None: the first that is finite. None: none helps.
+    """The first trial that helps as much as any, but for a fifth; `now` None: the first that is
+    finite. None: none helps.
 
     eta is no cure: bome's lambda is meant to be as small as it can be.
     """
@@ -121,7 +133,9 @@ def unstable(solver: Solver, known: Reference) -> str:
 
 
 def short_inner_loop(solver: Solver, known: Reference) -> str:
-    """What T steps of size alpha do at this conditioning; empty where the solver has no such keys or they are enough."""
+    """What T steps of size alpha do at this conditioning; empty where the solver has no such keys
+    or they are enough.
+    """
     share = inner_share(solver, known)
     if share >= SEEN:
         return ""
@@ -142,9 +156,16 @@ def inner_loop(solver: Solver) -> tuple[int, float]:
 
 
 def inner_share(solver: Solver, known: Reference) -> float:
-    """1 - (1 - alpha mu)^T; 1 where there is no such loop or no such mu, or where the loop is unstable and T is not the point."""
+    """1 - (1 - alpha mu)^T; 1 where there is no such loop or no such mu, or where the loop is
+    unstable and T is not the point.
+    """
     keys = _numbers(solver)
-    if "inner_steps" not in keys or "inner_lr" not in keys or known.smallest <= 0 or keys["inner_lr"] * known.largest >= 2:
+    if (
+        "inner_steps" not in keys
+        or "inner_lr" not in keys
+        or known.smallest <= 0
+        or keys["inner_lr"] * known.largest >= 2
+    ):
         return 1.0
     return float(1 - (1 - keys["inner_lr"] * known.smallest) ** keys["inner_steps"])
 
@@ -178,14 +199,23 @@ def _of_a_penalty(solver: Solver, settled: Settled, known: Reference) -> str:
 def _of_y_or_v(solver: Solver, settled: Settled, known: Reference, now: Comparison) -> str:
     at_y = compare(known.at_solvers_y, known.direction).error
     size = float(known.direction.norm())
-    if settled.direction is not None and float((settled.direction - known.seen).norm()) <= ALIKE * now.error * size:
-        return "the direction is what T inner steps see of the reference, and no more: T is the reason"
+    if (
+        settled.direction is not None
+        and float((settled.direction - known.seen).norm()) <= ALIKE * now.error * size
+    ):
+        return (
+            "the direction is what T inner steps see of the reference, and no more: T is the reason"
+        )
     if at_y > now.error / 2:
         return (
             f"the solver's y is too far from y* (|y - y*| / |y*| = {known.distance:.1e}): with v exact at it the error would "
             f"still be {at_y:.2g}"
         )
-    steps = [f"solver.{name} = {value}" for name, value in _numbers(solver).items() if name in SYSTEM_STEPS]
+    steps = [
+        f"solver.{name} = {value}"
+        for name, value in _numbers(solver).items()
+        if name in SYSTEM_STEPS
+    ]
     given = f" and the solver has {', '.join(steps)}" if steps else ""
     return (
         f"y is not the reason (with v exact at the solver's y the error would be {at_y:.2g}): v is, or the formula. Conjugate gradients "
@@ -199,6 +229,12 @@ def _error(trial: Trial) -> float:
 
 def _numbers(solver: Solver) -> dict[str, int | float]:
     """The solver's keys that are numbers."""
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(solver) if dataclasses.is_dataclass(solver) else ()
+    fields: tuple[dataclasses.Field[Any], ...] = (
+        dataclasses.fields(solver) if dataclasses.is_dataclass(solver) else ()
+    )
     values = {field.name: getattr(solver, field.name) for field in fields}
-    return {name: value for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -1,4 +1,5 @@
-"""The reference, as kernels on ONE task (or on the one shared y): the lower solution, the implicit hypergradient there, A's spectrum.
+"""The reference, as kernels on ONE task (or on the one shared y): the lower solution, the implicit
+hypergradient there, A's spectrum.
 
 They share no linear algebra with the solvers that they are the measure of.
 """
@@ -16,7 +17,8 @@ from bomemeta.core.oracle import Gradient, Oracle, Term
 from bomemeta.core.solver import KernelResult, LowerGroups, Solver
 from bomemeta.core.tree import Params
 
-# y* is solved until |grad_y g| has fallen by this factor; finite differences divide what is left by 1e-4 or so.
+# y* is solved until |grad_y g| has fallen by this factor; finite differences divide what is left by
+# 1e-4 or so.
 SOLVED = 1e-13
 NEWTON_STEPS = 50
 HALVINGS = 40
@@ -27,24 +29,41 @@ ENOUGH = 1e-2  # |v_m - v| / |v| that `steps_enough` counts steps to
 Product = Callable[[Tensor], Tensor]
 
 
-def locate(solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, adapts: bool) -> KernelResult:
-    """Kernel: the solver's own y, kept: of its last step, or adapted (`adapts`), or where it would start.
+def locate(
+    solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, adapts: bool
+) -> KernelResult:
+    """Kernel: the solver's own y, kept: of its last step, or adapted (`adapts`), or where it would
+    start.
 
     `mismatch`: how far the problem's closed-form gradients in y are from autograd's, relative.
     """
-    at = lower["y"] if lower is not None else solver.adapt(oracle, None) if adapts else oracle.init_lower()
+    at = (
+        lower["y"]
+        if lower is not None
+        else solver.adapt(oracle, None)
+        if adapts
+        else oracle.init_lower()
+    )
     asked = (oracle.upper(at), oracle.lower(at))
     exact = (oracle.total(Term("upper", at)), oracle.total(Term("lower", at)))
-    mismatch = max(_relative(tree.flatten(a.lower), tree.flatten(b.lowers[0])) for a, b in zip(asked, exact, strict=True))
+    mismatch = max(
+        _relative(tree.flatten(a.lower), tree.flatten(b.lowers[0]))
+        for a, b in zip(asked, exact, strict=True)
+    )
     start = tree.flatten(oracle.lower(oracle.init_lower()).lower).norm()
     grad = tree.flatten(asked[1].lower).norm()
-    return KernelResult({"mismatch": torch.tensor(mismatch), "grad": grad, "scale": torch.maximum(start, grad)}, {"y": at})
+    return KernelResult(
+        {"mismatch": torch.tensor(mismatch), "grad": grad, "scale": torch.maximum(start, grad)},
+        {"y": at},
+    )
 
 
 def solve(solver: Solver, oracle: Oracle, lower: LowerGroups, *, scale: float) -> KernelResult:
-    """Kernel: y* from lower["y"], kept, by Newton's method with conjugate gradients and a line search; f and |grad_y g| there.
+    """Kernel: y* from lower["y"], kept, by Newton's method with conjugate gradients and a line
+    search; f and |grad_y g| there.
 
-    `grad` is the length of the projected gradient, `scale` the length that it is judged by. `edge`: where the constraint holds y.
+    `grad` is the length of the projected gradient, `scale` the length that it is judged by. `edge`:
+    where the constraint holds y.
     """
     at = lower["y"]
     here = oracle.lower(at)
@@ -70,12 +89,14 @@ def solve(solver: Solver, oracle: Oracle, lower: LowerGroups, *, scale: float) -
     return KernelResult(sums, {"y": at})
 
 
-def implicit(solver: Solver, oracle: Oracle, lower: LowerGroups, *, inner: tuple[int, float] = (0, 0.0)) -> KernelResult:
-    """Kernel: grad_x f - (d2g/dxdy) v with A v = grad_y f at lower["y"]. `residual` is |A v - b| / |b|, `steps_enough` how many
-    steps conjugate gradients took until v was known to `ENOUGH`.
+def implicit(
+    solver: Solver, oracle: Oracle, lower: LowerGroups, *, inner: tuple[int, float] = (0, 0.0)
+) -> KernelResult:
+    """Kernel: grad_x f - (d2g/dxdy) v with A v = grad_y f at lower["y"]. `residual` is |A v - b| /
+    |b|, `steps_enough` how many steps conjugate gradients took until v was known to `ENOUGH`.
 
-    `seen`, for `inner` = (T, alpha): the same with (I - (I - alpha A)^T) v, all that T gradient steps on g tell of v. With T = 0 it is
-    `direction`.
+    `seen`, for `inner` = (T, alpha): the same with (I - (I - alpha A)^T) v, all that T gradient
+    steps on g tell of v. With T = 0 it is `direction`.
     """
     at = lower["y"]
     product, right = _flat_hessian(oracle, at), tree.flatten(oracle.upper(at).lower)
@@ -86,7 +107,11 @@ def implicit(solver: Solver, oracle: Oracle, lower: LowerGroups, *, inner: tuple
     unseen = solution.v
     for _ in range(inner[0]):
         unseen = unseen - inner[1] * product(unseen)
-    seen = oracle.adjoint(at, tree.unflatten(solution.v - unseen, at), ("lower", 1.0)) if inner[0] else system
+    seen = (
+        oracle.adjoint(at, tree.unflatten(solution.v - unseen, at), ("lower", 1.0))
+        if inner[0]
+        else system
+    )
     sums = {
         "direction": system.upper,
         "seen": seen.upper,
@@ -98,10 +123,14 @@ def implicit(solver: Solver, oracle: Oracle, lower: LowerGroups, *, inner: tuple
 
 
 def spectrum(solver: Solver, oracle: Oracle, lower: LowerGroups, *, seed: int) -> KernelResult:
-    """Kernel: the outermost eigenvalues of A at lower["y"] by Lanczos. `smallest_error` bounds how far the smallest is from one of A's."""
+    """Kernel: the outermost eigenvalues of A at lower["y"] by Lanczos. `smallest_error` bounds how
+    far the smallest is from one of A's.
+    """
     at = lower["y"]
     like = tree.flatten(at)
-    start = torch.randn(len(like), generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
+    start = torch.randn(
+        len(like), generator=torch.Generator().manual_seed(seed), dtype=like.dtype
+    ).to(like.device)
     values, error = ritz_values(_flat_hessian(oracle, at), start, LANCZOS_STEPS)
     return KernelResult({"smallest": values[0], "largest": values[-1], "smallest_error": error}, {})
 
@@ -111,8 +140,11 @@ class Solution(NamedTuple):
     steps: int
 
 
-def conjugate_gradients(product: Product, right: Tensor, most: int, tolerance: float, goal: Tensor | None = None) -> Solution:
-    """A v = `right` from 0 on flat vectors, until |residual| <= tolerance |right| or v is within `ENOUGH` of `goal`.
+def conjugate_gradients(
+    product: Product, right: Tensor, most: int, tolerance: float, goal: Tensor | None = None
+) -> Solution:
+    """A v = `right` from 0 on flat vectors, until |residual| <= tolerance |right| or v is within
+    `ENOUGH` of `goal`.
 
     Stops where a direction has no positive curvature.
     """
@@ -134,7 +166,9 @@ def conjugate_gradients(product: Product, right: Tensor, most: int, tolerance: f
 
 
 def ritz_values(product: Product, start: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Ritz values of A, ascending, from Lanczos with full reorthogonalisation, and the residual of the smallest one's pair."""
+    """Ritz values of A, ascending, from Lanczos with full reorthogonalisation, and the residual of
+    the smallest one's pair.
+    """
     basis = [start / start.norm()]
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
@@ -142,7 +176,8 @@ def ritz_values(product: Product, start: Tensor, most: int) -> tuple[Tensor, Ten
         image = product(basis[-1])
         alphas.append(basis[-1].dot(image))
         rows = torch.stack(basis)
-        # Twice: what the first pass leaves of a vector that nearly lay in the space is mostly rounding.
+        # Twice: what the first pass leaves of a vector that nearly lay in the space is mostly
+        # rounding.
         rest = image - rows.T @ (rows @ image)
         rest = rest - rows.T @ (rows @ rest)
         betas.append(rest.norm())
@@ -150,14 +185,18 @@ def ritz_values(product: Product, start: Tensor, most: int) -> tuple[Tensor, Ten
             break  # the space is A's own: its Ritz values are eigenvalues
         basis.append(rest / betas[-1])
     diagonal, off = torch.stack(alphas).cpu(), torch.stack(betas).cpu()
-    values, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1))
+    values, vectors = torch.linalg.eigh(
+        torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
+    )
     return values, off[-1] * vectors[-1, 0].abs()
 
 
 def _newton_step(
     oracle: Oracle, at: Params, here: Gradient, size: float, tolerance: float
 ) -> tuple[Params, Gradient, float] | None:
-    """The next y with its gradient and projected gradient's length; None where no step makes anything smaller."""
+    """The next y with its gradient and projected gradient's length; None where no step makes
+    anything smaller.
+    """
     grad = tree.flatten(here.lower)
     newton = conjugate_gradients(_flat_hessian(oracle, at), grad, CG_STEPS, tolerance).v
     value = float(here.value.sum())
@@ -171,7 +210,9 @@ def _newton_step(
             there = oracle.lower(trial)
             found, left = float(there.value.sum()), _projected(oracle, trial, there)
             # Near the solution g's own differences are rounding, and the gradient decides.
-            if found < value - 1e-4 * length * slope - rounding or (found <= value + rounding and left < (1 - 0.1 * length) * size):
+            if found < value - 1e-4 * length * slope - rounding or (
+                found <= value + rounding and left < (1 - 0.1 * length) * size
+            ):
                 return trial, there, left
             length /= 2
     return None

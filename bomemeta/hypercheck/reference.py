@@ -1,4 +1,6 @@
-"""The reference hypergradient of the cut, task by task, and finite differences of Phi(x) = mean_i f_i(x, y_i*(x)) that vouch for it."""
+"""The reference hypergradient of the cut, task by task, and finite differences of Phi(x) = mean_i
+f_i(x, y_i*(x)) that vouch for it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from bomemeta.core.solver import LowerStates, Run, Solver
 from bomemeta.core.tree import Params
 from bomemeta.hypercheck import kernels
 
-# The step of finite differences, times max(1, |x|): with y* known to 1e-13 both the truncation and what rounding leaves are small.
+# The step of finite differences, times max(1, |x|): with y* known to 1e-13 both the truncation and
+# what rounding leaves are small.
 DIFFERENCE_STEP = 3e-5
 SHORTER = 1 / 300  # a kink within the step (ReLU) is often outside a shorter one
 ROUGH = 1e-5  # error over |reference| from which on the shorter step is tried too
@@ -25,7 +28,9 @@ class Reference(NamedTuple):
     direction: Tensor  # grad_x f - (d2g/dxdy) v at y*
     grad_upper_f: Tensor  # its first part
     at_solvers_y: Tensor  # the same formula, v solved exactly, at the solver's own y
-    seen: Tensor  # at y*, what T inner steps see of it: no first-order solver comes closer; `direction` where there is no such T
+    # at y*, what T inner steps see of it: no first-order solver comes closer; `direction` where
+    # there is no such T
+    seen: Tensor
     lower: tuple[LowerStates, ...]  # y* of each part
     scales: tuple[float, ...]  # |grad_y g| at the start, of each part
     unsolved: float  # |grad_y g| at y*, over what it was at the start
@@ -49,10 +54,16 @@ class Difference(NamedTuple):
 
 
 def reference(
-    solver: Solver, upper: Params, lower: LowerStates, parts: Sequence[Run], inner: tuple[int, float], adapts: bool, seed: int
+    solver: Solver,
+    upper: Params,
+    lower: LowerStates,
+    parts: Sequence[Run],
+    inner: tuple[int, float],
+    adapts: bool,
+    seed: int,
 ) -> Reference:
-    """The reference at x. `parts`: one run per task, or the one of the shared y; `lower`: where the solver left their y;
-    `inner`: T and alpha of the solver's inner loop, (0, 0) where it has none.
+    """The reference at x. `parts`: one run per task, or the one of the shared y; `lower`: where the
+    solver left their y; `inner`: T and alpha of the solver's inner loop, (0, 0) where it has none.
 
     Raises DivergenceError where a number is not finite.
     """
@@ -85,9 +96,16 @@ def reference(
 
 
 def differences(
-    solver: Solver, upper: Params, parts: Sequence[Run], known: Reference, random: int, seed: int, say: Callable[[str], None]
+    solver: Solver,
+    upper: Params,
+    parts: Sequence[Run],
+    known: Reference,
+    random: int,
+    seed: int,
+    say: Callable[[str], None],
 ) -> list[Difference]:
-    """Central differences along the reference hypergradient and along `random` random directions, y* solved anew at each point.
+    """Central differences along the reference hypergradient and along `random` random directions,
+    y* solved anew at each point.
 
     Raises DivergenceError where a number is not finite.
     """
@@ -96,7 +114,12 @@ def differences(
     generator = torch.Generator().manual_seed(seed)
     directions = [("reference", known.direction)] if known.direction.any() else []
     for number in range(random):
-        directions.append((f"random {number + 1}", torch.randn(known.direction.shape, generator=generator, dtype=torch.float64)))
+        directions.append(
+            (
+                f"random {number + 1}",
+                torch.randn(known.direction.shape, generator=generator, dtype=torch.float64),
+            )
+        )
     found = []
     for along, direction in directions:
         say(f"finite differences along {along}")
@@ -105,7 +128,10 @@ def differences(
         def phi(shift: float, unit: Tensor = unit) -> float:
             at = tree.axpy(shift, tree.unflatten(unit, upper), upper)
             runs = zip(parts, known.lower, known.scales, strict=True)
-            values = [part(kernels.solve, solver, at, states, scale=scale).sums["upper_loss"] for part, states, scale in runs]
+            values = [
+                part(kernels.solve, solver, at, states, scale=scale).sums["upper_loss"]
+                for part, states, scale in runs
+            ]
             return float(torch.stack(values).mean())
 
         slope, error = _slope(phi, step)
@@ -119,13 +145,20 @@ def _slope(phi: Callable[[float], float], step: float) -> tuple[float, float]:
     """phi'(0) by central differences with two step sizes, and its error."""
     values = [phi(shift * step) for shift in (-2, -1, 1, 2)]
     wide, narrow = (values[3] - values[0]) / (4 * step), (values[2] - values[1]) / (2 * step)
-    # Richardson's extrapolation; what it takes off `narrow` stands for its own error, which is smaller where phi is smooth
+    # Richardson's extrapolation; what it takes off `narrow` stands for its own error, which is
+    # smaller where phi is smooth
     slope = (4 * narrow - wide) / 3
     return slope, abs(slope - narrow) + 1e-14 * max(abs(value) for value in values) / step
 
 
 def _of_one(
-    solver: Solver, upper: Params, lower: LowerStates, run: Run, inner: tuple[int, float], adapts: bool, seed: int
+    solver: Solver,
+    upper: Params,
+    lower: LowerStates,
+    run: Run,
+    inner: tuple[int, float],
+    adapts: bool,
+    seed: int,
 ) -> Reference:
     own, kept = run(kernels.locate, solver, upper, lower, keeps=True, adapts=adapts)
     scale = float(own["scale"]) or 1.0  # y starts at y*: nothing to be relative to

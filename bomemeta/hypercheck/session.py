@@ -1,4 +1,6 @@
-"""The check from start to end: solver, reference, finite differences, trials with other keys, verdict."""
+"""The check from start to end: solver, reference, finite differences, trials with other keys,
+verdict.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,16 @@ from bomemeta.hypercheck import advice
 from bomemeta.hypercheck.advice import Trial
 from bomemeta.hypercheck.frozen import Settled, settle
 from bomemeta.hypercheck.reference import Difference, Reference, differences, reference
-from bomemeta.hypercheck.verdict import NOISE, SINGULAR, Comparison, Report, compare, disagreement, stationary, undecidable
+from bomemeta.hypercheck.verdict import (
+    NOISE,
+    SINGULAR,
+    Comparison,
+    Report,
+    compare,
+    disagreement,
+    stationary,
+    undecidable,
+)
 from bomemeta.metrics import RunFolder
 
 Say = Callable[[str], None]
@@ -34,8 +45,10 @@ RESTLESS = 0.01
 OWN_KEYS = ("dtype=float64", "workers=0")
 
 
-class Cut(NamedTuple):
-    """The small cut of the problem: x, the solver's run, and one run per task (or the one of the shared y) for the reference."""
+class Subproblem(NamedTuple):
+    """The small cut of the problem: x, the solver's run, and one run per task (or the one of the
+    shared y) for the reference.
+    """
 
     upper: Params
     whole: Run
@@ -55,10 +68,12 @@ def check(
     at_step: int | None = None,
     say: Say = lambda text: None,
 ) -> Report:
-    """Compares the config's solver with the implicit hypergradient and with finite differences; nothing is written.
+    """Compares the config's solver with the implicit hypergradient and with finite differences;
+    nothing is written.
 
-    x is the start's, or that of `run_dir`'s last checkpoint. `at_step` is the step that the solver is told (default: the checkpoint's,
-    else 0). Raises a BomemetaError where there is nothing to check: a wrong config, missing data, an x of another shape.
+    x is the start's, or that of `run_dir`'s last checkpoint. `at_step` is the step that the solver
+    is told (default: the checkpoint's, else 0). Raises a BomemetaError where there is nothing to
+    check: a wrong config, missing data, an x of another shape.
     """
     settings = load_config(config, [*overrides, *OWN_KEYS])
     problem = build_problem(settings)
@@ -69,7 +84,7 @@ def check(
         return _report(job, cut, settle_steps, directions, say)
 
 
-def _report(job: Job, cut: Cut, settle_steps: int, directions: int, say: Say) -> Report:
+def _report(job: Job, cut: Subproblem, settle_steps: int, directions: int, say: Say) -> Report:
     solver, seed = job.solver, job.config.seed
     say(f"the direction of {job.config.solver.name} at a fixed x")
     settled = settle(solver, cut.upper, cut.whole, settle_steps)
@@ -77,43 +92,73 @@ def _report(job: Job, cut: Cut, settle_steps: int, directions: int, say: Say) ->
     reasons = [settled.failure] if settled.failure else []
     known, found, trials, now = None, [], [], None
     try:
-        adapts = job.problem.pool is None and not settled.failure
-        known = reference(solver, cut.upper, settled.lower, cut.parts, advice.inner_loop(solver), adapts, seed)
+        adapts = job.problem.num_tasks is None and not settled.failure
+        known = reference(
+            solver, cut.upper, settled.lower, cut.parts, advice.inner_loop(solver), adapts, seed
+        )
         reasons += undecidable(known)
         if not reasons:
             found = differences(solver, cut.upper, cut.parts, known, directions, seed, say)
-            reasons += [text for text in (disagreement(known, found), stationary(known)) if text][:1]
+            reasons += [text for text in (disagreement(known, found), stationary(known)) if text][
+                :1
+            ]
     except DivergenceError as error:
-        reasons.append(f"the reference is not finite ({error}): g may have no minimiser, or a loss no second derivative")
-    except RuntimeError as error:  # torch says it with this or with NotImplementedError, which is one
+        reasons.append(
+            f"the reference is not finite ({error}): g may have no minimiser, or a loss no second derivative"
+        )
+    except (
+        RuntimeError
+    ) as error:  # torch says it with this or with NotImplementedError, which is one
         if "derivative" not in str(error):
             raise
-        reasons.append(f"a loss cannot be differentiated twice, so there is no reference: {str(error).partition(chr(10))[0]}")
+        reasons.append(
+            f"a loss cannot be differentiated twice, so there is no reference: {str(error).partition(chr(10))[0]}"
+        )
     notes: list[str] = []
     if known is not None and settled.direction is not None:
         now = compare(settled.direction, known.direction)
-    if known is not None and (settled.failure or (now is not None and not reasons and now.word != "OK")):
+    if known is not None and (
+        settled.failure or (now is not None and not reasons and now.word != "OK")
+    ):
         trials = _trials(solver, cut, known, settled, settle_steps, say)
-        notes = advice.explain(solver, settled, known, now) if now is not None else [advice.unstable(solver, known)]
+        notes = (
+            advice.explain(solver, settled, known, now)
+            if now is not None
+            else [advice.unstable(solver, known)]
+        )
     if settled.spread > RESTLESS:
         notes.append(
             f"the direction does not stand still: this is its mean over the last quarter of {settled.steps} steps, from which one step is "
             f"off by {settled.spread:.2g}. For more steps: --settle"
         )
-    if known is not None and any(one.error > NOISE * float(known.direction.norm()) for one in found):
-        notes.append("finite differences are too rough here to confirm the reference: a loss has kinks, as networks with ReLU do")
+    if known is not None and any(
+        one.error > NOISE * float(known.direction.norm()) for one in found
+    ):
+        notes.append(
+            "finite differences are too rough here to confirm the reference: a loss has kinks, as networks with ReLU do"
+        )
     rows = _rows(job, cut, settled, known, found, now, trials)
     numbers = _numbers(settled, known, found, now, trials, cut)
     notes = [note for note in notes if note]
     if reasons or now is None:
         cure = advice.cure(trials, None) if settled.failure else None
-        hint = [f"run again with {cure.keys}: the direction is finite there"] if cure is not None else []
+        hint = (
+            [f"run again with {cure.keys}: the direction is finite there"]
+            if cure is not None
+            else []
+        )
         return Report("UNDECIDED", reasons[0], [*reasons[1:], *hint, *notes], rows, numbers)
-    return Report(now.word, _headline(now, trials, advice.is_penalty(solver, settled)), notes, rows, numbers)
+    return Report(
+        now.word, _headline(now, trials, advice.is_penalty(solver, settled)), notes, rows, numbers
+    )
 
 
-def _trials(solver: Solver, cut: Cut, known: Reference, settled: Settled, settle_steps: int, say: Say) -> list[Trial]:
-    """The solver again with other keys, until one is OK; keys that change nothing at all are left out."""
+def _trials(
+    solver: Solver, cut: Subproblem, known: Reference, settled: Settled, settle_steps: int, say: Say
+) -> list[Trial]:
+    """The solver again with other keys, until one is OK; keys that change nothing at all are left
+    out.
+    """
     trials: list[Trial] = []
     tried: list[advice.Changes] = []
     waiting = advice.proposals(solver, known)
@@ -142,13 +187,17 @@ def _headline(now: Comparison, trials: Sequence[Trial], penalty: bool) -> str:
         return text
     cure = advice.cure(trials, now)
     if cure is not None and cure.comparison is not None:
-        return f"{text}. Run again with {cure.keys}: relative error {cure.comparison.error:.2g} there"
+        return (
+            f"{text}. Run again with {cure.keys}: relative error {cure.comparison.error:.2g} there"
+        )
     if not trials or penalty:
         return text
     return f"{text}. More work or another step size does not help: see whether the formula is right"
 
 
-def _cut(job: Job, tasks: int, run_dir: str | Path | None, at_step: int | None, say: Say) -> Cut:
+def _cut(
+    job: Job, tasks: int, run_dir: str | Path | None, at_step: int | None, say: Say
+) -> Subproblem:
     if tasks < 1:
         raise ConfigError(f"--tasks: got {tasks}, wanted 1 or more")
     upper = job.problem.init_upper(torch.Generator().manual_seed(job.config.seed))
@@ -158,9 +207,14 @@ def _cut(job: Job, tasks: int, run_dir: str | Path | None, at_step: int | None, 
         for note in loaded.notes:
             say(note)
         saved = loaded.checkpoint.upper
-        wanted, got = ({name: tuple(tensor.shape) for name, tensor in params.items()} for params in (upper, saved))
+        wanted, got = (
+            {name: tuple(tensor.shape) for name, tensor in params.items()}
+            for params in (upper, saved)
+        )
         if wanted != got:
-            different = sorted(name for name in {**wanted, **got} if wanted.get(name) != got.get(name))
+            different = sorted(
+                name for name in {**wanted, **got} if wanted.get(name) != got.get(name)
+            )
             raise CheckpointError(
                 f"the x of {loaded.path} has another shape than the config's problem: {', '.join(different)}. Check with that run's "
                 "own config.yaml"
@@ -168,20 +222,24 @@ def _cut(job: Job, tasks: int, run_dir: str | Path | None, at_step: int | None, 
         upper, step = saved, loaded.checkpoint.step
     last = job.steps - 1
     if at_step is not None and not 0 <= at_step <= last:
-        raise ConfigError(f"--at-step: got {at_step}, wanted 0 to {last}, as the config has steps: {job.config.steps}")
+        raise ConfigError(
+            f"--at-step: got {at_step}, wanted 0 to {last}, as the config has steps: {job.config.steps}"
+        )
     step = min(step, last) if at_step is None else at_step
     # In the problem's order of names, which the flat vectors of the check follow.
     upper = {name: upper[name].detach().to(torch.float64) for name in upper}
-    pool, shared = job.problem.pool, job.problem.lower == "shared"
-    count = pool if shared and pool is not None else min(tasks, pool or tasks)
+    num_tasks, shared = job.problem.num_tasks, job.problem.lower == "shared"
+    count = num_tasks if shared and num_tasks is not None else min(tasks, num_tasks or tasks)
     whole = job.run_on(range(count), job.config.shards, step=step)
-    parts: list[Run] = [whole] if shared else [job.run_on([task], 1, step=step) for task in range(count)]
-    return Cut(upper, whole, parts, count, step)
+    parts: list[Run] = (
+        [whole] if shared else [job.run_on([task], 1, step=step) for task in range(count)]
+    )
+    return Subproblem(upper, whole, parts, count, step)
 
 
 def _rows(
     job: Job,
-    cut: Cut,
+    cut: Subproblem,
     settled: Settled,
     known: Reference | None,
     found: Sequence[Difference],
@@ -197,7 +255,12 @@ def _rows(
         )
     ]
     if settled.direction is not None:
-        rows.append(("solver's direction", f"length {float(settled.direction.norm()):.6g}, {_steps(settled)}"))
+        rows.append(
+            (
+                "solver's direction",
+                f"length {float(settled.direction.norm()):.6g}, {_steps(settled)}",
+            )
+        )
     if known is not None:
         rows += [
             (
@@ -213,7 +276,10 @@ def _rows(
             ("solver's y", f"|y - y*| / |y*| = {known.distance:.1e}"),
         ]
     rows += [
-        (f"along {one.along}", f"implicit {one.implicit:.8g}, finite differences {one.found:.8g} +- {one.error:.0e}")
+        (
+            f"along {one.along}",
+            f"implicit {one.implicit:.8g}, finite differences {one.found:.8g} +- {one.error:.0e}",
+        )
         for one in found
     ]
     if now is not None:
@@ -225,7 +291,9 @@ def _rows(
     for one in trials:
         outcome = "not finite"
         if one.comparison is not None:
-            outcome = f"relative error {one.comparison.error:.3g}, cosine {one.comparison.cosine:.4f}"
+            outcome = (
+                f"relative error {one.comparison.error:.3g}, cosine {one.comparison.cosine:.4f}"
+            )
         rows.append(("with other keys", f"{one.keys}: {outcome}"))
     return rows
 
@@ -236,10 +304,14 @@ def _numbers(
     found: Sequence[Difference],
     now: Comparison | None,
     trials: Sequence[Trial],
-    cut: Cut,
+    cut: Subproblem,
 ) -> dict[str, Any]:
     """Everything for `--json`."""
-    figures = {name: value for name, value in known._asdict().items() if isinstance(value, int | float)} if known else {}
+    figures = (
+        {name: value for name, value in known._asdict().items() if isinstance(value, int | float)}
+        if known
+        else {}
+    )
     return {
         "tasks": cut.tasks,
         "step": cut.step,
@@ -264,19 +336,31 @@ def _numbers(
             **figures,
         },
         "finite_differences": [one._asdict() for one in found],
-        "trials": [{"changes": one.changes, **(one.comparison._asdict() if one.comparison else {"error": None})} for one in trials],
+        "trials": [
+            {
+                "changes": one.changes,
+                **(one.comparison._asdict() if one.comparison else {"error": None}),
+            }
+            for one in trials
+        ],
     }
 
 
 def _listed(direction: Tensor | None) -> list[float] | None:
     """Of an x that is small enough to be read."""
-    return direction.tolist() if direction is not None and len(direction) < READABLE_NUMBERS else None
+    return (
+        direction.tolist() if direction is not None and len(direction) < READABLE_NUMBERS else None
+    )
 
 
 def _steps(settled: Settled) -> str:
     if settled.steps == 1:
         return "one step"
-    return f"settled after {settled.steps} steps" if settled.spread == 0 else f"a mean: not settled after {settled.steps} steps"
+    return (
+        f"settled after {settled.steps} steps"
+        if settled.spread == 0
+        else f"a mean: not settled after {settled.steps} steps"
+    )
 
 
 def _margin(known: Reference) -> str:

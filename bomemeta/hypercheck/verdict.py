@@ -17,7 +17,9 @@ from bomemeta.hypercheck.reference import Difference, Reference
 Word = Literal["OK", "POOR", "WRONG", "UNDECIDED"]
 
 OK_ERROR = 0.1  # relative error up to which a hypergradient is OK
-WRONG_COSINE = 0.1  # cosine below which it leads elsewhere: a random direction among 100 numbers has this much by chance
+# cosine below which it leads elsewhere: a random direction among 100 numbers has this much by
+# chance
+WRONG_COSINE = 0.1
 
 SINGULAR = 1e-10  # of L: a smallest eigenvalue of A up to here is 0 as far as float64 can tell
 RESIDUAL = 1e-6  # |A v - b| / |b| above which there is no reference
@@ -25,7 +27,9 @@ UNSOLVED = 1e-7  # |grad_y g| at y* over what it was at the start
 MISMATCH = 1e-6  # between a closed-form gradient and autograd's
 STATIONARY = 1e-6  # |reference| over the larger of its two parts
 NOISE = 0.05  # error of finite differences over |reference| from which on they say nothing
-DISAGREE = 1e-2  # what they may differ by from the reference, over |reference|, beside five times their error: kinks hide in both
+# what they may differ by from the reference, over |reference|, beside five times their error: kinks
+# hide in both
+DISAGREE = 1e-2
 
 
 class Comparison(NamedTuple):
@@ -44,7 +48,9 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What a check came to. `numbers` is all of it, ready for JSON but for numbers that are not finite."""
+    """What a check came to. `numbers` is all of it, ready for JSON but for numbers that are not
+    finite.
+    """
 
     verdict: Word
     headline: str
@@ -60,11 +66,22 @@ class Report:
         """The table, the verdict, and one line per note."""
         width = max((len(name) for name, _ in self.rows), default=0)
         table = [f"{name:<{width}}  {value}" for name, value in self.rows]
-        return [*table, f"{self.verdict}: {self.headline}", *(f"note: {note}" for note in self.notes)]
+        return [
+            *table,
+            f"{self.verdict}: {self.headline}",
+            *(f"note: {note}" for note in self.notes),
+        ]
 
     def write(self, file: Path) -> None:
-        """All of it as JSON; NaN and infinite numbers, which JSON does not have, become null. Raises ConfigError where it cannot."""
-        whole = {"verdict": self.verdict, "headline": self.headline, "notes": self.notes, **self.numbers}
+        """All of it as JSON; NaN and infinite numbers, which JSON does not have, become null.
+        Raises ConfigError where it cannot.
+        """
+        whole = {
+            "verdict": self.verdict,
+            "headline": self.headline,
+            "notes": self.notes,
+            **self.numbers,
+        }
         try:
             file.write_text(json.dumps(_finite(whole), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
@@ -74,8 +91,16 @@ class Report:
 def compare(direction: Tensor, exact: Tensor) -> Comparison:
     size, length = float(exact.norm()), float(direction.norm())
     if size == 0 or length == 0:
-        return Comparison(1.0 if size > 0 else math.inf if length > 0 else 0.0, 0.0, math.inf if size == 0 else 0.0)
-    return Comparison(float((direction - exact).norm()) / size, float(direction.dot(exact)) / (size * length), length / size)
+        return Comparison(
+            1.0 if size > 0 else math.inf if length > 0 else 0.0,
+            0.0,
+            math.inf if size == 0 else 0.0,
+        )
+    return Comparison(
+        float((direction - exact).norm()) / size,
+        float(direction.dot(exact)) / (size * length),
+        length / size,
+    )
 
 
 def undecidable(known: Reference) -> list[str]:
@@ -92,7 +117,9 @@ def undecidable(known: Reference) -> list[str]:
             "minimiser, or have it on a kink (ReLU, max-pooling), where the implicit formula has no meaning"
         )
     if known.edge:
-        reasons.append("y* lies on the edge of its admissible set, and the implicit formula takes it as interior")
+        reasons.append(
+            "y* lies on the edge of its admissible set, and the implicit formula takes it as interior"
+        )
     elif known.smallest < -SINGULAR * abs(known.largest):
         reasons.append(
             f"g is not convex at y*: the smallest eigenvalue of A = d2g/dy2 is {known.smallest:.3g} (the largest {known.largest:.3g}). "
@@ -115,18 +142,29 @@ def undecidable(known: Reference) -> list[str]:
 def stationary(known: Reference) -> str:
     """Where there is nothing to be relative to; empty elsewhere."""
     size = float(known.direction.norm())
-    part = max(float(known.grad_upper_f.norm()), float((known.direction - known.grad_upper_f).norm()))
+    part = max(
+        float(known.grad_upper_f.norm()), float((known.direction - known.grad_upper_f).norm())
+    )
     if part == 0:
-        return "the hypergradient and both its parts are 0: x enters no loss, or f is at its minimum"
+        return (
+            "the hypergradient and both its parts are 0: x enters no loss, or f is at its minimum"
+        )
     if size <= STATIONARY * part:
         return f"x is stationary (|reference| = {size:.1e}), where a relative error says nothing: check at another x"
     return ""
 
 
 def disagreement(known: Reference, found: Sequence[Difference]) -> str:
-    """Where finite differences contradict the implicit formula; empty where they do not, or cannot say."""
+    """Where finite differences contradict the implicit formula; empty where they do not, or cannot
+    say.
+    """
     size = max([float(known.direction.norm()), *(abs(one.found) for one in found)])
-    off = [one for one in found if one.error <= NOISE * size and abs(one.found - one.implicit) > 5 * one.error + DISAGREE * size]
+    off = [
+        one
+        for one in found
+        if one.error <= NOISE * size
+        and abs(one.found - one.implicit) > 5 * one.error + DISAGREE * size
+    ]
     if not off:
         return ""
     worst = max(off, key=lambda one: abs(one.found - one.implicit))

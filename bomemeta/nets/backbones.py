@@ -13,20 +13,26 @@ from bomemeta.nets.batch_norm import TaskBatchNorm
 
 
 class Conv4(nn.Module):
-    """Four blocks of 3x3 convolution, BatchNorm, ReLU, 2x2 max-pool (Vinyals et al. 2016); features `[n, width * h * w]`."""
+    """Four blocks of 3x3 convolution, BatchNorm, ReLU, 2x2 max-pool (Vinyals et al. 2016); features
+    `[n, width * h * w]`.
+    """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         sizes = [channels, width, width, width, width]
         # no bias: BatchNorm subtracts it again
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes)
+        )
         self.norms = nn.ModuleList(TaskBatchNorm(width) for _ in range(4))
 
     def forward(self, images: Tensor, statistics_rows: int | None = None) -> Tensor:
         hidden = _channels_last(images)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             # ReLU and max-pool commute, and a quarter of the values is left after the pool
-            hidden = functional.relu(functional.max_pool2d(norm(convolution(hidden), statistics_rows), 2))
+            hidden = functional.relu(
+                functional.max_pool2d(norm(convolution(hidden), statistics_rows), 2)
+            )
         return hidden.flatten(1)
 
 
@@ -36,7 +42,9 @@ class _Residual(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         sizes = [channels, width, width, width]
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes)
+        )
         self.norms = nn.ModuleList(TaskBatchNorm(width) for _ in range(3))
         self.shortcut = nn.Conv2d(channels, width, 1, bias=False)
         self.shortcut_norm = TaskBatchNorm(width)
@@ -51,7 +59,9 @@ class _Residual(nn.Module):
 
 
 class ResNet12(nn.Module):
-    """Four residual blocks of widths (1, 2.5, 5, 10) x `width`, global average pool; 64 is the usual width (Lee et al. 2019)."""
+    """Four residual blocks of widths (1, 2.5, 5, 10) x `width`, global average pool; 64 is the
+    usual width (Lee et al. 2019).
+    """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -66,21 +76,29 @@ class ResNet12(nn.Module):
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """The same values with the channels innermost in memory, a third faster through these layers on a CPU.
+    """The same values with the channels innermost in memory, a third faster through these layers on
+    a CPU.
 
-    By permutations, because `contiguous(memory_format=channels_last)` does not work under vmap. A clone, because for one channel
-    `contiguous()` finds the strides good as they are, and torch then takes the images for channels-first.
+    By permutations, because `contiguous(memory_format=channels_last)` does not work under vmap. A
+    clone, because for one channel `contiguous()` finds the strides good as they are, and torch then
+    takes the images for channels-first.
     """
-    return images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+    return (
+        images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+    )
 
 
 BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"conv4": Conv4, "resnet12": ResNet12}
 
 
 def build_backbone(name: str, channels: int, width: int, generator: torch.Generator) -> nn.Module:
-    """The named backbone, its convolutions drawn from `generator` (He normal, fan-out as for ReLU networks)."""
+    """The named backbone, its convolutions drawn from `generator` (He normal, fan-out as for ReLU
+    networks).
+    """
     net = BACKBONES[name](channels, width)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            nn.init.kaiming_normal_(
+                module.weight, mode="fan_out", nonlinearity="relu", generator=generator
+            )
     return net

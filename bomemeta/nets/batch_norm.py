@@ -1,4 +1,6 @@
-"""BatchNorm without running averages: a task is normalised by its own images, in training as in testing."""
+"""BatchNorm without running averages: a task is normalised by its own images, in training as in
+testing.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,11 @@ from torch.nn import functional
 
 
 class TaskBatchNorm(nn.Module):
-    """Per-channel normalisation of `[n, C, H, W]` by the statistics of the first `statistics_rows` images (None: of all).
+    """Per-channel normalisation of `[n, C, H, W]` by the statistics of the first `statistics_rows`
+    images (None: of all).
 
-    All rows is the *transductive* policy (queries see each other); the support rows alone is the *inductive* one.
+    All rows is the *transductive* policy (queries see each other); the support rows alone is the
+    *inductive* one.
     """
 
     eps = 1e-5  # torch's default
@@ -22,9 +26,12 @@ class TaskBatchNorm(nn.Module):
 
     def forward(self, images: Tensor, statistics_rows: int | None = None) -> Tensor:
         if statistics_rows is None:
-            return functional.batch_norm(images, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            return functional.batch_norm(
+                images, None, None, self.weight, self.bias, training=True, eps=self.eps
+            )
         seen = images[:statistics_rows]
-        # Written out because torch's own layer does not differentiate through statistics that it is given.
+        # Written out because torch's own layer does not differentiate through statistics that it is
+        # given.
         mean = seen.mean((0, 2, 3), keepdim=True)
         variance = (seen - mean).square().mean((0, 2, 3), keepdim=True)
         scale = self.weight[:, None, None] * (variance + self.eps).rsqrt()

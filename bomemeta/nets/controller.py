@@ -1,10 +1,11 @@
-"""CTN (Pham, Liu, Sahoo, Hoi, ICLR 2021): a base network whose hidden layers a controller modulates, by the task.
+"""CTN (Pham, Liu, Sahoo, Hoi, ICLR 2021): a base network whose hidden layers a controller
+modulates, by the task.
 
     gamma_t, beta_t = film(embedding_t), each divided by its own L2 norm
     out = relu(gamma_t * h + beta_t) + relu(h)            h: a layer before its ReLU
 
-Networks are written as functions of named parameters, so that these may be a bilevel problem's y; the controller's are its x. Without a
-controller a layer is relu(h).
+Networks are written as functions of named parameters, so that these may be a bilevel problem's y;
+the controller's are its x. Without a controller a layer is relu(h).
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Network(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Mlp:
-    """Layers of ReLU units, all of them modulated, and a linear head. Xavier's uniform weights, biases 0, as CTN's code has them."""
+    """Layers of ReLU units, all of them modulated, and a linear head. Xavier's uniform weights,
+    biases 0, as CTN's code has them.
+    """
 
     inputs: int
     hidden: int
@@ -75,10 +78,11 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class ReducedResNet18:
-    """ResNet-18 with `filters` in place of 64 (20: Lopez-Paz and Ranzato, 2017), the last stage's output modulated.
+    """ResNet-18 with `filters` in place of 64 (20: Lopez-Paz and Ranzato, 2017), the last stage's
+    output modulated.
 
-    GroupNorm in place of BatchNorm: a sample's logits do not depend on what else is in its batch, nor on running averages, which
-    would be state beside y.
+    GroupNorm in place of BatchNorm: a sample's logits do not depend on what else is in its batch,
+    nor on running averages, which would be state beside y.
     """
 
     channels: int
@@ -95,7 +99,9 @@ class ReducedResNet18:
         params = _convolution("stem", self.channels, self.filters, 3, generator)
         units = self.filters
         for name, stride, wide in self._blocks():
-            params |= _convolution(f"{name}.0", units, wide, 3, generator) | _convolution(f"{name}.1", wide, wide, 3, generator)
+            params |= _convolution(f"{name}.0", units, wide, 3, generator) | _convolution(
+                f"{name}.1", wide, wide, 3, generator
+            )
             if stride != 1 or units != wide:
                 params |= _convolution(f"{name}.shortcut", units, wide, 1, generator)
             units = wide
@@ -107,7 +113,11 @@ class ReducedResNet18:
         blocks = self._blocks()
         for name, stride, _ in blocks:
             inside = functional.relu(_normed(params, f"{name}.0", hidden, stride))
-            skip = _normed(params, f"{name}.shortcut", hidden, stride) if f"{name}.shortcut.weight" in params else hidden
+            skip = (
+                _normed(params, f"{name}.shortcut", hidden, stride)
+                if f"{name}.shortcut.weight" in params
+                else hidden
+            )
             before = _normed(params, f"{name}.1", inside) + skip
             last = name == blocks[-1][0]
             hidden = modulated(before, films[0] if films and last else None)
@@ -130,8 +140,12 @@ def modulated(hidden: Tensor, film: Film | None) -> Tensor:
     return functional.relu(gamma * hidden + beta) + functional.relu(hidden)
 
 
-def controller_initial(tasks: int, embedding: int, units: Sequence[int], generator: torch.Generator) -> Params:
-    """x: one embedding per task, normal, and a linear map to gamma and beta for each modulated layer, Xavier's uniform. float64."""
+def controller_initial(
+    tasks: int, embedding: int, units: Sequence[int], generator: torch.Generator
+) -> Params:
+    """x: one embedding per task, normal, and a linear map to gamma and beta for each modulated
+    layer, Xavier's uniform. float64.
+    """
     params = {"embedding": torch.randn(tasks, embedding, generator=generator, dtype=torch.float64)}
     for i, width in enumerate(units):
         params |= _linear(f"film{i}", embedding, 2 * width, generator)
@@ -142,7 +156,9 @@ def controller_films(controller: Params) -> Params:
     """`gamma0`, `beta0`, `gamma1` ... for every task, `[tasks, units]`."""
     films: Params = {}
     for i in range(sum(name.endswith(".weight") for name in controller)):
-        both = functional.linear(controller["embedding"], controller[f"film{i}.weight"], controller[f"film{i}.bias"])
+        both = functional.linear(
+            controller["embedding"], controller[f"film{i}.weight"], controller[f"film{i}.bias"]
+        )
         gamma, beta = both.chunk(2, dim=1)
         films |= {f"gamma{i}": unit(gamma), f"beta{i}": unit(beta)}
     return films
@@ -150,31 +166,47 @@ def controller_films(controller: Params) -> Params:
 
 def films_of(films: Params, tasks: Tensor) -> list[Film]:
     """The films of each sample's task, from `controller_films`; `tasks` int64 [n]."""
-    return [(films[f"gamma{i}"].index_select(0, tasks), films[f"beta{i}"].index_select(0, tasks)) for i in range(len(films) // 2)]
+    return [
+        (films[f"gamma{i}"].index_select(0, tasks), films[f"beta{i}"].index_select(0, tasks))
+        for i in range(len(films) // 2)
+    ]
 
 
 def unit(rows: Tensor) -> Tensor:
     """Each row divided by its length; a row of zeros stays as it is."""
     squares = (rows * rows).sum(1, keepdim=True)
-    # 1 in place of 0 before the root: its derivative there is infinite, and times 0 it would be NaN.
+    # 1 in place of 0 before the root: its derivative there is infinite, and times 0 it would be
+    # NaN.
     return rows * torch.where(squares > 0, squares, 1.0).rsqrt()
 
 
 def _linear(name: str, inputs: int, units: int, generator: torch.Generator) -> Params:
     bound = math.sqrt(6 / (inputs + units))
-    weight = torch.rand(units, inputs, generator=generator, dtype=torch.float64).mul_(2 * bound).sub_(bound)
+    weight = (
+        torch.rand(units, inputs, generator=generator, dtype=torch.float64)
+        .mul_(2 * bound)
+        .sub_(bound)
+    )
     return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(units, dtype=torch.float64)}
 
 
-def _convolution(name: str, channels: int, units: int, size: int, generator: torch.Generator) -> Params:
+def _convolution(
+    name: str, channels: int, units: int, size: int, generator: torch.Generator
+) -> Params:
     """A convolution without bias, He normal by its fan-out, and its norm's scale and shift."""
     weight = torch.randn(units, channels, size, size, generator=generator, dtype=torch.float64)
     weight.mul_(math.sqrt(2 / (units * size * size)))
     ones = torch.ones(units, dtype=torch.float64)
-    return {f"{name}.weight": weight, f"{name}.norm.scale": ones, f"{name}.norm.shift": torch.zeros_like(ones)}
+    return {
+        f"{name}.weight": weight,
+        f"{name}.norm.scale": ones,
+        f"{name}.norm.shift": torch.zeros_like(ones),
+    }
 
 
 def _normed(params: Params, name: str, images: Tensor, stride: int = 1) -> Tensor:
     weight = params[f"{name}.weight"]
     hidden = functional.conv2d(images, weight, stride=stride, padding=weight.shape[-1] // 2)
-    return functional.group_norm(hidden, GROUPS, params[f"{name}.norm.scale"], params[f"{name}.norm.shift"])
+    return functional.group_norm(
+        hidden, GROUPS, params[f"{name}.norm.scale"], params[f"{name}.norm.shift"]
+    )

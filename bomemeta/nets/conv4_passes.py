@@ -1,13 +1,19 @@
-"""The four-layer network's forward and backward pass for a stack of tasks, written out: the fast twin of `backbones.Conv4` on a CPU.
+"""The four-layer network's forward and backward pass for a stack of tasks, written out: the fast
+twin of `backbones.Conv4` on a CPU.
 
-`Conv4` under autograd is the readable version and tests hold the two together. What is different here, by how much time it saves:
+`Conv4` under autograd is the readable version and tests hold the two together. What is different
+here, by how much time it saves:
 
-* **The first block's BatchNorm costs nothing.** Its convolution is a matrix product with the images' 3x3 patches, so mean and variance of
-  its output follow from the patches' mean and covariance C (10 numbers a side for one colour): var = w'Cw for a filter w. On patches less
-  their mean the whole of convolution and BatchNorm is ONE matrix product with w / sqrt(w'Cw + eps), and C's part in the backward pass is as
-  small. The block's largest array, the convolution's output, is then needed by nobody but the pooling.
-* **So that array is made piece by piece** in a buffer that stays in the core's second-level cache, in both directions.
-* **No graph**: nothing is kept that the backward pass does not read, and there is no dispatch but of the operations themselves.
+* **The first block's BatchNorm costs nothing.** Its convolution is a matrix product with the
+  images' 3x3 patches, so mean and variance of its output follow from the patches' mean and
+  covariance C (10 numbers a side for one colour): var = w'Cw for a filter w. On patches less their
+  mean the whole of convolution and BatchNorm is ONE matrix product with w / sqrt(w'Cw + eps), and
+  C's part in the backward pass is as small. The block's largest array, the convolution's output, is
+  then needed by nobody but the pooling.
+* **So that array is made piece by piece** in a buffer that stays in the core's second-level cache,
+  in both directions.
+* **No graph**: nothing is kept that the backward pass does not read, and there is no dispatch but
+  of the operations themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +27,8 @@ from torch.nn import functional
 from bomemeta.nets.batch_norm import TaskBatchNorm
 
 BLOCKS = 4
-# Of the buffer for a piece of the first block: half of a second-level cache of 2 MiB, so that what is read beside it has room too.
+# Of the buffer for a piece of the first block: half of a second-level cache of 2 MiB, so that what
+# is read beside it has room too.
 PIECE_BYTES = 2**20
 
 Params = dict[str, Tensor]
@@ -47,10 +54,12 @@ class _FirstBlock(NamedTuple):
 
 
 class Conv4Passes:
-    """The forward pass of a stack of images `[B, n, C, h, w]`, each task's BatchNorm statistics its own images'; made without a graph.
+    """The forward pass of a stack of images `[B, n, C, h, w]`, each task's BatchNorm statistics its
+    own images'; made without a graph.
 
-    `upper` has Conv4's parameters by name (others are not looked at). `features` is what it returns, `[B, n, d]`, and `pull_back`
-    its backward pass. `differentiable=False` keeps nothing for it.
+    `upper` has Conv4's parameters by name (others are not looked at). `features` is what it
+    returns, `[B, n, d]`, and `pull_back` its backward pass. `differentiable=False` keeps nothing
+    for it.
     """
 
     features: Tensor
@@ -58,7 +67,10 @@ class Conv4Passes:
     def __init__(self, upper: Params, images: Tensor, differentiable: bool = True) -> None:
         with torch.no_grad():
             self._weights = [
-                upper[f"convolutions.{i}.weight"].detach().contiguous(memory_format=torch.channels_last) for i in range(BLOCKS)
+                upper[f"convolutions.{i}.weight"]
+                .detach()
+                .contiguous(memory_format=torch.channels_last)
+                for i in range(BLOCKS)
             ]
             self._scales = [upper[f"norms.{i}.weight"].detach() for i in range(BLOCKS)]
             self._shifts = [upper[f"norms.{i}.bias"].detach() for i in range(BLOCKS)]
@@ -85,16 +97,25 @@ class Conv4Passes:
             self.features = torch.stack(features)
 
     def pull_back(self, cotangent: Tensor) -> Params:
-        """The gradient in the parameters of <features, cotangent>, summed over the tasks. May be asked again."""
+        """The gradient in the parameters of <features, cotangent>, summed over the tasks. May be
+        asked again.
+        """
         with torch.no_grad():
             weights = [torch.zeros_like(weight) for weight in self._weights]
-            scales, shifts = ([torch.zeros_like(tensor) for tensor in tensors] for tensors in (self._scales, self._shifts))
+            scales, shifts = (
+                [torch.zeros_like(tensor) for tensor in tensors]
+                for tensors in (self._scales, self._shifts)
+            )
             folded = []
             for (first, blocks), of_task in zip(self._kept, cotangent, strict=True):
-                grad = of_task.reshape(self._hidden_shape).contiguous(memory_format=torch.channels_last)
+                grad = of_task.reshape(self._hidden_shape).contiguous(
+                    memory_format=torch.channels_last
+                )
                 for i in reversed(range(1, BLOCKS)):
                     grad, *parameters = self._block_back(i, blocks[i - 1], grad)
-                    for total, part in zip((weights[i], scales[i], shifts[i]), parameters, strict=True):
+                    for total, part in zip(
+                        (weights[i], scales[i], shifts[i]), parameters, strict=True
+                    ):
                         total += part
                 folded.append(self._first_back(first, grad))
             weights[0], scales[0], shifts[0] = self._unfold(torch.stack(folded))
@@ -104,8 +125,8 @@ class Conv4Passes:
             **{f"norms.{i}.bias": shift for i, shift in enumerate(shifts)},
         }
 
-    # The first block. In its parameters w [F, K], scale s and shift t, per task with r = (w'Cw + eps)^-1/2:
-    # out = patches' [w s r; t], a product with [K + 1, F] numbers.
+    # The first block. In its parameters w [F, K], scale s and shift t, per task with r = (w'Cw +
+    # eps)^-1/2: out = patches' [w s r; t], a product with [K + 1, F] numbers.
 
     def _fold(self, covariance: Tensor) -> None:
         self._flat = self._weights[0].flatten(1)  # [F, K]
@@ -113,27 +134,45 @@ class Conv4Passes:
         self._inverse = ((self._images * self._flat).sum(2) + TaskBatchNorm.eps).rsqrt()  # [B, F]
         self._factor = self._scales[0] * self._inverse
         weight = (self._flat * self._factor[:, :, None]).transpose(1, 2)
-        self._folded = torch.cat([weight, self._shifts[0].expand(len(weight), 1, -1)], 1)  # [B, K + 1, F]
+        self._folded = torch.cat(
+            [weight, self._shifts[0].expand(len(weight), 1, -1)], 1
+        )  # [B, K + 1, F]
 
     def _unfold(self, folded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients in w, s and t from those in the folded product, [B, K + 1, F]."""
         weight = folded[:, : self._patch].transpose(1, 2)  # [B, F, K]
         factor = (weight * self._flat).sum(2)
         variance = -0.5 * self._inverse**3 * self._scales[0] * factor
-        through = (weight * self._factor[:, :, None] + 2 * variance[:, :, None] * self._images).sum(0)
-        return through.view_as(self._weights[0]), (factor * self._inverse).sum(0), folded[:, self._patch].sum(0)
+        through = (weight * self._factor[:, :, None] + 2 * variance[:, :, None] * self._images).sum(
+            0
+        )
+        return (
+            through.view_as(self._weights[0]),
+            (factor * self._inverse).sum(0),
+            folded[:, self._patch].sum(0),
+        )
 
     def _first(self, patches: Tensor, folded: Tensor) -> _FirstBlock:
         _, height, width = self._image_shape
         images = patches.shape[1] // (height * width)
-        pieces = [(start, min(start + self._step, images)) for start in range(0, images, self._step)]
+        pieces = [
+            (start, min(start + self._step, images)) for start in range(0, images, self._step)
+        ]
         shape = (images, folded.shape[1], height // 2, width // 2)
-        pooled = torch.empty(shape, dtype=patches.dtype, device=patches.device, memory_format=torch.channels_last)
+        pooled = torch.empty(
+            shape, dtype=patches.dtype, device=patches.device, memory_format=torch.channels_last
+        )
         chosen = torch.empty_like(pooled, dtype=torch.int64)
         for start, end in pieces:
             rows = patches[:, start * height * width : end * height * width]
             out = torch.mm(rows.T, folded, out=self._buffer[: rows.shape[1]])
-            aten.max_pool2d_with_indices.out(self._as_images(out), [2, 2], [2, 2], out=pooled[start:end], indices=chosen[start:end])
+            aten.max_pool2d_with_indices.out(
+                self._as_images(out),
+                [2, 2],
+                [2, 2],
+                out=pooled[start:end],
+                indices=chosen[start:end],
+            )
         return _FirstBlock(patches, pieces, pooled.relu_(), chosen)
 
     def _first_back(self, first: _FirstBlock, grad: Tensor) -> Tensor:
@@ -146,7 +185,15 @@ class Conv4Passes:
             flat = self._buffer[: rows.shape[1]]
             spread = self._as_images(flat)
             aten.max_pool2d_with_indices_backward.grad_input(
-                grad[start:end], spread, [2, 2], [2, 2], [0, 0], [1, 1], False, first.chosen[start:end], grad_input=spread
+                grad[start:end],
+                spread,
+                [2, 2],
+                [2, 2],
+                [0, 0],
+                [1, 1],
+                False,
+                first.chosen[start:end],
+                grad_input=spread,
             )
             total.addmm_(rows, flat)
         return total
@@ -166,7 +213,9 @@ class Conv4Passes:
         pooled, chosen = functional.max_pool2d_with_indices(normed, [2, 2])
         return _Block(inputs, convolved, mean, inverse, pooled.relu_(), chosen)
 
-    def _block_back(self, i: int, kept: _Block, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _block_back(
+        self, i: int, kept: _Block, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gradients in the block's input, its filters, and BatchNorm's scale and shift."""
         grad = aten.threshold_backward.default(grad, kept.pooled, 0)
         grad = aten.max_pool2d_with_indices_backward.default(
@@ -185,13 +234,25 @@ class Conv4Passes:
             [True] * 3,
         )
         grad, weight, _ = aten.convolution_backward.default(
-            grad, kept.inputs, self._weights[i], None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+            grad,
+            kept.inputs,
+            self._weights[i],
+            None,
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [True, True, False],
         )
         return grad, weight, scale, shift
 
 
 def _patches(images: Tensor) -> Tensor:
-    """The 3x3 patches of `[n, C, h, w]` as columns, less their mean, over a row of ones: [9 C + 1, n * h * w]."""
+    """The 3x3 patches of `[n, C, h, w]` as columns, less their mean, over a row of ones: [9 C + 1,
+    n * h * w].
+    """
     n, channels, height, width = images.shape
     padded = functional.pad(images, (1, 1, 1, 1))
     a, b, c, d = padded.stride()

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from bomemeta.core.problem import Batch
 
-CaseName = Literal["coreset", "minimax", "degenerate", "quadratic", "bamm_convex", "bamm_sensitive", "lancbio_synthetic"]
+CaseName = Literal[
+    "coreset",
+    "minimax",
+    "degenerate",
+    "quadratic",
+    "bamm_convex",
+    "bamm_sensitive",
+    "lancbio_synthetic",
+]
 
 
 class Sizes(NamedTuple):
@@ -25,7 +33,9 @@ class Sizes(NamedTuple):
 
 
 class Case(ABC):
-    """One problem in the equations' letters: x and y are ONE task's vectors, `data` its constants. `of` is what the config says of it."""
+    """One problem in the equations' letters: x and y are ONE task's vectors, `data` its constants.
+    `of` is what the config says of it.
+    """
 
     box: float | None = None  # |y_j| <= box
 
@@ -101,7 +111,9 @@ class Minimax(Case):
 
 
 class BammConvex(Case):
-    """y = (y_1, y_2), each of x's size n. g does not contain y_2: its minimisers are a whole space, from which f chooses."""
+    """y = (y_1, y_2), each of x's size n. g does not contain y_2: its minimisers are a whole space,
+    from which f chooses.
+    """
 
     START = 0.01  # of every number of x and y, as in the sl-BAMM paper's code
 
@@ -126,7 +138,9 @@ class BammConvex(Case):
         return self.averaged_solution(0.0)
 
     def averaged_solution(self, mu: float) -> Tensor:
-        """With y_1 = mu e + (1 - mu) x and y_2 = x, f is (1 - mu)^2 |x - e|^2 / 2, whose minimiser does not move with mu."""
+        """With y_1 = mu e + (1 - mu) x and y_2 = x, f is (1 - mu)^2 |x - e|^2 / 2, whose minimiser
+        does not move with mu.
+        """
         return torch.ones(self.n, dtype=torch.float64)
 
 
@@ -159,7 +173,10 @@ class Quadratic(Case):
             return torch.randn(self.of.tasks, *shape, generator=generator, dtype=torch.float64)
 
         return {
-            "A": _symmetric(torch.logspace(0, -1, dim_lower, base=self.of.condition, dtype=torch.float64), normal),
+            "A": _symmetric(
+                torch.logspace(0, -1, dim_lower, base=self.of.condition, dtype=torch.float64),
+                normal,
+            ),
             "B": normal(dim_upper, dim_lower) / dim_lower**0.5,
             "t": normal(dim_lower),
         }
@@ -171,16 +188,22 @@ class Quadratic(Case):
         return y @ data["A"] @ y / 2 - x @ data["B"] @ y
 
     def solution(self, data: Batch, truncation: tuple[int, float] | None = None) -> Tensor:
-        """With `truncation` = (T, alpha) the inverse Hessian of the hypergradient is cut to (I - (I - alpha A)^T) A^-1, the T-term Neumann
-        series: a bias that more outer steps do not cure.
+        """With `truncation` = (T, alpha) the inverse Hessian of the hypergradient is cut to (I - (I
+        - alpha A)^T) A^-1, the T-term Neumann series: a bias that more outer steps do not cure.
         """
         a, b, t = (data[name].to(torch.float64) for name in ("A", "B", "t"))
         eye = torch.eye(self.of.dim_lower, dtype=torch.float64)
         inverse = torch.linalg.inv(a)
-        kept = eye if truncation is None else eye - torch.linalg.matrix_power(eye - truncation[1] * a, truncation[0])
+        kept = (
+            eye
+            if truncation is None
+            else eye - torch.linalg.matrix_power(eye - truncation[1] * a, truncation[0])
+        )
         # d/dx of mean_i f_i(x, A_i^-1 B_i' x) = 0, with the (cut) inverse in front
         pull = b @ kept @ inverse
-        matrix = (pull @ inverse @ b.mT).mean(0) + self.of.ridge * torch.eye(self.of.dim_upper, dtype=torch.float64)
+        matrix = (pull @ inverse @ b.mT).mean(0) + self.of.ridge * torch.eye(
+            self.of.dim_upper, dtype=torch.float64
+        )
         solution: Tensor = torch.linalg.solve(matrix, (pull @ t[:, :, None]).mean(0))[:, 0]
         return solution
 
@@ -192,10 +215,13 @@ class LancbioSynthetic(Case):
         def normal(*shape: int) -> Tensor:
             return torch.randn(1, *shape, generator=generator, dtype=torch.float64)
 
-        # The source gives sizes (20, 80), condition 100 and x's step 0.02, but neither A's scale nor B's. With these two d2F/dx2 =
-        # B'A^-2 B + ridge lies in [0.2, 9]: that step is stable, and 4,000 of them are enough. With B twice as large LancBiO diverges.
+        # The source gives sizes (20, 80), condition 100 and x's step 0.02, but neither A's scale
+        # nor B's. With these two d2F/dx2 = B'A^-2 B + ridge lies in [0.2, 9]: that step is stable,
+        # and 4,000 of them are enough. With B twice as large LancBiO diverges.
         return {
-            "A": _symmetric(torch.logspace(0, 1, dim_lower, base=self.of.condition, dtype=torch.float64), normal),
+            "A": _symmetric(
+                torch.logspace(0, 1, dim_lower, base=self.of.condition, dtype=torch.float64), normal
+            ),
             "B": normal(dim_lower, dim_upper) / 2,
             "c": normal(dim_lower),
             "t": normal(dim_lower),

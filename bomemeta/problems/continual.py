@@ -1,14 +1,17 @@
-"""Continual learning: one network learns a stream of tasks in one pass, with a small memory of each (Pham et al., CTN, ICLR 2021).
+"""Continual learning: one network learns a stream of tasks in one pass, with a small memory of each
+(Pham et al., CTN, ICLR 2021).
 
     y = the base network,  x = the controller that modulates it by the task (`method: plain`: none)
 
     g = CE(incoming batch) + [t > 0] (CE(replay) + distillation KL(soft targets || softmax(z / temperature)))     objective: ctn
     f = CE(semantic memory of the tasks 0..t)
 
-Step k is round k % rounds on incoming batch k // rounds. Everything that a step reads follows from (seed, k), but for what earlier
-networks said (soft targets, stored logits, Fisher information): that is the problem's memory, which the driver keeps.
+Step k is round k % rounds on incoming batch k // rounds. Everything that a step reads follows from
+(seed, k), but for what earlier networks said (soft targets, stored logits, Fisher information):
+that is the problem's memory, which the driver keeps.
 
-The samples of a step are cut over blocks, sample i to block i % blocks, each weighted so that the plain mean over the blocks is f or g.
+The samples of a step are cut over blocks, sample i to block i % blocks, each weighted so that the
+plain mean over the blocks is f or g.
 """
 
 from __future__ import annotations
@@ -23,19 +26,27 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Split
+from bomemeta.core.problem import Batch, Encoded, Problem, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.labelled import GREY_LEVELS, LabelledArrays
 from bomemeta.data.streams import Kind, StreamSpec, build_stream, image_shape
 from bomemeta.errors import ConfigError
-from bomemeta.nets.controller import Mlp, Network, ReducedResNet18, controller_films, controller_initial, films_of
+from bomemeta.nets.controller import (
+    Mlp,
+    Network,
+    ReducedResNet18,
+    controller_films,
+    controller_initial,
+    films_of,
+)
 from bomemeta.problems import continual_report as report
 from bomemeta.problems.continual_losses import distilled, fisher_share, masked, rows_share
 from bomemeta.problems.continual_memory import Policy
 from bomemeta.problems.continual_samples import NETWORK, Notes, Plan, Samples
 from bomemeta.registry import problems
 
-# What earlier networks said of the samples in memory: probabilities at the end of their task, or logits when they came.
+# What earlier networks said of the samples in memory: probabilities at the end of their task, or
+# logits when they came.
 NOTES = {"ctn": "soft_targets", "derpp": "logits"}
 TEST_ROWS = 500  # that are judged at once
 
@@ -47,19 +58,22 @@ Objective = Literal["ctn", "finetune", "er", "derpp", "ewc", "joint"]
 
 @problems.register("continual")
 @dataclass(kw_only=True)
-class Continual(BilevelProblem):
-    """An online stream of tasks made of the config's data set, with a memory of `memory_per_task` samples of each.
+class Continual(Problem):
+    """An online stream of tasks made of the config's data set, with a memory of `memory_per_task`
+    samples of each.
 
-    stream:    permuted, rotated, split (bomemeta.data.streams)
-    protocol:  task_incremental    the task of a sample is known, and only that task's classes come into question
+    stream:    permuted, rotated, split (bomemeta.data.streams) protocol:  task_incremental    the
+    task of a sample is known, and only that task's classes come into question
                class_incremental   neither in training nor in testing
-    objective: ctn       g and f as above: of a task's memory `semantic_per_task` are for f alone and the others for g
+    objective: ctn       g and f as above: of a task's memory `semantic_per_task` are for f alone
+    and the others for g
                finetune  g = CE(batch), no remedy; with solver agem, which takes its memory from f, A-GEM
                er        g = CE(batch) + CE(replay)
                derpp     g = CE(batch) + der_alpha MSE(replay, its logits when it came) + der_beta CE(replay)
                ewc       g = CE(batch) + ewc_weight / 2 sum_i F_i (y_i - y*_i)^2, F summed over the tasks, y* the last task's end
                joint     g = CE(batch), batches drawn from all tasks at once: what a stream can at best come to
-    For all but ctn f = CE(replay). `replay` samples are drawn at every step from the memory of earlier tasks.
+    For all but ctn f = CE(replay). `replay` samples are drawn at every step from the memory of
+    earlier tasks.
     """
 
     lower = "shared"
@@ -69,7 +83,9 @@ class Continual(BilevelProblem):
     tasks: Annotated[int, Field(ge=2)] = 5
     samples_per_task: Annotated[int, Field(ge=2)] | None = 1000  # None: all there are
     test_samples_per_task: Size | None = 1000
-    classes_per_task: Size | None = None  # stream: split; None: the data set's classes in equal groups
+    classes_per_task: Size | None = (
+        None  # stream: split; None: the data set's classes in equal groups
+    )
     shuffle_classes: bool = False  # stream: split
     protocol: Literal["task_incremental", "class_incremental"] = "task_incremental"
     network: Literal["mlp", "resnet18"] = "mlp"
@@ -94,7 +110,7 @@ class Continual(BilevelProblem):
     blocks: Size = 1
 
     @property
-    def pool(self) -> int:
+    def num_tasks(self) -> int:
         return self.blocks
 
     @property
@@ -162,14 +178,20 @@ class Continual(BilevelProblem):
                 "nothing to replay; wanted less"
             )
         if self.objective in ("er", "derpp") and self.memory_per_task == 0:
-            raise ConfigError(f"problem.memory_per_task: got 0; objective {self.objective} replays from memory and wants 1 or more")
+            raise ConfigError(
+                f"problem.memory_per_task: got 0; objective {self.objective} replays from memory and wants 1 or more"
+            )
 
     def _build_network(self) -> Network:
         classes = self.data.classes
         if self.network == "mlp":
-            return Mlp(inputs=self.data.features, hidden=self.hidden, layers=self.layers, classes=classes)
+            return Mlp(
+                inputs=self.data.features, hidden=self.hidden, layers=self.layers, classes=classes
+            )
         channels, height, width = image_shape(self.data, "problem.network: resnet18")
-        return ReducedResNet18(channels=channels, height=height, width=width, filters=self.filters, classes=classes)
+        return ReducedResNet18(
+            channels=channels, height=height, width=width, filters=self.filters, classes=classes
+        )
 
     # x and y
 
@@ -184,7 +206,10 @@ class Continual(BilevelProblem):
         return controller_films(upper) if self.method == "ctn" else upper
 
     def init_lower(self, encoded: Encoded, batch: Batch) -> Params:
-        return {name: tensor.to(next(iter(encoded.values())).device) for name, tensor in self._start().items()}
+        return {
+            name: tensor.to(next(iter(encoded.values())).device)
+            for name, tensor in self._start().items()
+        }
 
     def _start(self) -> Params:
         words = np.random.SeedSequence((self.seed, NETWORK)).generate_state(1, np.uint64)
@@ -217,9 +242,15 @@ class Continual(BilevelProblem):
         if self.objective in NOTES:
             notes = batch[NOTES[self.objective]][batch["g_slots"]]
             temperature = self.temperature if self.objective == "ctn" else None
-            loss = loss + (batch["g_notes_weight"] * distilled(logits, notes, allowed, temperature)).sum()
+            loss = (
+                loss
+                + (batch["g_notes_weight"] * distilled(logits, notes, allowed, temperature)).sum()
+            )
         if self.objective == "ewc":
-            pulls = [(batch[f"fisher.{name}"] * (tensor - batch[f"anchor.{name}"]) ** 2).sum() for name, tensor in lower.items()]
+            pulls = [
+                (batch[f"fisher.{name}"] * (tensor - batch[f"anchor.{name}"]) ** 2).sum()
+                for name, tensor in lower.items()
+            ]
             loss = loss + self.ewc_weight / 2 * torch.stack(pulls).sum()
         return loss
 
@@ -227,25 +258,38 @@ class Continual(BilevelProblem):
         if "f_inputs" not in batch:  # the first task has no earlier ones to be replayed
             return _nothing(lower)
         logits = self._logits(encoded, lower, batch["f_inputs"], batch["f_tasks"])
-        return (batch["f_weight"] * _cross_entropies(logits, batch["f_labels"], batch["allowed"][batch["f_tasks"]])).sum()
+        return (
+            batch["f_weight"]
+            * _cross_entropies(logits, batch["f_labels"], batch["allowed"][batch["f_tasks"]])
+        ).sum()
 
     def _logits(self, encoded: Encoded, lower: Params, inputs: Tensor, tasks: Tensor) -> Tensor:
-        return self._network.logits(lower, inputs, films_of(encoded, tasks) if self.method == "ctn" else [])
+        return self._network.logits(
+            lower, inputs, films_of(encoded, tasks) if self.method == "ctn" else []
+        )
 
     # What is remembered of earlier networks
 
     def init_memory(self) -> Params:
         if self.objective in NOTES:
-            return {NOTES[self.objective]: torch.zeros(self._samples.noted, self.data.classes, dtype=self.dtype)}
+            return {
+                NOTES[self.objective]: torch.zeros(
+                    self._samples.noted, self.data.classes, dtype=self.dtype
+                )
+            }
         if self.objective == "ewc":
             zeros = {name: torch.zeros_like(tensor) for name, tensor in self._start().items()}
-            return {f"{what}.{name}": tensor for what in ("fisher", "anchor") for name, tensor in zeros.items()}
+            return {
+                f"{what}.{name}": tensor
+                for what in ("fisher", "anchor")
+                for name, tensor in zeros.items()
+            }
         return {}
 
-    def remembers(self, step: int) -> bool:
+    def memory_due(self, step: int) -> bool:
         return self._samples.writes_notes(step)
 
-    def remember(self, encoded: Encoded, lower: Params, batch: Batch) -> Params:
+    def update_memory(self, encoded: Encoded, lower: Params, batch: Batch) -> Params:
         tasks, allowed = batch["kept_tasks"], batch["allowed"][batch["kept_tasks"]]
         weight = batch["kept_weight"] / self.blocks  # of a sum: 1, ewc 1 / n; of filling 0
         if self.objective == "ewc":
@@ -271,9 +315,15 @@ class Continual(BilevelProblem):
         for t in range(self.tasks):
             hits = []
             for inputs, labels in zip(
-                torch.split(batch["test_inputs"][t], TEST_ROWS), torch.split(batch["test_labels"][t], TEST_ROWS), strict=True
+                torch.split(batch["test_inputs"][t], TEST_ROWS),
+                torch.split(batch["test_labels"][t], TEST_ROWS),
+                strict=True,
             ):
-                floats = inputs.to(like.dtype) / GREY_LEVELS if inputs.dtype == torch.uint8 else inputs.to(like.dtype)
+                floats = (
+                    inputs.to(like.dtype) / GREY_LEVELS
+                    if inputs.dtype == torch.uint8
+                    else inputs.to(like.dtype)
+                )
                 logits = self._logits(encoded, lower, floats, torch.full_like(labels, t))
                 hits.append(masked(logits, batch["allowed"][t]).argmax(1) == labels)
             figures[report.figure_name(t)] = (batch["test_weight"][t] * torch.cat(hits)).sum()
@@ -282,7 +332,7 @@ class Continual(BilevelProblem):
     def milestone(self, step: int) -> bool:
         return self._samples.ends_task(step)
 
-    def retrospect(self, history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    def final_metrics(self, history: Sequence[Mapping[str, float]]) -> dict[str, float]:
         if not history:
             return {}
         matrix = report.matrix_of(history)
@@ -290,19 +340,24 @@ class Continual(BilevelProblem):
             return {"acc": float(matrix[-1].mean())}
         return report.scores(matrix, (1 / self._allowed.sum(1)).tolist())
 
-    def artefacts(self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> dict[str, bytes]:
+    def artefacts(
+        self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
+    ) -> dict[str, bytes]:
         if not history:
             return {}
         matrix = report.matrix_of(history)
         about = {
             "protocol": self.protocol, "stream": self.stream, "tasks": self.tasks, "method": self.method, "objective": self.objective,
-            "seed": self.seed, **self.retrospect(history),
+            "seed": self.seed, **self.final_metrics(history),
         }  # fmt: skip
         title = f"{self.stream}, {self.protocol.replace('_', '-')}: {self.method}, {self.objective}"
         files = {"accuracy_matrix.json": report.matrix_file(matrix, about)}
         if self.objective == "joint":
             return files
-        return files | {"accuracy_matrix.png": report.heat_map(matrix, title), "accuracy_curve.png": report.curve(matrix, title)}
+        return files | {
+            "accuracy_matrix.png": report.heat_map(matrix, title),
+            "accuracy_curve.png": report.curve(matrix, title),
+        }
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor, allowed: Tensor) -> Tensor:

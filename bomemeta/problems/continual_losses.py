@@ -1,4 +1,6 @@
-"""Losses against what earlier networks said, and a block's share in writing that down. The shares of all blocks are summed."""
+"""Losses against what earlier networks said, and a block's share in writing that down. The shares
+of all blocks are summed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch.nn import functional
 from bomemeta.core.problem import Batch
 from bomemeta.core.tree import Params
 
-# A logit that is out of the question: its probability is 0 in either precision, and 0 times its logarithm is 0 and not NaN.
+# A logit that is out of the question: its probability is 0 in either precision, and 0 times its
+# logarithm is 0 and not NaN.
 NEVER = -1e9
 FISHER_ROWS = 16  # whose gradients, each as large as y, are held at once
 
@@ -22,7 +25,9 @@ def masked(logits: Tensor, allowed: Tensor) -> Tensor:
 
 
 def distilled(logits: Tensor, notes: Tensor, allowed: Tensor, temperature: float | None) -> Tensor:
-    """Per sample, summed over its classes: KL(notes || softmax(logits / temperature)), or without one (logits - notes)^2."""
+    """Per sample, summed over its classes: KL(notes || softmax(logits / temperature)), or without
+    one (logits - notes)^2.
+    """
     if temperature is None:
         return ((logits - notes) ** 2 * allowed).sum(1)
     log_q = functional.log_softmax(masked(logits / temperature, allowed), dim=1)
@@ -31,7 +36,8 @@ def distilled(logits: Tensor, notes: Tensor, allowed: Tensor, temperature: float
 
 
 def rows_share(old: Tensor, new: Tensor, weight: Tensor, batch: Batch, blocks: int) -> Tensor:
-    """Rows `old` [slots, c] with the block's `new` [m, c] in their places; `weight` is 1, of filling 0.
+    """Rows `old` [slots, c] with the block's `new` [m, c] in their places; `weight` is 1, of
+    filling 0.
 
     An old row that stays comes from block (its number) % blocks.
     """
@@ -40,15 +46,26 @@ def rows_share(old: Tensor, new: Tensor, weight: Tensor, batch: Batch, blocks: i
     return kept.index_add(0, batch["kept_slots"], new * weight[:, None])
 
 
-def fisher_share(loss: Callable[..., Tensor], lower: Params, samples: tuple[Tensor, ...], weight: Tensor, batch: Batch) -> Params:
-    """The diagonal of the empirical Fisher information at y, weighted over this block's samples, added to the old; and y as the anchor.
+def fisher_share(
+    loss: Callable[..., Tensor],
+    lower: Params,
+    samples: tuple[Tensor, ...],
+    weight: Tensor,
+    batch: Batch,
+) -> Params:
+    """The diagonal of the empirical Fisher information at y, weighted over this block's samples,
+    added to the old; and y as the anchor.
 
     `loss(y, *sample)` is one sample's. What there is once comes from block 0.
     """
     once = (batch["block"] == 0).to(weight.dtype)
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(samples)))
     fisher = {name: once * batch[f"fisher.{name}"] for name in lower}
-    for *chunk, share in zip(*(torch.split(tensor, FISHER_ROWS) for tensor in (*samples, weight)), strict=True):
+    for *chunk, share in zip(
+        *(torch.split(tensor, FISHER_ROWS) for tensor in (*samples, weight)), strict=True
+    ):
         for name, gradient in gradients(lower, *chunk).items():
             fisher[name] = fisher[name] + torch.tensordot(share, gradient**2, dims=1)
-    return {f"fisher.{name}": value for name, value in fisher.items()} | {f"anchor.{name}": once * y for name, y in lower.items()}
+    return {f"fisher.{name}": value for name, value in fisher.items()} | {
+        f"anchor.{name}": once * y for name, y in lower.items()
+    }

@@ -1,7 +1,9 @@
-"""Which samples of a stream are remembered, as arrays of row numbers: a function of the seed and of how many samples came.
+"""Which samples of a stream are remembered, as arrays of row numbers: a function of the seed and of
+how many samples came.
 
-Each task has slots of its own, of which every k-th is semantic (for f) and the others episodic (for g). Where a sample goes is drawn once
-for all; from then on a new sample costs one write, whatever the number of tasks or of samples before it.
+Each task has slots of its own, of which every k-th is semantic (for f) and the others episodic (for
+g). Where a sample goes is drawn once for all; from then on a new sample costs one write, whatever
+the number of tasks or of samples before it.
 """
 
 from __future__ import annotations
@@ -19,13 +21,21 @@ NONE = -1  # no slot, no row
 
 
 class Memory:
-    """Row numbers in `[tasks, capacity]` slots; a task's first `semantic` slots are the semantic ones.
+    """Row numbers in `[tasks, capacity]` slots; a task's first `semantic` slots are the semantic
+    ones.
 
-    reservoir   every sample of the task so far is in memory with the same chance (Vitter 1985, algorithm R)
-    ring        the task's last `capacity` samples are
+    reservoir   every sample of the task so far is in memory with the same chance (Vitter 1985,
+    algorithm R) ring        the task's last `capacity` samples are
     """
 
-    def __init__(self, starts: Sequence[int], capacity: int, semantic: int, policy: Policy, seed: np.random.SeedSequence) -> None:
+    def __init__(
+        self,
+        starts: Sequence[int],
+        capacity: int,
+        semantic: int,
+        policy: Policy,
+        seed: np.random.SeedSequence,
+    ) -> None:
         self.semantic = semantic
         self.writes = 0  # slots written since the beginning of time
         self._shape = (len(starts) - 1, capacity)
@@ -42,13 +52,17 @@ class Memory:
                 drawn = draw.integers(0, number + 1)
                 place = np.where(number < capacity, number, drawn)
                 self.slots[first:last] = (
-                    np.where(place < capacity, order[np.minimum(place, capacity - 1)], NONE) if capacity else NONE
+                    np.where(place < capacity, order[np.minimum(place, capacity - 1)], NONE)
+                    if capacity
+                    else NONE
                 )
         self.evicts = self._evictions()
         self._begin()
 
     def _evictions(self) -> Rows:
-        """The row that each sample takes the place of, NONE where the slot was free or there is none."""
+        """The row that each sample takes the place of, NONE where the slot was free or there is
+        none.
+        """
         content = np.full(self._shape, NONE, np.int64)
         evicted = np.full(len(self.slots), NONE, np.int64)
         for row in np.flatnonzero(self.slots != NONE):
@@ -62,7 +76,8 @@ class Memory:
         self._inserted = 0
 
     def content(self, inserted: int) -> Rows:
-        """`[tasks, capacity]` after the first `inserted` samples of the stream; not to be written into, and changed by the next call.
+        """`[tasks, capacity]` after the first `inserted` samples of the stream; not to be written
+        into, and changed by the next call.
 
         Forward from the last call's state; from the beginning where that was later.
         """
@@ -70,13 +85,16 @@ class Memory:
             self._begin()
         new = np.arange(self._inserted, inserted)
         new = new[self.slots[new] != NONE]
-        self._content[self.tasks[new], self.slots[new]] = new  # of two rows for one slot the last one stays
+        self._content[self.tasks[new], self.slots[new]] = (
+            new  # of two rows for one slot the last one stays
+        )
         self.writes += len(new)
         self._inserted = inserted
         return self._content
 
     def trained(self, first: int, last: int) -> Rows:
-        """Of the samples first..last-1 those that are not semantic memory now, and those that they pushed out of it.
+        """Of the samples first..last-1 those that are not semantic memory now, and those that they
+        pushed out of it.
 
         So f is measured on samples that g does not have, and those are only late, not lost.
         """
@@ -87,7 +105,9 @@ class Memory:
 
 
 def _mixed(capacity: int, semantic: int) -> Rows:
-    """The slots in the order in which they are filled: both kinds in their proportion from the start, a semantic one first."""
+    """The slots in the order in which they are filled: both kinds in their proportion from the
+    start, a semantic one first.
+    """
     is_semantic = (np.arange(capacity) * semantic) % max(capacity, 1) < semantic
     order = np.empty(capacity, np.int64)
     order[is_semantic] = np.arange(semantic)

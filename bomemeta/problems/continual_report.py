@@ -1,4 +1,6 @@
-"""What a stream's accuracies come to. a[i, j] is the accuracy on task j after task i, T the number of tasks learned."""
+"""What a stream's accuracies come to. a[i, j] is the accuracy on task j after task i, T the number
+of tasks learned.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,20 @@ def figure_name(task: int) -> str:
 
 def matrix_of(history: Sequence[Mapping[str, float]]) -> Matrix:
     """[milestones, tasks]"""
-    names = sorted((name for name in history[0] if name.startswith(PREFIX)), key=lambda name: int(name.removeprefix(PREFIX)))
+    names = sorted(
+        (name for name in history[0] if name.startswith(PREFIX)),
+        key=lambda name: int(name.removeprefix(PREFIX)),
+    )
     return np.array([[figures[name] for name in names] for figures in history])
 
 
 def scores(matrix: Matrix, chance: Sequence[float]) -> dict[str, float]:
-    """The field's figures, over the T tasks learned so far; those that compare tasks want T of 2 or more.
+    """The field's figures, over the T tasks learned so far; those that compare tasks want T of 2 or
+    more.
 
-    acc = mean_j a[T-1, j],  ft = mean_j a[j, j],  nbt = mean_j (a[j, j] - a[T-1, j]):  ft = acc + nbt
-    fm  = mean_{j < T-1} (max_{i < T-1} a[i, j] - a[T-1, j])          CTN's forgetting measure
-    bwt = mean_{j < T-1} (a[T-1, j] - a[j, j])
-    fwt = mean_{j > 0} (a[j-1, j] - chance_j)
+    acc = mean_j a[T-1, j],  ft = mean_j a[j, j],  nbt = mean_j (a[j, j] - a[T-1, j]):  ft = acc +
+    nbt fm  = mean_{j < T-1} (max_{i < T-1} a[i, j] - a[T-1, j])          CTN's forgetting measure
+    bwt = mean_{j < T-1} (a[T-1, j] - a[j, j]) fwt = mean_{j > 0} (a[j-1, j] - chance_j)
     """
     t = len(matrix)
     learned = matrix[:, :t]
@@ -55,7 +60,15 @@ def heat_map(matrix: Matrix, title: str) -> bytes:
     shown = axes.imshow(100 * matrix, vmin=0, vmax=100, cmap="viridis", origin="upper")
     if matrix.size <= 100:  # numbers in larger tables could not be read
         for (i, j), value in np.ndenumerate(matrix):
-            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color="black" if value > 0.6 else "white", fontsize=8)
+            axes.text(
+                j,
+                i,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                color="black" if value > 0.6 else "white",
+                fontsize=8,
+            )
     axes.set_xlabel("tested on task")
     axes.set_ylabel("after task")
     figure.colorbar(shown, label="accuracy, %")
@@ -66,8 +79,15 @@ def curve(matrix: Matrix, title: str) -> bytes:
     """PNG: the mean accuracy on the tasks learned so far, and that on the task just learned."""
     figure, axes = new_figure(title)
     learned = np.arange(1, len(matrix) + 1)
-    axes.plot(learned, [100 * row[:k].mean() for k, row in zip(learned, matrix, strict=True)], marker="o", label="all tasks so far")
-    axes.plot(learned, 100 * matrix.diagonal(), marker="s", linestyle="--", label="the task just learned")
+    axes.plot(
+        learned,
+        [100 * row[:k].mean() for k, row in zip(learned, matrix, strict=True)],
+        marker="o",
+        label="all tasks so far",
+    )
+    axes.plot(
+        learned, 100 * matrix.diagonal(), marker="s", linestyle="--", label="the task just learned"
+    )
     axes.set_xlabel("tasks learned")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("accuracy, %")

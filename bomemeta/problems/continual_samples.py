@@ -1,4 +1,6 @@
-"""Which samples a step of a continual run looks at, cut over blocks: index arrays that follow from (seed, step) alone."""
+"""Which samples a step of a continual run looks at, cut over blocks: index arrays that follow from
+(seed, step) alone.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from bomemeta.core.problem import Batch
 from bomemeta.data.streams import Stream
 from bomemeta.problems.continual_memory import NONE, Memory, Policy, Rows
 
-# Second numbers of the keys of what is drawn from the config's seed, beside those of bomemeta/data/streams.py.
+# Second numbers of the keys of what is drawn from the config's seed, beside those of
+# bomemeta/data/streams.py.
 MEMORY, REPLAY, ORDER, NETWORK = range(16, 20)
 
-# Whose notes a step writes: a task's episodic memory at its end, a batch's samples that stay in memory, a task's first samples.
+# Whose notes a step writes: a task's episodic memory at its end, a batch's samples that stay in
+# memory, a task's first samples.
 Notes = Literal["none", "task", "batch", "fisher"]
 
 
@@ -49,10 +53,17 @@ class Samples:
         starts = stream.train.starts
         key = np.random.SeedSequence((plan.seed, MEMORY))
         self.memory = Memory(starts, plan.capacity, plan.semantic, plan.memory, key)
-        self._order = self._draw(ORDER).permutation(starts[-1]) if plan.shuffled else np.arange(starts[-1])
+        self._order = (
+            self._draw(ORDER).permutation(starts[-1]) if plan.shuffled else np.arange(starts[-1])
+        )
         tasks = [(0, starts[-1])] if plan.shuffled else list(itertools.pairwise(starts))
-        # First and last place in `_order` of every incoming batch; a task's last batch may be smaller.
-        self._batches = [(i, min(i + plan.batch, last)) for first, last in tasks for i in range(first, last, plan.batch)]
+        # First and last place in `_order` of every incoming batch; a task's last batch may be
+        # smaller.
+        self._batches = [
+            (i, min(i + plan.batch, last))
+            for first, last in tasks
+            for i in range(first, last, plan.batch)
+        ]
         self._ends = {last for _, last in tasks}
 
     @property
@@ -73,10 +84,14 @@ class Samples:
         if self._plan.notes != "batch":
             return self._plan.notes != "none" and self.ends_task(step)
         first, last = self._batches[batch]
-        return round_ == self._plan.rounds - 1 and bool((self.memory.slots[first:last] != NONE).any())
+        return round_ == self._plan.rounds - 1 and bool(
+            (self.memory.slots[first:last] != NONE).any()
+        )
 
     def of_step(self, ids: tuple[int, ...], step: int) -> Batch:
-        """`g_*`, `f_*` and, where notes are written, `kept_*`: inputs, labels, tasks and columns of these blocks."""
+        """`g_*`, `f_*` and, where notes are written, `kept_*`: inputs, labels, tasks and columns of
+        these blocks.
+        """
         plan, train = self._plan, self._stream.train
         first, last = self._batches[step // plan.rounds]
         task = int(train.tasks[self._order[first]])
@@ -107,13 +122,17 @@ class Samples:
         part = self._stream.test
         starts = np.asarray(part.starts)
         counts = np.diff(starts)[None, :, None]
-        number = np.asarray(ids)[:, None, None] + self._plan.blocks * np.arange(-(-counts.max() // self._plan.blocks))
+        number = np.asarray(ids)[:, None, None] + self._plan.blocks * np.arange(
+            -(-counts.max() // self._plan.blocks)
+        )
         real = number < counts
         rows = torch.from_numpy(np.where(real, number, 0) + starts[None, :-1, None])
         return {
             "test_inputs": part.examples.inputs[rows],
             "test_labels": part.examples.labels[rows],
-            "test_weight": torch.from_numpy(np.where(real, self._plan.blocks / counts, 0.0)).to(self._dtype),
+            "test_weight": torch.from_numpy(np.where(real, self._plan.blocks / counts, 0.0)).to(
+                self._dtype
+            ),
             "allowed": self._allowed.expand(len(ids), -1, -1),
         }
 
@@ -121,15 +140,21 @@ class Samples:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence((self._plan.seed, *key))))
 
     def _replay(self, content: Rows, task: int, step: int) -> tuple[Rows, Rows]:
-        """Samples drawn without repetition from the episodic memory of the tasks before this one, and the slots of their notes."""
+        """Samples drawn without repetition from the episodic memory of the tasks before this one,
+        and the slots of their notes.
+        """
         earlier = content[:task, self._plan.semantic :].ravel()
         slots = np.flatnonzero(earlier != NONE)
         if len(slots) > self._plan.replay:
-            slots = np.sort(self._draw(REPLAY, step).choice(slots, self._plan.replay, replace=False))
+            slots = np.sort(
+                self._draw(REPLAY, step).choice(slots, self._plan.replay, replace=False)
+            )
         return earlier[slots], slots
 
     def _kept(self, ids: tuple[int, ...], content: Rows, task: int, first: int, last: int) -> Batch:
-        """The samples whose notes are written after this step, and in which slots; `stale` are the slots that get new ones."""
+        """The samples whose notes are written after this step, and in which slots; `stale` are the
+        slots that get new ones.
+        """
         mine = content[task, self._plan.semantic :]
         here = np.flatnonzero(mine >= first if self._plan.notes == "batch" else mine != NONE)
         rows, slots = mine[here], task * len(mine) + here
@@ -144,9 +169,11 @@ class Samples:
         return found | {"block": torch.tensor(ids), "stale": stale.expand(len(ids), -1)}
 
     def _cut(self, name: str, ids: tuple[int, ...], rows: Rows, **columns: NDArray[Any]) -> Batch:
-        """These samples and their columns, sample i in block i % blocks; a shorter block is filled with the first one, at weights of 0.
+        """These samples and their columns, sample i in block i % blocks; a shorter block is filled
+        with the first one, at weights of 0.
 
-        Weights become those of sums whose mean over the blocks is the whole. Nothing where there are no samples.
+        Weights become those of sums whose mean over the blocks is the whole. Nothing where there
+        are no samples.
         """
         if len(rows) == 0:
             return {}
@@ -162,7 +189,9 @@ class Samples:
         }
         for column, values in columns.items():
             if values.dtype.kind == "f":
-                found[f"{name}_{column}"] = torch.from_numpy(values[number] * real * blocks).to(self._dtype)
+                found[f"{name}_{column}"] = torch.from_numpy(values[number] * real * blocks).to(
+                    self._dtype
+                )
             else:
                 found[f"{name}_{column}"] = torch.from_numpy(values[number])
         return found

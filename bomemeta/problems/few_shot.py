@@ -1,7 +1,9 @@
-"""Few-shot classification: each task is an episode, its lower variable adapts to the support set, the upper one is shared.
+"""Few-shot classification: each task is an episode, its lower variable adapts to the support set,
+the upper one is shared.
 
-`form: head`     x = the backbone,         y_i = a linear head on the episode's features (features are computed once per step)
-`form: network`  x = an initialisation,    y_i = the whole network, held near x (the proximal lower problem of iMAML)
+`form: head`     x = the backbone,         y_i = a linear head on the episode's features (features
+are computed once per step) `form: network`  x = an initialisation,    y_i = the whole network, held
+near x (the proximal lower problem of iMAML)
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from bomemeta.core import tree
-from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Encoding, Loss, LossGradient, Split
+from bomemeta.core.problem import Batch, Encoded, Encoding, Loss, LossGradient, Problem, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.episodes import EpisodeSource, EpisodeSpec
 from bomemeta.errors import ConfigError
@@ -31,35 +33,45 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 @problems.register("few_shot")
 @dataclass(kw_only=True)
-class FewShot(BilevelProblem):
-    """N-way K-shot episodes from the config's `data:` section; upper loss on the queries, lower loss on the support set.
+class FewShot(Problem):
+    """N-way K-shot episodes from the config's `data:` section; upper loss on the queries, lower
+    loss on the support set.
 
-    head: prototype   g = CE(Z_s W) + (regularisation/2) |W - P|^2, P = class means of the encoded support set, y = W from P
+    head: prototype   g = CE(Z_s W) + (regularisation/2) |W - P|^2, P = class means of the encoded
+    support set, y = W from P
           ridge       g = CE(Z_s W) + (regularisation/2) |W|^2, y = W from 0
           span        g = CE(Z_s W) + (regularisation/2) |W|^2 with W = Z_s' A in the span of the support set, y = A from 0
     form network:     g = CE(net_y(support)) + (regularisation/2) |y - x|^2, y from x
 
-    In the head form Z = `feature_scale` times the L2-normalised features. `batch_norm` names whose images make the BatchNorm
-    statistics of a task: `transductive` lets the queries in (head: support and queries together; network: the queries among
-    themselves, as MAML does), `inductive` uses the support set alone.
+    In the head form Z = `feature_scale` times the L2-normalised features. `batch_norm` names whose
+    images make the BatchNorm statistics of a task: `transductive` lets the queries in (head:
+    support and queries together; network: the queries among themselves, as MAML does), `inductive`
+    uses the support set alone.
     """
 
     needs_data = True
     meta_tests = True
-    head_names: ClassVar[tuple[str, ...]] = ("head.weight", "head.bias")  # form network: x's entries that are not the backbone's
+    head_names: ClassVar[tuple[str, ...]] = (
+        "head.weight",
+        "head.bias",
+    )  # form network: x's entries that are not the backbone's
 
     form: Literal["head", "network"] = "head"
     head: Literal["prototype", "ridge", "span"] = "prototype"
     ways: Annotated[int, Field(ge=2)] = 5
     shots: Annotated[int, Field(ge=1)] = 1
     queries: Annotated[int, Field(ge=1)] = 5  # per class, in training
-    test_queries: Annotated[int, Field(ge=1)] = 15  # per class, in validation and test: the field's usual number
+    test_queries: Annotated[int, Field(ge=1)] = (
+        15  # per class, in validation and test: the field's usual number
+    )
     backbone: Literal["conv4", "resnet12"] = "conv4"
     width: Annotated[int, Field(ge=1)] = 32
     regularisation: Annotated[float, Field(ge=0)] = 1.0
     feature_scale: Annotated[float, Field(gt=0)] = 4.0
     batch_norm: Literal["transductive", "inductive"] = "transductive"
-    fixed_tasks: Annotated[int, Field(ge=1)] | None = None  # so many episodes whose y persists; none: fresh ones for ever
+    fixed_tasks: Annotated[int, Field(ge=1)] | None = (
+        None  # so many episodes whose y persists; none: fresh ones for ever
+    )
 
     def setup(self) -> None:
         if not hasattr(self.data, "episode"):
@@ -77,37 +89,46 @@ class FewShot(BilevelProblem):
             source.check(split, self._spec(split))
         self._skeleton = self._network(channels, torch.Generator())
         self._backbone_names = [name for name, _ in self._skeleton.named_parameters()]
-        # What is written out is the plain case; a subclass that changes it is asked for its own `encode`.
+        # What is written out is the plain case; a subclass that changes it is asked for its own
+        # `encode`.
         self._has_passes = (
             (self.form, self.backbone, self.batch_norm) == ("head", "conv4", "transductive")
             and type(self).encode is FewShot.encode
             and type(self)._backbone is FewShot._backbone
         )
         with torch.no_grad():
-            self._features = BACKBONES[self.backbone](channels, self.width)(torch.zeros(1, channels, height, width)).shape[1]
+            self._features = BACKBONES[self.backbone](channels, self.width)(
+                torch.zeros(1, channels, height, width)
+            ).shape[1]
 
     def _network(self, channels: int, generator: torch.Generator) -> nn.Module:
         return build_backbone(self.backbone, channels, self.width, generator).to(self.dtype)
 
     def _spec(self, split: Split) -> EpisodeSpec:
-        return EpisodeSpec(self.ways, self.shots, self.queries if split == "train" else self.test_queries)
+        return EpisodeSpec(
+            self.ways, self.shots, self.queries if split == "train" else self.test_queries
+        )
 
     @property
-    def pool(self) -> int | None:
+    def num_tasks(self) -> int | None:
         return self.fixed_tasks
 
     def init_upper(self, generator: torch.Generator) -> Params:
         net = self._network(self.data.image_shape[0], generator)
         upper = {name: tensor.detach() for name, tensor in net.named_parameters()}
         if self.form == "network":
-            # A head of zeros starts every class alike; MAML's analyses and iMAML's code do the same for the last layer.
+            # A head of zeros starts every class alike; MAML's analyses and iMAML's code do the same
+            # for the last layer.
             upper["head.weight"] = torch.zeros(self._features, self.ways, dtype=self.dtype)
             upper["head.bias"] = torch.zeros(self.ways, dtype=self.dtype)
         return upper
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
         spec = self._spec(split)
-        drawn = [self.data.episode(split, spec, (self.seed, SPLITS.index(split), task)) for task in task_ids]
+        drawn = [
+            self.data.episode(split, spec, (self.seed, SPLITS.index(split), task))
+            for task in task_ids
+        ]
         return {
             "support": torch.stack([episode.support for episode in drawn]).to(self.dtype),
             "support_labels": torch.stack([episode.support_labels for episode in drawn]),
@@ -115,7 +136,8 @@ class FewShot(BilevelProblem):
             "query_labels": torch.stack([episode.query_labels for episode in drawn]),
         }
 
-    # The two forms differ in where x enters. `encode` of the network form is the identity: x enters by the proximal term alone.
+    # The two forms differ in where x enters. `encode` of the network form is the identity: x enters
+    # by the proximal term alone.
 
     def encode(self, upper: Params, batch: Batch) -> Encoded:
         if self.form == "network":
@@ -127,18 +149,24 @@ class FewShot(BilevelProblem):
     def encode_tasks(self, upper: Params, batch: Batch, differentiable: bool) -> Encoding | None:
         if not self._has_passes:
             return None
-        passes = Conv4Passes(upper, torch.cat([batch["support"], batch["query"]], 1), differentiable)
+        passes = Conv4Passes(
+            upper, torch.cat([batch["support"], batch["query"]], 1), differentiable
+        )
         features = passes.features.requires_grad_(differentiable)
         seen = self._seen_by_head(features)
 
         def pull_back(cotangent: Encoded) -> Params:
-            (grad,) = torch.autograd.grad(list(seen.values()), features, list(cotangent.values()), retain_graph=True)
+            (grad,) = torch.autograd.grad(
+                list(seen.values()), features, list(cotangent.values()), retain_graph=True
+            )
             return passes.pull_back(grad)
 
         return Encoding(tree.detached(seen), pull_back)
 
     def _seen_by_head(self, features: Tensor) -> Encoded:
-        """From features [..., n, d] of support and queries what the head works on, of one task or of a stack."""
+        """From features [..., n, d] of support and queries what the head works on, of one task or
+        of a stack.
+        """
         features = self.feature_scale * functional.normalize(features, dim=-1)
         supports = self.ways * self.shots
         support, query = features[..., :supports, :], features[..., supports:, :]
@@ -147,7 +175,9 @@ class FewShot(BilevelProblem):
             return {"support": support @ support.mT, "query": query @ support.mT}
         if self.head == "ridge":
             return {"support": support, "query": query}
-        prototypes = support.reshape(*support.shape[:-2], self.ways, self.shots, -1).mean(-2)  # rows are sorted by label
+        prototypes = support.reshape(*support.shape[:-2], self.ways, self.shots, -1).mean(
+            -2
+        )  # rows are sorted by label
         return {"support": support, "query": query, "prior": prototypes.mT}
 
     @property
@@ -163,12 +193,18 @@ class FewShot(BilevelProblem):
         return {"head": encoded["support"].new_zeros(encoded["support"].shape[1], self.ways)}
 
     def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
-        return functional.cross_entropy(self._query_logits(encoded, lower, batch), batch["query_labels"])
+        return functional.cross_entropy(
+            self._query_logits(encoded, lower, batch), batch["query_labels"]
+        )
 
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         if self.form == "network":
-            loss = functional.cross_entropy(self.logits(lower, self.support_features(lower, batch)), batch["support_labels"])
-            distance = torch.stack([((lower[name] - encoded[name]) ** 2).sum() for name in lower]).sum()
+            loss = functional.cross_entropy(
+                self.logits(lower, self.support_features(lower, batch)), batch["support_labels"]
+            )
+            distance = torch.stack(
+                [((lower[name] - encoded[name]) ** 2).sum() for name in lower]
+            ).sum()
             return loss + self.regularisation / 2 * distance
         logits = encoded["support"] @ lower["head"]
         loss = functional.cross_entropy(logits, batch["support_labels"])
@@ -180,13 +216,19 @@ class FewShot(BilevelProblem):
             penalty = ((lower["head"] - encoded["prior"]) ** 2).sum()
         return loss + self.regularisation / 2 * penalty
 
-    def upper_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+    def upper_gradient(
+        self, encoded: Encoded, lower: Params, batch: Batch
+    ) -> tuple[Tensor, Params] | None:
         return self._gradient("upper", encoded, lower, batch)
 
-    def lower_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+    def lower_gradient(
+        self, encoded: Encoded, lower: Params, batch: Batch
+    ) -> tuple[Tensor, Params] | None:
         return self._gradient("lower", encoded, lower, batch)
 
-    def _gradient(self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+    def _gradient(
+        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch
+    ) -> tuple[Tensor, Params] | None:
         found = self.loss_gradient(loss, encoded, lower, batch, in_encoded=False)
         return None if found is None else (found.value, found.lower)
 
@@ -214,8 +256,12 @@ class FewShot(BilevelProblem):
             in_head = torch.add(in_head, force, alpha=rho)
         return LossGradient(value, {"head": in_head}, seen)
 
-    def lower_steps(self, encoded: Encoded, lower: Params, batch: Batch, steps: int, lr: float) -> Params | None:
-        """Four operations a step: what a step adds whatever W is, is made before, and the loss itself nobody asks for."""
+    def lower_steps(
+        self, encoded: Encoded, lower: Params, batch: Batch, steps: int, lr: float
+    ) -> Params | None:
+        """Four operations a step: what a step adds whatever W is, is made before, and the loss
+        itself nobody asks for.
+        """
         if self.form == "network":
             return None
         support, head, rho = encoded["support"], lower["head"], self.regularisation
@@ -234,7 +280,9 @@ class FewShot(BilevelProblem):
         return {"head": head}
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
-        """`accuracy` and `loss` on the queries, and `baseline_accuracy` of the nearest support image in raw pixels (L2)."""
+        """`accuracy` and `loss` on the queries, and `baseline_accuracy` of the nearest support
+        image in raw pixels (L2).
+        """
         logits = self._query_logits(encoded, lower, batch)
         labels = batch["query_labels"]
         distance = torch.cdist(batch["query"].flatten(1), batch["support"].flatten(1))
@@ -253,7 +301,8 @@ class FewShot(BilevelProblem):
             return encoded["query"] @ lower["head"]
         return self.logits(lower, self.query_features(lower, batch))
 
-    # The parts of the network form's network, for one task; solvers that adapt the network themselves use them too.
+    # The parts of the network form's network, for one task; solvers that adapt the network
+    # themselves use them too.
 
     def support_features(self, params: Params, batch: Batch) -> Tensor:
         """[n, d], BatchNorm statistics of the support set."""
@@ -283,9 +332,15 @@ class _Regression(NamedTuple):
 
 
 def _softmax_regression(inputs: Tensor, weights: Tensor, labels: Tensor) -> _Regression:
-    """Cross-entropy of a stack of linear heads in closed form: inputs [B, n, d], weights [B, d, ways], labels [B, n]."""
+    """Cross-entropy of a stack of linear heads in closed form: inputs [B, n, d], weights [B, d,
+    ways], labels [B, n].
+    """
     logits = inputs @ weights
     log_probabilities = functional.log_softmax(logits, dim=2)
     places = labels[:, :, None]
-    residual = log_probabilities.exp().scatter_add_(2, places, log_probabilities.new_full((), -1.0).expand_as(places))
-    return _Regression(-log_probabilities.gather(2, places).mean((1, 2)), residual.div_(labels.shape[1]), logits)
+    residual = log_probabilities.exp().scatter_add_(
+        2, places, log_probabilities.new_full((), -1.0).expand_as(places)
+    )
+    return _Regression(
+        -log_probabilities.gather(2, places).mean((1, 2)), residual.div_(labels.shape[1]), logits
+    )

@@ -1,11 +1,13 @@
-"""Data hyper-cleaning: find the training samples whose labels are wrong, by a weight per sample that a clean validation set teaches.
+"""Data hyper-cleaning: find the training samples whose labels are wrong, by a weight per sample
+that a clean validation set teaches.
 
     f(y)    = mean CE of the validation samples at y
     g(x, y) = mean_j w_j(x_j) CE_j of the training samples, some labels of which were changed, + ridge |y|^2
 
-`weights: clamp` is the protocol of BOME (Liu et al., NeurIPS 2022), `sigmoid` that of LancBiO (Gao et al., ICLR 2025). y is ONE model;
-its data is cut into blocks, each a contiguous slice of every part, and block i's losses are scaled so that the plain mean over blocks
-is f or g, also where the blocks differ in size.
+`weights: clamp` is the protocol of BOME (Liu et al., NeurIPS 2022), `sigmoid` that of LancBiO (Gao
+et al., ICLR 2025). y is ONE model; its data is cut into blocks, each a contiguous slice of every
+part, and block i's losses are scaled so that the plain mean over blocks is f or g, also where the
+blocks differ in size.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Split
+from bomemeta.core.problem import Batch, Encoded, Problem, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.labelled import Examples, LabelledArrays, Moments
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.registry import problems
 
-# A sample is kept where it weighs at least this: where `clamp` starts, and sigmoid(0), where `sigmoid` starts. So at step 0 all are
-# kept, and later the label of a sample whose weight has fallen is declared wrong.
+# A sample is kept where it weighs at least this: where `clamp` starts, and sigmoid(0), where
+# `sigmoid` starts. So at step 0 all are kept, and later the label of a sample whose weight has
+# fallen is declared wrong.
 KEPT_FROM = 0.5
 
 # Second numbers of the keys of what is drawn from the config's seed; none knows of the blocks.
@@ -42,12 +45,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @problems.register("hyper_cleaning")
 @dataclass(kw_only=True)
-class HyperCleaning(BilevelProblem):
-    """A weight for each training sample, learned from a clean validation set; x = {weights [train]}, y = one classifier.
+class HyperCleaning(Problem):
+    """A weight for each training sample, learned from a clean validation set; x = {weights
+    [train]}, y = one classifier.
 
-    The data set's training part is cut into `train`, `validation` and `selection` samples, in its own order or (`shuffle`) in one drawn
-    from the seed; all of its test part is for testing. `standardise`: every input minus the mean of all training inputs, divided by
-    their deviation. Of the `train` labels the share `noise` is changed:
+    The data set's training part is cut into `train`, `validation` and `selection` samples, in its
+    own order or (`shuffle`) in one drawn from the seed; all of its test part is for testing.
+    `standardise`: every input minus the mean of all training inputs, divided by their deviation. Of
+    the `train` labels the share `noise` is changed:
 
     corruption: redraw   to one drawn from all classes, so that some stay right (BOME)
                 shift    to one drawn from the other classes (LancBiO)
@@ -77,7 +82,7 @@ class HyperCleaning(BilevelProblem):
     blocks: Size = 2
 
     @property
-    def pool(self) -> int:
+    def num_tasks(self) -> int:
         return self.blocks
 
     def setup(self) -> None:
@@ -89,7 +94,9 @@ class HyperCleaning(BilevelProblem):
         self._samples = self._cut(self.data)
         self._moments = self._scale(self.data)
         if self._moments.deviation == 0:
-            raise DataError("problem.standardise: all training inputs of the data set are the same number; set it to false")
+            raise DataError(
+                "problem.standardise: all training inputs of the data set are the same number; set it to false"
+            )
         self._stacks: dict[bool, Batch] = {}
         self._views: dict[tuple[bool, int, int], Batch] = {}
 
@@ -106,10 +113,18 @@ class HyperCleaning(BilevelProblem):
                 f"problem.train + problem.validation + problem.selection = {self.train} + {self.validation} + {self.selection} = "
                 f"{wanted} samples; the training part of the data set has {len(labels)}: make one of them smaller"
             )
-        order = self._generator(ORDER).permutation(len(labels)) if self.shuffle else np.arange(len(labels))
-        train, validation, selection = np.split(order[:wanted], [self.train, self.train + self.validation])
+        order = (
+            self._generator(ORDER).permutation(len(labels))
+            if self.shuffle
+            else np.arange(len(labels))
+        )
+        train, validation, selection = np.split(
+            order[:wanted], [self.train, self.train + self.validation]
+        )
         if self.validation_from == "all":
-            validation = self._generator(VALIDATION).permutation(np.setdiff1d(order, selection))[: self.validation]
+            validation = self._generator(VALIDATION).permutation(np.setdiff1d(order, selection))[
+                : self.validation
+            ]
         true = labels[train]
         given = true.copy()
         draw = self._generator(CORRUPTION)
@@ -117,7 +132,9 @@ class HyperCleaning(BilevelProblem):
         if self.corruption == "redraw":
             given[chosen] = draw.integers(0, data.classes, len(chosen))
         else:
-            given[chosen] = (true[chosen] + draw.integers(1, data.classes, len(chosen))) % data.classes
+            given[chosen] = (
+                true[chosen] + draw.integers(1, data.classes, len(chosen))
+            ) % data.classes
         return _Samples(train, validation, selection, given, given != true)
 
     def _generator(self, what: int) -> np.random.Generator:
@@ -131,7 +148,9 @@ class HyperCleaning(BilevelProblem):
         return {"weights": upper["weights"].clamp(0, 1)} if self.weights == "clamp" else upper
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
-        """Views of one stack per process, of all blocks: asked for in every round, and too large to be copied."""
+        """Views of one stack per process, of all blocks: asked for in every round, and too large to
+        be copied.
+        """
         ids = list(task_ids)
         first, count, training = ids[0], len(ids), split == "train"
         if training not in self._stacks:
@@ -140,14 +159,19 @@ class HyperCleaning(BilevelProblem):
         if ids != list(range(first, first + count)):
             return {name: tensor[ids] for name, tensor in stack.items()}
         return self._views.setdefault(
-            (training, first, count), {name: tensor[first : first + count] for name, tensor in stack.items()}
+            (training, first, count),
+            {name: tensor[first : first + count] for name, tensor in stack.items()},
         )
 
     def _training_stack(self) -> Batch:
         part, samples = self.data.examples("train"), self._samples
         given = Examples(part.inputs, torch.zeros_like(part.labels))
         given.labels[torch.from_numpy(samples.train)] = torch.from_numpy(samples.given)
-        return self._train_rows() | self._stack("train", given, samples.train) | self._stack("validation", part, samples.validation)
+        return (
+            self._train_rows()
+            | self._stack("train", given, samples.train)
+            | self._stack("validation", part, samples.validation)
+        )
 
     def _test_stack(self) -> Batch:
         part, samples = self.data.examples("train"), self._samples
@@ -188,7 +212,9 @@ class HyperCleaning(BilevelProblem):
         draw = self._generator(NETWORK)
 
         def normal(units: int, inputs: int) -> Tensor:
-            return like.new_tensor(draw.standard_normal((units, inputs)) / math.sqrt(inputs))  # what goes in keeps its size
+            return like.new_tensor(
+                draw.standard_normal((units, inputs)) / math.sqrt(inputs)
+            )  # what goes in keeps its size
 
         return {
             "hidden.weight": normal(self.hidden, d),
@@ -205,23 +231,37 @@ class HyperCleaning(BilevelProblem):
         penalty = torch.stack([(tensor**2).sum() for tensor in lower.values()]).sum()
         return (batch["train_scale"] * encoded["weights"] * losses).sum() + self.ridge * penalty
 
-    def upper_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+    def upper_gradient(
+        self, encoded: Encoded, lower: Params, batch: Batch
+    ) -> tuple[Tensor, Params] | None:
         if self.model == "mlp":
             return None
         return _softmax_regression(
-            batch["validation_inputs"], batch["validation_labels"], batch["validation_scale"], lower["weight"], lower["bias"]
+            batch["validation_inputs"],
+            batch["validation_labels"],
+            batch["validation_scale"],
+            lower["weight"],
+            lower["bias"],
         )
 
-    def lower_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+    def lower_gradient(
+        self, encoded: Encoded, lower: Params, batch: Batch
+    ) -> tuple[Tensor, Params] | None:
         if self.model == "mlp":
             return None
         scale = batch["train_scale"] * encoded["weights"]
-        value, grads = _softmax_regression(batch["train_inputs"], batch["train_labels"], scale, lower["weight"], lower["bias"])
+        value, grads = _softmax_regression(
+            batch["train_inputs"], batch["train_labels"], scale, lower["weight"], lower["bias"]
+        )
         penalty = torch.stack([(tensor**2).flatten(1).sum(1) for tensor in lower.values()]).sum(0)
-        return value + self.ridge * penalty, {name: grads[name] + 2 * self.ridge * lower[name] for name in lower}
+        return value + self.ridge * penalty, {
+            name: grads[name] + 2 * self.ridge * lower[name] for name in lower
+        }
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
-        """Accuracies and `test_loss`, scaled as the losses are, and counts of samples: right labels, kept ones, and both."""
+        """Accuracies and `test_loss`, scaled as the losses are, and counts of samples: right
+        labels, kept ones, and both.
+        """
         figures = {}
         for name in ("test", "selection") if self.selection > 0 else ("test",):
             hits = self._logits(lower, batch[f"{name}_inputs"]).argmax(1) == batch[f"{name}_labels"]
@@ -232,13 +272,18 @@ class HyperCleaning(BilevelProblem):
         return {
             **figures,
             "test_loss": (batch["test_scale"] * losses).sum(),
-            **{name: which.to(losses.dtype).sum() for name, which in (("right", right), ("kept", kept), ("both", right & kept))},
+            **{
+                name: which.to(losses.dtype).sum()
+                for name, which in (("right", right), ("kept", kept), ("both", right & kept))
+            },
         }
 
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-        """`precision`, `recall` and `f1` of what is kept, from the mean counts, and `f1_wrong` of what is not; 0 where 0/0.
+        """`precision`, `recall` and `f1` of what is kept, from the mean counts, and `f1_wrong` of
+        what is not; 0 where 0/0.
 
-        The papers' F1 is taken to be `f1`, right labels being the positive class: the published level is met so and not with wrong ones.
+        The papers' F1 is taken to be `f1`, right labels being the positive class: the published
+        level is met so and not with wrong ones.
         """
         figures = dict(means)
         right, kept, both = (figures.pop(name) for name in ("right", "kept", "both"))
@@ -251,11 +296,15 @@ class HyperCleaning(BilevelProblem):
         }
 
     def _cross_entropies(self, name: str, lower: Params, batch: Batch) -> Tensor:
-        return functional.cross_entropy(self._logits(lower, batch[f"{name}_inputs"]), batch[f"{name}_labels"], reduction="none")
+        return functional.cross_entropy(
+            self._logits(lower, batch[f"{name}_inputs"]), batch[f"{name}_labels"], reduction="none"
+        )
 
     def _logits(self, lower: Params, inputs: Tensor) -> Tensor:
         if self.model == "mlp":
-            inputs = torch.tanh(functional.linear(inputs, lower["hidden.weight"], lower["hidden.bias"]))
+            inputs = torch.tanh(
+                functional.linear(inputs, lower["hidden.weight"], lower["hidden.bias"])
+            )
         return functional.linear(inputs, lower["weight"], lower["bias"])
 
 
@@ -274,18 +323,23 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _slices(n: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """The numbers 0..n-1 in contiguous blocks of sizes that differ by 1 at most, int64 [blocks, m], and their scales.
+    """The numbers 0..n-1 in contiguous blocks of sizes that differ by 1 at most, int64 [blocks, m],
+    and their scales.
 
-    A scale is blocks / n, so that the mean over blocks of scaled sums is the mean over all n; what fills up a shorter block repeats
-    the number 0 and has scale 0.
+    A scale is blocks / n, so that the mean over blocks of scaled sums is the mean over all n; what
+    fills up a shorter block repeats the number 0 and has scale 0.
     """
     bounds = torch.arange(blocks + 1) * n // blocks
     rows = bounds[:-1, None] + torch.arange(int(bounds.diff().max()))
     real = rows < bounds[1:, None]
-    return torch.where(real, rows, 0), torch.where(real, torch.tensor(blocks / n, dtype=torch.float64), 0.0)
+    return torch.where(real, rows, 0), torch.where(
+        real, torch.tensor(blocks / n, dtype=torch.float64), 0.0
+    )
 
 
-def _softmax_regression(inputs: Tensor, labels: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Params]:
+def _softmax_regression(
+    inputs: Tensor, labels: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Params]:
     """Scaled cross-entropies of a stack, summed, in closed form: values [B] and gradients.
 
     inputs [B, n, d], labels [B, n], scale [B, n], weight [B, classes, d], bias [B, classes].

@@ -1,7 +1,8 @@
-"""Learnable regularisation: one l2 penalty per feature of a linear classifier on sparse counts, learned on validation rows.
+"""Learnable regularisation: one l2 penalty per feature of a linear classifier on sparse counts,
+learned on validation rows.
 
-The problem is the regularisation experiment of the BOME paper (Liu et al., NeurIPS 2022), which is that of Grazzi et al. ("On the
-Iteration Complexity of Hypergradient Computation", ICML 2020).
+The problem is the regularisation experiment of the BOME paper (Liu et al., NeurIPS 2022), which is
+that of Grazzi et al. ("On the Iteration Complexity of Hypergradient Computation", ICML 2020).
 """
 
 from __future__ import annotations
@@ -15,30 +16,35 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bomemeta.core.problem import Batch, BilevelProblem, Encoded, Split
+from bomemeta.core.problem import Batch, Encoded, Problem, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.newsgroups import Documents, DocumentSource, chosen, stratified_halves
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.registry import problems
 
-# The halves of the data set's training and test parts: y is fitted to `train`, x to `validation`; settings are chosen on `selection`.
+# The halves of the data set's training and test parts: y is fitted to `train`, x to `validation`;
+# settings are chosen on `selection`.
 Part = Literal["train", "validation", "test", "selection"]
 
 
 @problems.register("regularisation")
 @dataclass(kw_only=True)
-class Regularisation(BilevelProblem):
-    """x [features] are log-decays, y [features, classes] the weights of a linear softmax without bias:
+class Regularisation(Problem):
+    """x [features] are log-decays, y [features, classes] the weights of a linear softmax without
+    bias:
 
     g = CE(train) + 1/2 mean_jc exp(x_j) y_jc^2,   f = CE(validation),   y from 0.
 
-    The data set's training rows are halved into train and validation, its test rows into test and selection, each by class.
+    The data set's training rows are halved into train and validation, its test rows into test and
+    selection, each by class.
     """
 
     lower: ClassVar[Literal["per_task", "shared"]] = "shared"
     needs_data = True
 
-    blocks: Annotated[int, Field(ge=1)] = 1  # parts that the rows are cut into; f and g are the same for any number
+    blocks: Annotated[int, Field(ge=1)] = (
+        1  # parts that the rows are cut into; f and g are the same for any number
+    )
     log_decay: float = 0.0  # every x_j at step 0
 
     def setup(self) -> None:
@@ -55,22 +61,31 @@ class Regularisation(BilevelProblem):
         }
         for number, (whole, names) in enumerate(halves.items()):
             documents = self.data.documents(whole)
-            for name, chosen_rows in zip(names, stratified_halves(documents.label, (self.seed, number)), strict=True):
+            for name, chosen_rows in zip(
+                names, stratified_halves(documents.label, (self.seed, number)), strict=True
+            ):
                 self._parts[name] = chosen(documents, chosen_rows)
-        fewest, rows = min(((part, len(documents.label)) for part, documents in self._parts.items()), key=lambda pair: pair[1])
+        fewest, rows = min(
+            ((part, len(documents.label)) for part, documents in self._parts.items()),
+            key=lambda pair: pair[1],
+        )
         if rows < self.blocks:
-            raise DataError(f"problem.blocks is {self.blocks}; {fewest} has {rows} rows, and a block needs one: lower it")
+            raise DataError(
+                f"problem.blocks is {self.blocks}; {fewest} has {rows} rows, and a block needs one: lower it"
+            )
         self._cut: dict[tuple[Part, int, torch.device], _Block] = {}
 
     @property
-    def pool(self) -> int:
+    def num_tasks(self) -> int:
         return self.blocks
 
     def init_upper(self, generator: torch.Generator) -> Params:
         return {"log_decay": torch.full((self._features,), self.log_decay, dtype=self.dtype)}
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
-        """The blocks' numbers: the rows, of uneven length, stay in the problem, as products are taken with them."""
+        """The blocks' numbers: the rows, of uneven length, stay in the problem, as products are
+        taken with them.
+        """
         return {"block": torch.tensor(list(task_ids))}
 
     def init_lower(self, encoded: Encoded, batch: Batch) -> Params:
@@ -84,10 +99,19 @@ class Regularisation(BilevelProblem):
         penalty = torch.dot(self._decay(encoded), (weights**2).sum(1)) / 2
         return self._block("train", batch["block"]).loss(weights) + penalty
 
-    def upper_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params]:
-        return _stacked([self._block("validation", i).gradient(y) for i, y in zip(batch["block"], lower["weights"], strict=True)])
+    def upper_gradient(
+        self, encoded: Encoded, lower: Params, batch: Batch
+    ) -> tuple[Tensor, Params]:
+        return _stacked(
+            [
+                self._block("validation", i).gradient(y)
+                for i, y in zip(batch["block"], lower["weights"], strict=True)
+            ]
+        )
 
-    def lower_gradient(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Params]:
+    def lower_gradient(
+        self, encoded: Encoded, lower: Params, batch: Batch
+    ) -> tuple[Tensor, Params]:
         decay = self._decay(encoded)
         results = []
         for i, weights in zip(batch["block"], lower["weights"], strict=True):
@@ -97,14 +121,18 @@ class Regularisation(BilevelProblem):
         return _stacked(results)
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
-        """`test_accuracy`, `test_loss`, `selection_accuracy` and `selection_loss`; the mean over blocks is the whole part's."""
+        """`test_accuracy`, `test_loss`, `selection_accuracy` and `selection_loss`; the mean over
+        blocks is the whole part's.
+        """
         figures = {}
         for part in ("test", "selection"):
             block = self._block(part, batch["block"])
             logits = _product(block.matrix.rows, lower["weights"])
             right = (logits.argmax(1) == block.label).to(logits.dtype).sum()
             figures[f"{part}_accuracy"] = right * block.share
-            figures[f"{part}_loss"] = functional.cross_entropy(logits, block.label, reduction="sum") * block.share
+            figures[f"{part}_loss"] = (
+                functional.cross_entropy(logits, block.label, reduction="sum") * block.share
+            )
         return figures
 
     def _decay(self, encoded: Encoded) -> Tensor:
@@ -116,7 +144,8 @@ class Regularisation(BilevelProblem):
         key = (part, int(number), number.device)
         if key not in self._cut:
             rows = len(self._parts[part].label)
-            # Every `blocks`-th row: the rows are sorted by class, so each block has its share of every class.
+            # Every `blocks`-th row: the rows are sorted by class, so each block has its share of
+            # every class.
             documents = chosen(self._parts[part], torch.arange(key[1], rows, self.blocks))
             row_start, column, value, label = (tensor.to(number.device) for tensor in documents)
             matrix = _Matrix.of(_Rows(row_start, column, value.to(self.dtype)), self._features)
@@ -125,7 +154,9 @@ class Regularisation(BilevelProblem):
 
 
 class _Rows(NamedTuple):
-    """A sparse matrix by rows: row i has `value[k]` in column `column[k]` for k from `start[i]` up to `start[i + 1]`."""
+    """A sparse matrix by rows: row i has `value[k]` in column `column[k]` for k from `start[i]` up
+    to `start[i + 1]`.
+    """
 
     start: Tensor  # int64 [rows + 1]
     column: Tensor  # int64 [entries]
@@ -140,10 +171,17 @@ class _Matrix(NamedTuple):
 
     @classmethod
     def of(cls, rows: _Rows, width: int) -> _Matrix:
-        row = torch.repeat_interleave(torch.arange(len(rows.start) - 1, device=rows.start.device), rows.start.diff())
+        row = torch.repeat_interleave(
+            torch.arange(len(rows.start) - 1, device=rows.start.device), rows.start.diff()
+        )
         order = rows.column.argsort(stable=True)
         counts = torch.bincount(rows.column, minlength=width)
-        return cls(rows, _Rows(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), row[order], rows.value[order]))
+        return cls(
+            rows,
+            _Rows(
+                torch.cat([counts.new_zeros(1), counts.cumsum(0)]), row[order], rows.value[order]
+            ),
+        )
 
     @property
     def transposed(self) -> _Matrix:
@@ -153,15 +191,23 @@ class _Matrix(NamedTuple):
 def _product(rows: _Rows, dense: Tensor) -> Tensor:
     """The sparse matrix times `dense` [columns, k]: [rows, k].
 
-    An embedding bag is this product: as fast here as torch's sparse CSR tensors, which are in beta and warn, and ten times as fast as COO.
+    An embedding bag is this product: as fast here as torch's sparse CSR tensors, which are in beta
+    and warn, and ten times as fast as COO.
     """
     return functional.embedding_bag(
-        rows.column, dense, rows.start, mode="sum", per_sample_weights=rows.value, include_last_offset=True
+        rows.column,
+        dense,
+        rows.start,
+        mode="sum",
+        per_sample_weights=rows.value,
+        include_last_offset=True,
     )
 
 
 class _Linear(torch.autograd.Function):
-    """`_product` whose derivative is again one of its own, with the transpose: differentiable any number of times."""
+    """`_product` whose derivative is again one of its own, with the transpose: differentiable any
+    number of times.
+    """
 
     @staticmethod
     def forward(ctx: Any, dense: Tensor, matrix: _Matrix) -> Tensor:
@@ -174,7 +220,9 @@ class _Linear(torch.autograd.Function):
 
 
 class _Block(NamedTuple):
-    """A part's rows in one block. Losses are summed and scaled, so that their mean over blocks is the mean over the part's rows."""
+    """A part's rows in one block. Losses are summed and scaled, so that their mean over blocks is
+    the mean over the part's rows.
+    """
 
     matrix: _Matrix
     label: Tensor  # int64 [rows]
@@ -197,4 +245,6 @@ class _Block(NamedTuple):
 def _stacked(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Params]:
     values, gradients = zip(*results, strict=True)
     # One block, the usual case: its gradient of 10 MB is not copied.
-    return torch.stack(values), {"weights": gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)}
+    return torch.stack(values), {
+        "weights": gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)
+    }

@@ -1,7 +1,8 @@
-"""`bomemeta reproduce`: the papers' experiments, each rerun from one command into a table and a figure.
+"""`bomemeta reproduce`: the papers' experiments, each rerun from one command into a table and a
+figure.
 
-`experiment.py` says what an experiment is, `runner.py` does one run, `folder.py` keeps what is done, `report.py` writes it up; each paper's
-experiment is a file of its own.
+`experiment.py` says what an experiment is, `runner.py` does one run, `folder.py` keeps what is
+done, `report.py` writes it up; each paper's experiment is a file of its own.
 """
 
 from bomemeta.reproduce.session import EXPERIMENTS, reproduce

@@ -1,30 +1,61 @@
-"""The merely convex toy of the sl-BAMM paper (Liu et al., ICML 2023): g does not contain half of y. Error of x against iterations."""
+"""The merely convex toy of the sl-BAMM paper (Liu et al., ICML 2023): g does not contain half of y.
+Error of x against iterations.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from bomemeta.reproduce.curves import draw_curves, legend
-from bomemeta.reproduce.experiment import Cell, Column, Experiment, Length, Records, Run, Table, merged
+from bomemeta.reproduce.experiment import (
+    Cell,
+    Column,
+    Experiment,
+    Length,
+    Records,
+    Run,
+    Table,
+    merged,
+)
 
 # Equal to configs/analytic_bamm_convex.yaml; a test compares them.
 BASE: dict[str, Any] = {
     "problem": {"name": "analytic", "case": "bamm_convex", "dim_upper": 100},
-    "solver": {"name": "sl_bamm", "schedule": "s3", "mu": 0.9, "p": 10, "tau": 0.025, "lower_lr": 0.1},
+    "solver": {
+        "name": "sl_bamm",
+        "schedule": "s3",
+        "mu": 0.9,
+        "p": 10,
+        "tau": 0.025,
+        "lower_lr": 0.1,
+    },
     "steps": 6000,
     "checkpoint": {"every_steps": 2000},
     "dtype": "float64",
 }
 DIMENSIONS = (10, 100, 1000)
-# The curvature of g is 1 in y_1 and 0 in y_2. No step size helps the methods that take y from g alone.
+# The curvature of g is 1 in y_1 and 0 in y_2. No step size helps the methods that take y from g
+# alone.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sl_bamm": ("sl-BAMM, schedule s3", BASE["solver"]),
-    "bome": ("BOME, T = 10", {"name": "bome", "inner_steps": 10, "inner_lr": 0.1, "lower_lr": 0.1, "upper_lr": 0.1}),
+    "bome": (
+        "BOME, T = 10",
+        {"name": "bome", "inner_steps": 10, "inner_lr": 0.1, "lower_lr": 0.1, "upper_lr": 0.1},
+    ),
     "itd": ("ITD, T = 10", {"name": "itd", "inner_steps": 10, "inner_lr": 0.1, "upper_lr": 0.1}),
-    "aid_cg": ("AID-CG, Q = 10", {"name": "aid_cg", "inner_steps": 10, "inner_lr": 0.1, "aux_steps": 10, "upper_lr": 0.1}),
+    "aid_cg": (
+        "AID-CG, Q = 10",
+        {"name": "aid_cg", "inner_steps": 10, "inner_lr": 0.1, "aux_steps": 10, "upper_lr": 0.1},
+    ),
     "aid_neumann": (
         "AID-Neumann, K = 10",
-        {"name": "aid_neumann", "inner_steps": 10, "inner_lr": 0.1, "aux_steps": 10, "upper_lr": 0.1},
+        {
+            "name": "aid_neumann",
+            "inner_steps": 10,
+            "inner_lr": 0.1,
+            "aux_steps": 10,
+            "upper_lr": 0.1,
+        },
     ),
 }
 # Relative errors of x by the authors' schedule s3 in 100 dimensions.
@@ -32,12 +63,20 @@ PUBLISHED = {1000: 7.43e-2, 3000: 1.37e-3, 6000: 9.09e-6}
 
 
 def make(length: Length, seed: int) -> Experiment:
-    most = {"sl_bamm": 6000, "other": 6000} if length == "full" else {"sl_bamm": 6000, "other": 1000}
+    most = (
+        {"sl_bamm": 6000, "other": 6000} if length == "full" else {"sl_bamm": 6000, "other": 1000}
+    )
     runs = [
         Run(
             name=f"{method}_{dimension}",
             label=f"{label}, {dimension} dimensions",
-            config=merged(BASE, problem={"dim_upper": dimension}, solver=solver, steps=most.get(method, most["other"]), seed=seed),
+            config=merged(
+                BASE,
+                problem={"dim_upper": dimension},
+                solver=solver,
+                steps=most.get(method, most["other"]),
+                seed=seed,
+            ),
             points=60,
         )
         for dimension in DIMENSIONS
@@ -89,7 +128,14 @@ def _draw(figure: Any, records: Records) -> None:
         labels = {f"{method}_{dimension}": label for method, (label, _) in METHODS.items()}
         draw_curves(axes, records, labels, "step", "upper_relative_error", log=True)
         if dimension == 100:
-            axes.plot(list(PUBLISHED), list(PUBLISHED.values()), "x", color="#D55E00", markersize=8, label="published script, s3")
+            axes.plot(
+                list(PUBLISHED),
+                list(PUBLISHED.values()),
+                "x",
+                color="#D55E00",
+                markersize=8,
+                label="published script, s3",
+            )
         axes.set_title(f"{dimension} dimensions")
     panels[0].set_ylabel("|x - x*| / |x*|")
     legend(figure, panels)

@@ -1,11 +1,23 @@
-"""Data hyper-cleaning by BOME's protocol (Liu et al., NeurIPS 2022): BOME and baselines at equal cost, and three references."""
+"""Data hyper-cleaning by BOME's protocol (Liu et al., NeurIPS 2022): BOME and baselines at equal
+cost, and three references.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from bomemeta.reproduce.curves import draw_curves, legend, mark
-from bomemeta.reproduce.experiment import Budget, Cell, Column, Experiment, Length, Records, Run, Table, merged
+from bomemeta.reproduce.experiment import (
+    Budget,
+    Cell,
+    Column,
+    Experiment,
+    Length,
+    Records,
+    Run,
+    Table,
+    merged,
+)
 from bomemeta.reproduce.plain import PlainDescent
 
 DataName = Literal["mnist", "fashion_mnist"]
@@ -13,14 +25,20 @@ TITLES: dict[DataName, str] = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST
 
 # BOME's full run: 500 steps of T + 3 = 4 gradients.
 FULL, SHORT = 2000, 800
-# The short version's training samples. A weight's gradient is 1/n of its loss, so x's step goes with n.
+# The short version's training samples. A weight's gradient is 1/n of its loss, so x's step goes
+# with n.
 SHORT_TRAIN = 10_000
-# Test accuracies that the authors ship as references: trained on the given labels, on the validation set alone, on the right labels.
+# Test accuracies that the authors ship as references: trained on the given labels, on the
+# validation set alone, on the right labels.
 PUBLISHED: dict[DataName, dict[str, float]] = {
     "mnist": {"noisy": 0.8399, "validation": 0.9106, "clean": 0.9252},
     "fashion_mnist": {"noisy": 0.8171, "validation": 0.8238, "clean": 0.8447},
 }
-REFERENCES = {"noisy": "the given labels, half redrawn", "validation": "the validation set alone", "clean": "the right labels"}
+REFERENCES = {
+    "noisy": "the given labels, half redrawn",
+    "validation": "the validation set alone",
+    "clean": "the right labels",
+}
 
 
 def base(data: DataName) -> dict[str, Any]:
@@ -41,29 +59,60 @@ def base(data: DataName) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# x moves with momentum 0.9 for all, as BOME's does. BOME's settings are the shipped config's. What was compared, on the short version's
-# selection samples: x's step 500 and 2,000 for ITD, SOBA and V-PBGD; y's and v's 0.1 and 0.2 for SOBA; penalty 2 and 5 for F2SA, 5 and
-# 10 for V-PBGD. AID-CG, AmIGO and sl-BAMM have the first setting that was tried.
+# x moves with momentum 0.9 for all, as BOME's does. BOME's settings are the shipped config's. What
+# was compared, on the short version's selection samples: x's step 500 and 2,000 for ITD, SOBA and
+# V-PBGD; y's and v's 0.1 and 0.2 for SOBA; penalty 2 and 5 for F2SA, 5 and 10 for V-PBGD. AID-CG,
+# AmIGO and sl-BAMM have the first setting that was tried.
 _MOMENTUM = {"upper_optimizer": "momentum", "momentum": 0.9}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "bome": ("BOME, T = 1", base("mnist")["solver"]),
     "itd": ("ITD, T = 5", {"name": "itd", "inner_steps": 5, "inner_lr": 0.1, "upper_lr": 2000.0}),
-    "aid_cg": ("AID-CG, Q = 5", {"name": "aid_cg", "inner_steps": 5, "inner_lr": 0.1, "aux_steps": 5, "upper_lr": 500.0}),
-    "amigo_cg": ("AmIGO-CG, Q = 1", {"name": "amigo_cg", "inner_steps": 5, "inner_lr": 0.1, "aux_steps": 1, "upper_lr": 500.0}),
+    "aid_cg": (
+        "AID-CG, Q = 5",
+        {"name": "aid_cg", "inner_steps": 5, "inner_lr": 0.1, "aux_steps": 5, "upper_lr": 500.0},
+    ),
+    "amigo_cg": (
+        "AmIGO-CG, Q = 1",
+        {"name": "amigo_cg", "inner_steps": 5, "inner_lr": 0.1, "aux_steps": 1, "upper_lr": 500.0},
+    ),
     "amigo_gd": (
         "AmIGO-GD, Q = 2",
-        {"name": "amigo_gd", "inner_steps": 5, "inner_lr": 0.1, "aux_steps": 2, "aux_lr": 0.1, "upper_lr": 500.0},
+        {
+            "name": "amigo_gd",
+            "inner_steps": 5,
+            "inner_lr": 0.1,
+            "aux_steps": 2,
+            "aux_lr": 0.1,
+            "upper_lr": 500.0,
+        },
     ),
     "soba": ("SOBA", {"name": "soba", "inner_lr": 0.2, "aux_lr": 0.2, "upper_lr": 500.0}),
     "sl_bamm": (
         "sl-BAMM, mu = 0, Cauchy",
-        {"name": "sl_bamm", "schedule": "constant", "mu": 0.0, "lower_lr": 0.1, "aux_step": "cauchy", "upper_lr": 500.0},
+        {
+            "name": "sl_bamm",
+            "schedule": "constant",
+            "mu": 0.0,
+            "lower_lr": 0.1,
+            "aux_step": "cauchy",
+            "upper_lr": 500.0,
+        },
     ),
     "f2sa": (
         "F2SA",
-        {"name": "f2sa", "inner_lr": 0.1, "lower_lr": 0.02, "penalty": 5.0, "penalty_growth": 0.01, "upper_lr": 500.0},
+        {
+            "name": "f2sa",
+            "inner_lr": 0.1,
+            "lower_lr": 0.02,
+            "penalty": 5.0,
+            "penalty_growth": 0.01,
+            "upper_lr": 500.0,
+        },
     ),
-    "vpbgd": ("V-PBGD", {"name": "vpbgd", "inner_lr": 0.1, "lower_lr": 0.02, "penalty": 5.0, "upper_lr": 500.0}),
+    "vpbgd": (
+        "V-PBGD",
+        {"name": "vpbgd", "inner_lr": 0.1, "lower_lr": 0.02, "penalty": 5.0, "upper_lr": 500.0},
+    ),
 }
 
 
@@ -74,7 +123,14 @@ def make(data: DataName, length: Length, seed: int) -> Experiment:
 
     def config(solver: dict[str, Any], **problem: Any) -> dict[str, Any]:
         scaled = {**_MOMENTUM, **solver, "upper_lr": solver["upper_lr"] * train / 50_000}
-        return merged(base(data), problem={"train": train, **problem}, solver=scaled, steps=amount, workers=0, seed=seed)
+        return merged(
+            base(data),
+            problem={"train": train, **problem},
+            solver=scaled,
+            steps=amount,
+            workers=0,
+            seed=seed,
+        )
 
     runs = [
         Run(name=name, label=label, config=config(solver), budget=Budget("gradients", amount))
@@ -89,7 +145,15 @@ def make(data: DataName, length: Length, seed: int) -> Experiment:
     for name, (solver, problem) in plain.items():
         steps = 500 if full else 200
         reference = merged(config(METHODS["bome"][1], **problem), steps=steps)
-        runs.append(Run(name=f"reference_{name}", label=f"trained on {REFERENCES[name]}", config=reference, points=5, plain=solver))
+        runs.append(
+            Run(
+                name=f"reference_{name}",
+                label=f"trained on {REFERENCES[name]}",
+                config=reference,
+                points=5,
+                plain=solver,
+            )
+        )
     return Experiment(
         name=f"hyper_cleaning_{data.removesuffix('_mnist')}",
         title=f"Data hyper-cleaning, BOME's protocol, {TITLES[data]}",
@@ -120,7 +184,14 @@ def _tables(records: Records, data: DataName, amount: int) -> list[Table]:
         equal, timed = record.at("gradients", amount), record.at("seconds", seconds)
         figures = [equal.get(figure) for figure in ("test_accuracy", "f1", "test_loss")]
         rows.append(
-            [METHODS[name][0], equal["step"], *figures, timed.get("test_accuracy"), timed.get("f1"), record.last["seconds"]]
+            [
+                METHODS[name][0],
+                equal["step"],
+                *figures,
+                timed.get("test_accuracy"),
+                timed.get("f1"),
+                record.last["seconds"],
+            ]
         )
     compared = Table(
         title=f"At {amount:,} gradient evaluations, and at {seconds:.1f} CPU seconds",
@@ -133,10 +204,26 @@ def _tables(records: Records, data: DataName, amount: int) -> list[Table]:
     lines: list[list[Cell]] = []
     for name, words in REFERENCES.items():
         found = records.get(f"reference_{name}")
-        figures = [found.last.get("test_accuracy"), found.last.get("test_loss")] if found is not None else [None, None]
+        figures = (
+            [found.last.get("test_accuracy"), found.last.get("test_loss")]
+            if found is not None
+            else [None, None]
+        )
         lines.append([words, *figures, PUBLISHED[data][name]])
-    columns = [Column("trained on"), Column("accuracy, %", ".2%"), Column("loss", ".4f"), Column("published, %", ".2%")]
-    return [compared, Table(title="References: the same model by plain gradient descent", columns=columns, rows=lines)]
+    columns = [
+        Column("trained on"),
+        Column("accuracy, %", ".2%"),
+        Column("loss", ".4f"),
+        Column("published, %", ".2%"),
+    ]
+    return [
+        compared,
+        Table(
+            title="References: the same model by plain gradient descent",
+            columns=columns,
+            rows=lines,
+        ),
+    ]
 
 
 def _draw(figure: Any, records: Records) -> None:
@@ -151,11 +238,16 @@ def _draw(figure: Any, records: Records) -> None:
     draw_curves(panels[0], records, labels, "gradients", "test_accuracy")
     draw_curves(panels[1], records, labels, "seconds", "test_accuracy")
     best = [
-        point["test_accuracy"] for record in records.values() for point in record.curve if point.get("test_accuracy") is not None
+        point["test_accuracy"]
+        for record in records.values()
+        for point in record.curve
+        if point.get("test_accuracy") is not None
     ]
     for axes in panels:
         mark(axes, levels)
         if best and max(best) > 0.5:
-            axes.set_ylim(max(best) - 0.15, max(best) + 0.01)  # the first points of all are far below
+            axes.set_ylim(
+                max(best) - 0.15, max(best) + 0.01
+            )  # the first points of all are far below
     panels[0].set_ylabel("test accuracy")
     legend(figure, panels)

@@ -1,11 +1,22 @@
-"""Learnable l2 on 20 Newsgroups by the protocol of the BOME paper (Liu et al., NeurIPS 2022), beside controls without a learned x."""
+"""Learnable l2 on 20 Newsgroups by the protocol of the BOME paper (Liu et al., NeurIPS 2022),
+beside controls without a learned x.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from bomemeta.reproduce.curves import draw_curves, legend, mark
-from bomemeta.reproduce.experiment import Cell, Column, Experiment, Length, Records, Run, Table, merged
+from bomemeta.reproduce.experiment import (
+    Cell,
+    Column,
+    Experiment,
+    Length,
+    Records,
+    Run,
+    Table,
+    merged,
+)
 from bomemeta.reproduce.plain import PlainDescent
 
 # Equal to configs/l2_newsgroups_bome.yaml; a test compares them.
@@ -37,10 +48,20 @@ LABELS = {"bome": "BOME, T = 10", **{name: label for name, (label, _) in PLAIN.i
 def make(length: Length, seed: int) -> Experiment:
     full = length == "full"
     steps, plain_steps, solve_steps = (300, 1000, 1000) if full else (100, 200, 200)
-    changes: dict[str, Any] = {"steps": steps, "seed": seed, "evaluation": {"solve_steps": solve_steps}}
+    changes: dict[str, Any] = {
+        "steps": steps,
+        "seed": seed,
+        "evaluation": {"solve_steps": solve_steps},
+    }
     runs = [Run(name="bome", label=LABELS["bome"], config=merged(BASE, **changes), points=25)]
     runs += [
-        Run(name=name, label=label, config=merged(BASE, **changes | {"steps": plain_steps}), points=25, plain=solver)
+        Run(
+            name=name,
+            label=label,
+            config=merged(BASE, **changes | {"steps": plain_steps}),
+            points=25,
+            plain=solver,
+        )
         for name, (label, solver) in PLAIN.items()
     ]
     return Experiment(
@@ -69,8 +90,12 @@ def _tables(records: Records) -> list[Table]:
         figures = [final.get(f"{figure}{end}") for end in ("", "_solved") for figure in PUBLISHED]
         change = record.last["upper_change"] if name == "bome" else None
         zero = record.last.get("multiplier_zero_steps")
-        rows.append([LABELS[name], record.last["step"], *figures, change, zero, record.last["seconds"]])
-    rows.append(["published, unregularised", None, *PUBLISHED.values(), None, None, None, None, None])
+        rows.append(
+            [LABELS[name], record.last["step"], *figures, change, zero, record.last["seconds"]]
+        )
+    rows.append(
+        ["published, unregularised", None, *PUBLISHED.values(), None, None, None, None, None]
+    )
     columns = [
         Column("method"), Column("steps", "d"), Column("accuracy at its own y, %", ".2%"), Column("loss at its own y", ".4f"),
         Column("accuracy, solved, %", ".2%"), Column("loss, solved", ".4f"), Column("change of x", ".2g"),
@@ -86,6 +111,9 @@ def _draw(figure: Any, records: Records) -> None:
         draw_curves(axes, records, LABELS, "gradients", name)
         axes.set_title(f"{words} at the run's own y")
         mark(axes, {"published, unregularised": PUBLISHED[name]})
-    if "bome" in records and (solved := records["bome"].final.get("test_accuracy_solved")) is not None:
+    if (
+        "bome" in records
+        and (solved := records["bome"].final.get("test_accuracy_solved")) is not None
+    ):
         mark(panels[0], {"BOME, solved on g alone": solved})
     legend(figure, panels)

@@ -5,22 +5,48 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from bomemeta.reproduce.curves import style
-from bomemeta.reproduce.experiment import Cell, Column, Experiment, Length, Point, Record, Records, Run, Table, merged
+from bomemeta.reproduce.experiment import (
+    Cell,
+    Column,
+    Experiment,
+    Length,
+    Point,
+    Record,
+    Records,
+    Run,
+    Table,
+    merged,
+)
 
 # Equal to configs/analytic_minimax.yaml and configs/analytic_degenerate.yaml; a test compares them.
 MINIMAX: dict[str, Any] = {
     "problem": {"name": "analytic", "case": "minimax"},
-    "solver": {"name": "bome", "inner_steps": 10, "inner_lr": 0.05, "lower_lr": 0.05, "upper_lr": 0.05, "eta": 0.5},
+    "solver": {
+        "name": "bome",
+        "inner_steps": 10,
+        "inner_lr": 0.05,
+        "lower_lr": 0.05,
+        "upper_lr": 0.05,
+        "eta": 0.5,
+    },
     "steps": 2000,
     "dtype": "float64",
 }
 DEGENERATE: dict[str, Any] = {
     "problem": {"name": "analytic", "case": "degenerate"},
-    "solver": {"name": "bome", "inner_steps": 1, "inner_lr": 0.5, "lower_lr": 0.5, "upper_lr": 0.5, "eta": 0.5},
+    "solver": {
+        "name": "bome",
+        "inner_steps": 1,
+        "inner_lr": 0.5,
+        "lower_lr": 0.5,
+        "upper_lr": 0.5,
+        "eta": 0.5,
+    },
     "steps": 2000,
     "dtype": "float64",
 }
-# The paper's script: the same constant step of 0.05 everywhere. (configs/analytic_coreset.yaml has others, which end nearer.)
+# The paper's script: the same constant step of 0.05 everywhere. (configs/analytic_coreset.yaml has
+# others, which end nearer.)
 CORESET = {**MINIMAX, "problem": {"name": "analytic", "case": "coreset"}, "steps": 5000}
 STARTS = ((0.0, 3.0), (-3.0, 1.0), (3.5, -1.0))
 POINTS = ((1.0, 3.0), (3.0, 1.0), (-2.0, 2.0), (-3.0, -2.0))  # that the coreset averages
@@ -55,7 +81,9 @@ def make(length: Length, seed: int) -> Experiment:
         Run(
             name=f"coreset_{number}",
             label=f"coreset from {start}",
-            config=merged(CORESET, problem={"start": list(start)}, steps=5000 if full else 1500, seed=seed),
+            config=merged(
+                CORESET, problem={"start": list(start)}, steps=5000 if full else 1500, seed=seed
+            ),
             points=250,
             variables=True,
         )
@@ -63,7 +91,15 @@ def make(length: Length, seed: int) -> Experiment:
     ]
     for name, config, steps in (("minimax", MINIMAX, 1000), ("degenerate", DEGENERATE, 300)):
         changed = merged(config, seed=seed, **({} if full else {"steps": steps}))
-        runs.append(Run(name=name, label=name, config=changed, points=min(250, changed["steps"]), variables=True))
+        runs.append(
+            Run(
+                name=name,
+                label=name,
+                config=changed,
+                points=min(250, changed["steps"]),
+                variables=True,
+            )
+        )
     return Experiment(
         name="bome_toys",
         title="BOME's toys against their closed forms",
@@ -109,7 +145,13 @@ def _tables(records: Records) -> list[Table]:
         Column("problem"), Column("steps", "d"), Column("numbers"), Column("reached"), Column("closed form"),
         Column("largest error", ".2g"), Column("f", ".4f"), Column("f in closed form", ".4f"),
     ]  # fmt: skip
-    return [Table(title="Final values", columns=columns, rows=[_row(name, record) for name, record in records.items()])]
+    return [
+        Table(
+            title="Final values",
+            columns=columns,
+            rows=[_row(name, record) for name, record in records.items()],
+        )
+    ]
 
 
 def _draw(figure: Any, records: Records) -> None:
@@ -126,16 +168,29 @@ def _draw(figure: Any, records: Records) -> None:
             steps = [point["step"] for point in points]
             for i, dash in enumerate(("-", "--")):
                 line = {**style(number + 1), "linestyle": dash}
-                coreset.plot(steps, [_numbers(name, point)[i] for point in points], label=f"y{i + 1} {label}", **line)
+                coreset.plot(
+                    steps,
+                    [_numbers(name, point)[i] for point in points],
+                    label=f"y{i + 1} {label}",
+                    **line,
+                )
     plane.plot(*SOLUTIONS["coreset"].numbers, "*", color="#000000", markersize=12, label="solution")
     plane.set(title="coreset: y in the plane", xlabel="y1", ylabel="y2")
     _levels(coreset, "coreset: y", SOLUTIONS["coreset"].numbers)
-    for name, axes, names in (("minimax", minimax, ("x", "y")), ("degenerate", degenerate, ("x", "y1", "y2"))):
+    for name, axes, names in (
+        ("minimax", minimax, ("x", "y")),
+        ("degenerate", degenerate, ("x", "y1", "y2")),
+    ):
         if name in records:
             points = _known_points(records[name])
             for i, letter in enumerate(names):
                 line = {**style(i), "linestyle": ("-", "--", ":")[i]}
-                axes.plot([point["step"] for point in points], [_numbers(name, point)[i] for point in points], label=letter, **line)
+                axes.plot(
+                    [point["step"] for point in points],
+                    [_numbers(name, point)[i] for point in points],
+                    label=letter,
+                    **line,
+                )
         _levels(axes, f"{name}: {', '.join(names)}", SOLUTIONS[name].numbers)
     for axes in (plane, coreset, minimax, degenerate):
         if axes.get_legend_handles_labels()[1]:

@@ -1,4 +1,6 @@
-"""What the experiments' figures share: curves over a cost, a colour per run, published values as lines."""
+"""What the experiments' figures share: curves over a cost, a colour per run, published values as
+lines.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,25 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#5
 
 def style(number: int) -> dict[str, Any]:
     """Line style of the run of this number."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3], "linewidth": 1.4}
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
+        "linewidth": 1.4,
+    }
 
 
-def draw_curves(axes: Any, records: Records, labels: Mapping[str, str], cost: Cost, figure: str, *, log: bool = False) -> None:
-    """One curve per run of `labels` that is done and has the figure; a run's colour is its place in `labels`."""
+def draw_curves(
+    axes: Any,
+    records: Records,
+    labels: Mapping[str, str],
+    cost: Cost,
+    figure: str,
+    *,
+    log: bool = False,
+) -> None:
+    """One curve per run of `labels` that is done and has the figure; a run's colour is its place in
+    `labels`.
+    """
     drawn = False
     for number, (name, label) in enumerate(labels.items()):
         if name not in records:
@@ -57,5 +73,10 @@ def legend(figure: Any, panels: Sequence[Any]) -> None:
             found.setdefault(label, handle)
     if found:
         figure.legend(
-            list(found.values()), list(found), loc="outside lower center", ncols=min(len(found), 5), fontsize=8, frameon=False
+            list(found.values()),
+            list(found),
+            loc="outside lower center",
+            ncols=min(len(found), 5),
+            fontsize=8,
+            frameon=False,
         )

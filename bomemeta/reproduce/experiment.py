@@ -11,8 +11,8 @@ from bomemeta.config import load_config
 from bomemeta.reproduce.plain import PlainDescent
 
 Length = Literal["short", "full"]
-# What a run's length can be measured in. `gradients`: evaluations of a gradient, a Hessian product counting as two. `seconds`: CPU time
-# of the steps, without figures taken on the way.
+# What a run's length can be measured in. `gradients`: evaluations of a gradient, a Hessian product
+# counting as two. `seconds`: CPU time of the steps, without figures taken on the way.
 Cost = Literal["step", "gradients", "hessian_products", "seconds"]
 Point = dict[str, Any]
 
@@ -24,7 +24,9 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run. `config` is what `bomemeta.train` takes, its `steps` the most that are taken."""
+    """One training run. `config` is what `bomemeta.train` takes, its `steps` the most that are
+    taken.
+    """
 
     name: str  # of its file
     label: str  # in tables and legends
@@ -51,12 +53,16 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a run left. A point of `curve` has the costs so far, the last step's metrics, and the problem's figures at that y."""
+    """What a run left. A point of `curve` has the costs so far, the last step's metrics, and the
+    problem's figures at that y.
+    """
 
     name: str
     settings: dict[str, Any]
     curve: list[Point]
-    final: dict[str, Any] = field(default_factory=dict)  # as a run's result.json has them under `metrics`
+    final: dict[str, Any] = field(
+        default_factory=dict
+    )  # as a run's result.json has them under `metrics`
     diverged: str | None = None
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +87,9 @@ Records = Mapping[str, Record]  # by the run's name, those that are done
 
 class Column(NamedTuple):
     name: str
-    format: str = "s"  # of a cell that is a number; percentages as in ".2%" stand without their sign
+    format: str = (
+        "s"  # of a cell that is a number; percentages as in ".2%" stand without their sign
+    )
 
 
 Cell = str | float | int | None
@@ -98,7 +106,9 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """`tables` and `draw` get the records that there are, in the runs' order: any number of them may be missing."""
+    """`tables` and `draw` get the records that there are, in the runs' order: any number of them
+    may be missing.
+    """
 
     name: str
     title: str
@@ -110,9 +120,13 @@ class Experiment:
 
 
 def merged(base: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """The config with these keys; a mapping is merged into the section of that name, but a `solver` takes its place."""
+    """The config with these keys; a mapping is merged into the section of that name, but a `solver`
+    takes its place.
+    """
     result = dict(base)
     for key, value in changes.items():
-        below = key != "solver" and isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        below = (
+            key != "solver" and isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        )
         result[key] = {**result[key], **value} if below else value
     return result

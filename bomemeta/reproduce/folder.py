@@ -1,4 +1,6 @@
-"""An experiment's folder: a marker that says what it is of, one JSON file per finished run, then tables and a figure."""
+"""An experiment's folder: a marker that says what it is of, one JSON file per finished run, then
+tables and a figure.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ LAYOUT = 1
 
 
 class Folder:
-    """Opened for one experiment, which `identity` tells from others. Raises ConfigError where something else lies there."""
+    """Opened for one experiment, which `identity` tells from others. Raises ConfigError where
+    something else lies there.
+    """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path.expanduser().resolve()
@@ -26,7 +30,9 @@ class Folder:
         try:
             (self.path / "runs").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"--out: {error.filename} cannot be written: {error.strerror}") from error
+            raise ConfigError(
+                f"--out: {error.filename} cannot be written: {error.strerror}"
+            ) from error
         self.write(MARKER, json.dumps(dict(identity), indent=1) + "\n")
 
     def _check(self, identity: Mapping[str, Any]) -> None:
@@ -49,14 +55,19 @@ class Folder:
             )
 
     def load(self, run: Run) -> Record | None:
-        """The record of this run with these settings, if it is there; one of other settings counts as none."""
+        """The record of this run with these settings, if it is there; one of other settings counts
+        as none.
+        """
         found = _read(self._file(run.name))
         if found.get("layout") != LAYOUT or found.get("settings") != run.settings():
             return None
         return Record(**{field.name: found[field.name] for field in dataclasses.fields(Record)})
 
     def save(self, record: Record) -> None:
-        self.write(f"runs/{record.name}.json", json.dumps({"layout": LAYOUT, **dataclasses.asdict(record)}, indent=1) + "\n")
+        self.write(
+            f"runs/{record.name}.json",
+            json.dumps({"layout": LAYOUT, **dataclasses.asdict(record)}, indent=1) + "\n",
+        )
 
     def write(self, name: str, text: str | bytes) -> None:
         path = self.path / name
@@ -64,7 +75,9 @@ class Folder:
             with written_whole(path) as file:
                 file.write(text.encode() if isinstance(text, str) else text)
         except OSError as error:
-            raise BomemetaError(f"{path} could not be written: {error.strerror or error}. See to the disk and run again") from error
+            raise BomemetaError(
+                f"{path} could not be written: {error.strerror or error}. See to the disk and run again"
+            ) from error
 
     def _file(self, name: str) -> Path:
         return self.path / "runs" / f"{name}.json"
@@ -80,4 +93,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _words(identity: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in identity.items()) or "whose marker cannot be read"
+    return (
+        ", ".join(f"{key} {value}" for key, value in identity.items())
+        or "whose marker cannot be read"
+    )

@@ -1,4 +1,6 @@
-"""Data hyper-cleaning by LancBiO's protocol (Gao, Yang, Yuan, ICLR 2025), at equal Hessian products and at equal time."""
+"""Data hyper-cleaning by LancBiO's protocol (Gao, Yang, Yuan, ICLR 2025), at equal Hessian products
+and at equal time.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,24 @@ from typing import Any
 
 from bomemeta.reproduce.bome_cleaning import TITLES, DataName
 from bomemeta.reproduce.curves import draw_curves, legend, mark
-from bomemeta.reproduce.experiment import Budget, Cell, Column, Cost, Experiment, Length, Record, Records, Run, Table, merged
+from bomemeta.reproduce.experiment import (
+    Budget,
+    Cell,
+    Column,
+    Cost,
+    Experiment,
+    Length,
+    Record,
+    Records,
+    Run,
+    Table,
+    merged,
+)
 
 # LancBiO's steps, of 1 + 1/m products each; the paper's 3,000 in the full version.
 FULL, SHORT = 3000, 300
-# The share of labels that are wrong, and test accuracies read off the paper's plots (+- 0.3 points).
+# The share of labels that are wrong, and test accuracies read off the paper's plots (+- 0.3
+# points).
 NOISE: dict[DataName, float] = {"mnist": 0.8, "fashion_mnist": 0.5}
 # By the data's mean and deviation, or by the ones that the authors' loader has.
 STANDARDISE: dict[DataName, bool | list[float]] = {"mnist": True, "fashion_mnist": [0.5, 0.5]}
@@ -44,18 +59,41 @@ def base(data: DataName) -> dict[str, Any]:
 _Y_AND_X = {"inner_lr": 0.1, "upper_lr": 500.0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lancbio": ("LancBiO, m = 10, I = 5", base("mnist")["solver"]),
-    "amigo_cg": ("AmIGO-CG, Q = 5, I = 10", {"name": "amigo_cg", **_Y_AND_X, "inner_steps": 10, "aux_steps": 5}),
-    "amigo_gd": ("AmIGO-GD, Q = 5, I = 10", {"name": "amigo_gd", **_Y_AND_X, "inner_steps": 10, "aux_steps": 5, "aux_lr": 0.05}),
+    "amigo_cg": (
+        "AmIGO-CG, Q = 5, I = 10",
+        {"name": "amigo_cg", **_Y_AND_X, "inner_steps": 10, "aux_steps": 5},
+    ),
+    "amigo_gd": (
+        "AmIGO-GD, Q = 5, I = 10",
+        {"name": "amigo_gd", **_Y_AND_X, "inner_steps": 10, "aux_steps": 5, "aux_lr": 0.05},
+    ),
     "subbio": ("SubBiO, I = 5", {"name": "subbio", **_Y_AND_X, "inner_steps": 5, "aux_lr": 0.05}),
     "soba": ("SOBA", {"name": "soba", **_Y_AND_X, "aux_lr": 0.05}),
-    "stocbio": ("stocBiO, Q = 10, I = 10", {"name": "stocbio", **_Y_AND_X, "inner_steps": 10, "aux_steps": 10, "aux_lr": 0.05}),
+    "stocbio": (
+        "stocBiO, Q = 10, I = 10",
+        {"name": "stocbio", **_Y_AND_X, "inner_steps": 10, "aux_steps": 10, "aux_lr": 0.05},
+    ),
     "f2sa": (
         "F2SA, I = 1",
-        {"name": "f2sa", **_Y_AND_X, "inner_steps": 1, "lower_lr": 0.02, "penalty": 2.0, "penalty_growth": 0.01},
+        {
+            "name": "f2sa",
+            **_Y_AND_X,
+            "inner_steps": 1,
+            "lower_lr": 0.02,
+            "penalty": 2.0,
+            "penalty_growth": 0.01,
+        },
     ),
 }
-OTHERWISE: dict[DataName, dict[str, dict[str, Any]]] = {"mnist": {}, "fashion_mnist": {"amigo_cg": {"upper_lr": 100.0}}}
-FIGURES = {"test_accuracy": "test accuracy", "hypergradient_norm": "|hypergradient|", "residual": "|A v - b|"}
+OTHERWISE: dict[DataName, dict[str, dict[str, Any]]] = {
+    "mnist": {},
+    "fashion_mnist": {"amigo_cg": {"upper_lr": 100.0}},
+}
+FIGURES = {
+    "test_accuracy": "test accuracy",
+    "hypergradient_norm": "|hypergradient|",
+    "residual": "|A v - b|",
+}
 
 
 def make(data: DataName, length: Length, seed: int) -> Experiment:
@@ -65,7 +103,9 @@ def make(data: DataName, length: Length, seed: int) -> Experiment:
         Run(
             name=name,
             label=label,
-            config=merged(base(data), solver=solver | OTHERWISE[data].get(name, {}), steps=steps, seed=seed),
+            config=merged(
+                base(data), solver=solver | OTHERWISE[data].get(name, {}), steps=steps, seed=seed
+            ),
             # f2sa has no products: it takes all steps.
             budget=Budget("hessian_products", products) if name != "f2sa" else None,
             points=50,
@@ -91,7 +131,10 @@ def make(data: DataName, length: Length, seed: int) -> Experiment:
 
 
 def _tables(records: Records, data: DataName, products: int) -> list[Table]:
-    seconds = min((record.last["seconds"] for record in records.values() if record.diverged is None), default=0.0)
+    seconds = min(
+        (record.last["seconds"] for record in records.values() if record.diverged is None),
+        default=0.0,
+    )
     rows = [_row(name, record, data, seconds) for name, record in records.items()]
     columns = [
         Column("method"), Column("steps", "d"), Column("products", ".0f"), Column("accuracy, %", ".2%"), Column("F1", ".4f"),
@@ -99,12 +142,20 @@ def _tables(records: Records, data: DataName, products: int) -> list[Table]:
         Column("residual at equal time", ".1e"), Column("CPU seconds", ".0f"),
         Column("published accuracy, %", ".2%"), Column("published residual", ".1e"),
     ]  # fmt: skip
-    return [Table(title=f"At {products:,} Hessian products, and at {seconds:.1f} CPU seconds", columns=columns, rows=rows)]
+    return [
+        Table(
+            title=f"At {products:,} Hessian products, and at {seconds:.1f} CPU seconds",
+            columns=columns,
+            rows=rows,
+        )
+    ]
 
 
 def _row(name: str, record: Record, data: DataName, seconds: float) -> list[Cell]:
     last, timed = record.last, record.at("seconds", seconds)
-    figures = [last.get(figure) for figure in ("test_accuracy", "f1", "hypergradient_norm", "residual")]
+    figures = [
+        last.get(figure) for figure in ("test_accuracy", "f1", "hypergradient_norm", "residual")
+    ]
     return [
         METHODS[name][0], last["step"], last["hessian_products"] or None, *figures, timed.get("test_accuracy"), timed.get("residual"),
         last["seconds"], PUBLISHED[data][name], PUBLISHED_RESIDUAL.get(name) if data == "mnist" else None,

@@ -1,11 +1,23 @@
-"""LancBiO's synthetic quadratic (Gao, Yang, Yuan, ICLR 2025): error, hypergradient and residual against steps and Hessian products."""
+"""LancBiO's synthetic quadratic (Gao, Yang, Yuan, ICLR 2025): error, hypergradient and residual
+against steps and Hessian products.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from bomemeta.reproduce.curves import draw_curves, legend
-from bomemeta.reproduce.experiment import Cell, Column, Cost, Experiment, Length, Records, Run, Table, merged
+from bomemeta.reproduce.experiment import (
+    Cell,
+    Column,
+    Cost,
+    Experiment,
+    Length,
+    Records,
+    Run,
+    Table,
+    merged,
+)
 
 # Equal to configs/analytic_lancbio_synthetic.yaml; a test compares them.
 BASE: dict[str, Any] = {
@@ -18,8 +30,9 @@ BASE: dict[str, Any] = {
     "dtype": "float64",
 }  # fmt: skip
 _Y_AND_X = {"inner_steps": 5, "inner_lr": 0.01, "upper_lr": 0.02}
-# The largest curvature of g is 100: v's step is 1/100, as y's. x's step is the one of 0.02 (the base's) and 0.005 that ends nearer to x*
-# after 1,500 steps; 0.002 was tried too, but not for AmIGO-CG, stocBiO and LancBiO with m = 5, 10 and 20.
+# The largest curvature of g is 100: v's step is 1/100, as y's. x's step is the one of 0.02 (the
+# base's) and 0.005 that ends nearer to x* after 1,500 steps; 0.002 was tried too, but not for
+# AmIGO-CG, stocBiO and LancBiO with m = 5, 10 and 20.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lancbio_10": ("LancBiO, m = 10", BASE["solver"]),
     "lancbio_1": ("LancBiO, m = 1", {**BASE["solver"], "subspace": 1, "upper_lr": 0.005}),
@@ -27,17 +40,29 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lancbio_20": ("LancBiO, m = 20", {**BASE["solver"], "subspace": 20}),
     "subbio": ("SubBiO", {"name": "subbio", **_Y_AND_X, "upper_lr": 0.005, "aux_lr": 0.01}),
     "amigo_cg": ("AmIGO-CG, Q = 5", {"name": "amigo_cg", **_Y_AND_X, "aux_steps": 5}),
-    "amigo_gd": ("AmIGO-GD, Q = 5", {"name": "amigo_gd", **_Y_AND_X, "upper_lr": 0.005, "aux_steps": 5, "aux_lr": 0.01}),
+    "amigo_gd": (
+        "AmIGO-GD, Q = 5",
+        {"name": "amigo_gd", **_Y_AND_X, "upper_lr": 0.005, "aux_steps": 5, "aux_lr": 0.01},
+    ),
     "soba": ("SOBA", {"name": "soba", "inner_lr": 0.01, "upper_lr": 0.002, "aux_lr": 0.01}),
     "stocbio": ("stocBiO, Q = 5", {"name": "stocbio", **_Y_AND_X, "aux_steps": 5, "aux_lr": 0.01}),
 }
-FIGURES = {"upper_relative_error": "|x - x*| / |x*|", "hypergradient_norm": "|hypergradient|", "residual": "|A v - b|"}
+FIGURES = {
+    "upper_relative_error": "|x - x*| / |x*|",
+    "hypergradient_norm": "|hypergradient|",
+    "residual": "|A v - b|",
+}
 
 
 def make(length: Length, seed: int) -> Experiment:
     steps = BASE["steps"] if length == "full" else 1500
     runs = [
-        Run(name=name, label=label, config=merged(BASE, solver=solver, steps=steps, seed=seed), points=100)
+        Run(
+            name=name,
+            label=label,
+            config=merged(BASE, solver=solver, steps=steps, seed=seed),
+            points=100,
+        )
         for name, (label, solver) in METHODS.items()
     ]
     return Experiment(
@@ -69,7 +94,11 @@ def _tables(records: Records) -> list[Table]:
     rows: list[list[Cell]] = []
     for name, record in records.items():
         last = record.last
-        equal = record.at("hessian_products", least) if least is not None and last["hessian_products"] >= least else {}
+        equal = (
+            record.at("hessian_products", least)
+            if least is not None and last["hessian_products"] >= least
+            else {}
+        )
         rows.append(
             [
                 METHODS[name][0], last["step"], last["hessian_products"], *(last.get(figure) for figure in FIGURES),

@@ -1,4 +1,6 @@
-"""Records to table.json, table.md and figure.png: the same rows once as numbers, once to be read, once to be looked at."""
+"""Records to table.json, table.md and figure.png: the same rows once as numbers, once to be read,
+once to be looked at.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from bomemeta.reproduce.experiment import Cell, Column, Experiment, Record, Reco
 from bomemeta.reproduce.folder import Folder
 
 
-def write(folder: Folder, experiment: Experiment, records: Records, identity: dict[str, Any]) -> None:
+def write(
+    folder: Folder, experiment: Experiment, records: Records, identity: dict[str, Any]
+) -> None:
     """Tables and figure of the runs that are done."""
     tables = experiment.tables(records)
     missing = [run.name for run in experiment.runs if run.name not in records]
@@ -23,7 +27,9 @@ def write(folder: Folder, experiment: Experiment, records: Records, identity: di
         "runs_missing": missing,
         "tables": [_as_json(table) for table in tables],
         "notes": list(experiment.notes),
-        "diverged": {name: record.diverged for name, record in records.items() if record.diverged is not None},
+        "diverged": {
+            name: record.diverged for name, record in records.items() if record.diverged is not None
+        },
         "environments": _environments(records.values()),
     }
     folder.write("table.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -34,7 +40,11 @@ def write(folder: Folder, experiment: Experiment, records: Records, identity: di
 def markdown(result: dict[str, Any], tables: Sequence[Table]) -> str:
     """table.md of what is in table.json."""
     length = f"{result['length']} version, seed {result['seed']}"
-    lines = [f"# {result['title']}", "", f"{result['source']}. `bomemeta reproduce {result['experiment']}`, {length}."]
+    lines = [
+        f"# {result['title']}",
+        "",
+        f"{result['source']}. `bomemeta reproduce {result['experiment']}`, {length}.",
+    ]
     for table in tables:
         lines += ["", f"**{table.title}**", "", *table_lines(table)]
     for run, words in result["diverged"].items():
@@ -42,13 +52,20 @@ def markdown(result: dict[str, Any], tables: Sequence[Table]) -> str:
     if result["runs_missing"]:
         lines += ["", f"Not done yet, and missing above: {', '.join(result['runs_missing'])}."]
     lines += [line for note in result["notes"] for line in ("", note)]
-    lines += [line for found in result["environments"] for line in ("", f"{environment_line(found)}, one thread.")]
+    lines += [
+        line
+        for found in result["environments"]
+        for line in ("", f"{environment_line(found)}, one thread.")
+    ]
     return "\n".join(lines) + "\n"
 
 
 def table_lines(table: Table) -> list[str]:
     """The table as Markdown; a bar within a cell is written `\\|`."""
-    rows = [[_text(cell, column) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows]
+    rows = [
+        [_text(cell, column) for cell, column in zip(row, table.columns, strict=True)]
+        for row in table.rows
+    ]
     cells = [[column.name for column in table.columns], ["---"] * len(table.columns), *rows]
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells]
 
@@ -62,7 +79,10 @@ def _text(cell: Cell, column: Column) -> str:
 
 def _as_json(table: Table) -> dict[str, Any]:
     names = [column.name for column in table.columns]
-    return {"title": table.title, "rows": [dict(zip(names, row, strict=True)) for row in table.rows]}
+    return {
+        "title": table.title,
+        "rows": [dict(zip(names, row, strict=True)) for row in table.rows],
+    }
 
 
 def _environments(records: Any) -> list[dict[str, Any]]:

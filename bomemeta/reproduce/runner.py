@@ -1,4 +1,6 @@
-"""One run of an experiment, in this process: the engine's steps in stretches, with figures in between that no clock sees."""
+"""One run of an experiment, in this process: the engine's steps in stretches, with figures in
+between that no clock sees.
+"""
 
 from __future__ import annotations
 
@@ -84,11 +86,22 @@ class _Course:
         cpu, wall = time.process_time(), time.perf_counter()
 
         def stop() -> bool:
-            spent = self._seconds + time.process_time() - cpu if cost == "seconds" else self._spent(cost)
+            spent = (
+                self._seconds + time.process_time() - cpu
+                if cost == "seconds"
+                else self._spent(cost)
+            )
             return spent >= goal * (1 - 1e-9)
 
         try:
-            engine.fit(self._job, self._state, log=self._log, save=_ignore, roll_back=_impossible, stop=stop)
+            engine.fit(
+                self._job,
+                self._state,
+                log=self._log,
+                save=_ignore,
+                roll_back=_impossible,
+                stop=stop,
+            )
         finally:
             self._seconds += time.process_time() - cpu
             self._wall_s += time.perf_counter() - wall
@@ -101,12 +114,21 @@ class _Course:
         counts = self._state.figures
         products = counts.get("hessian_products", 0.0)
         gradients = counts.get("gradient_evaluations", 0.0) + PRODUCT_COST * products
-        return {"step": self._state.step, "gradients": gradients, "hessian_products": products, "seconds": self._seconds}[cost]
+        return {
+            "step": self._state.step,
+            "gradients": gradients,
+            "hessian_products": products,
+            "seconds": self._seconds,
+        }[cost]
 
     def _take_point(self) -> None:
         moved = _change(self._start, self._state.upper.params)
-        told = {name: value for name, value in self._metrics.items() if not name.endswith(_NOT_FIGURES)}
-        point: Point = {name: self._spent(name) for name in ("step", "gradients", "hessian_products", "seconds")}
+        told = {
+            name: value for name, value in self._metrics.items() if not name.endswith(_NOT_FIGURES)
+        }
+        point: Point = {
+            name: self._spent(name) for name in ("step", "gradients", "hessian_products", "seconds")
+        }
         point |= {"wall_s": self._wall_s, "upper_change": moved}
         point |= _finite(told | _figures(self._job, self._state))
         if "multiplier_zero_share" in told:
@@ -120,9 +142,19 @@ def _figures(job: Job, state: State) -> dict[str, float]:
     """The problem's figures at the y that the run carries."""
     shared = job.problem.lower == "shared"
     split: Split = "test" if shared else "train"
-    run = job.run_on(range(job.problem.pool or 0), job.config.shards, step=state.step, split=split, differentiable=False)
+    run = job.run_on(
+        range(job.problem.num_tasks or 0),
+        job.config.shards,
+        step=state.step,
+        split=split,
+        differentiable=False,
+    )
     sums, _ = run(evaluate, job.solver, state.upper.params, state.lower, steps=0)
-    means = {name.removeprefix("sum/"): float(value) / run.tasks for name, value in sums.items() if name.startswith("sum/")}
+    means = {
+        name.removeprefix("sum/"): float(value) / run.tasks
+        for name, value in sums.items()
+        if name.startswith("sum/")
+    }
     return job.problem.summary(means)
 
 

@@ -1,4 +1,6 @@
-"""An experiment from start to end: the runs that are not done yet, then tables and the figure, after an interruption too."""
+"""An experiment from start to end: the runs that are not done yet, then tables and the figure,
+after an interruption too.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bomemeta.errors import ConfigError
-from bomemeta.reproduce import bamm_toy, bome_cleaning, bome_l2, bome_toys, lancbio_cleaning, lancbio_synthetic, report
+from bomemeta.reproduce import (
+    bamm_toy,
+    bome_cleaning,
+    bome_l2,
+    bome_toys,
+    lancbio_cleaning,
+    lancbio_synthetic,
+    report,
+)
 from bomemeta.reproduce.experiment import Experiment, Length, Record, Run
 from bomemeta.reproduce.folder import Folder
 from bomemeta.reproduce.runner import execute
@@ -38,17 +48,23 @@ def reproduce(
     say: Say = lambda text: None,
     change: Callable[[Run], Run] = lambda run: run,
 ) -> Path:
-    """Runs the experiment's runs that its folder does not hold yet, and returns the folder: table.md, table.json, figure.png, runs/.
+    """Runs the experiment's runs that its folder does not hold yet, and returns the folder:
+    table.md, table.json, figure.png, runs/.
 
-    `out`: by default reproduced/NAME, with -full and -seedN where these are not the defaults. `say` hears one line per run; `change` sees
-    every run before it starts, as tests do that cut it down. Raises ConfigError for an unknown name or a folder that holds something else.
+    `out`: by default reproduced/NAME, with -full and -seedN where these are not the defaults. `say`
+    hears one line per run; `change` sees every run before it starts, as tests do that cut it down.
+    Raises ConfigError for an unknown name or a folder that holds something else.
     """
     experiment = _made(name, full, seed)
     identity = {"experiment": name, "length": "full" if full else "short", "seed": seed}
     runs = [change(run) for run in experiment.runs]
-    settings = [run.settings() for run in runs]  # what is wrong with a config is said before the first run
+    settings = [
+        run.settings() for run in runs
+    ]  # what is wrong with a config is said before the first run
     folder = Folder(Path(out) if out is not None else _default_out(name, full, seed), identity)
-    records: dict[str, Record] = {run.name: record for run in runs if (record := folder.load(run)) is not None}
+    records: dict[str, Record] = {
+        run.name: record for run in runs if (record := folder.load(run)) is not None
+    }
     left = [run for run in runs if run.name not in records]
     say(f"{name}: {len(settings)} runs, {len(records)} of them done before, into {folder.path}")
     started = time.perf_counter()
@@ -56,10 +72,18 @@ def reproduce(
         for number, run in enumerate(left, 1):
             record = execute(run)
             folder.save(record)
-            records = {each.name: records.get(each.name, record) for each in runs if each.name in records or each is run}
-            say(_progress(run, record, len(left) - number, (time.perf_counter() - started) / number))
+            records = {
+                each.name: records.get(each.name, record)
+                for each in runs
+                if each.name in records or each is run
+            }
+            say(
+                _progress(run, record, len(left) - number, (time.perf_counter() - started) / number)
+            )
     except KeyboardInterrupt:
-        say(f"{len(records)} of {len(runs)} runs are done and kept; the same command goes on from there")
+        say(
+            f"{len(records)} of {len(runs)} runs are done and kept; the same command goes on from there"
+        )
         report.write(folder, experiment, records, identity)
         raise
     report.write(folder, experiment, records, identity)
@@ -75,7 +99,9 @@ def _made(name: str, full: bool, seed: int) -> Experiment:
 
 
 def _default_out(name: str, full: bool, seed: int) -> Path:
-    return Path("reproduced") / (name + ("-full" if full else "") + (f"-seed{seed}" if seed != 0 else ""))
+    return Path("reproduced") / (
+        name + ("-full" if full else "") + (f"-seed{seed}" if seed != 0 else "")
+    )
 
 
 def _progress(run: Run, record: Record, left: int, each_s: float) -> str:

@@ -1,11 +1,13 @@
-"""A-GEM: y along the gradient of the incoming batch, less what of it would make the memory's loss grow.
+"""A-GEM: y along the gradient of the incoming batch, less what of it would make the memory's loss
+grow.
 
 Source: Chaudhry, Ranzato, Rohrbach, Elhoseiny, "Efficient Lifelong Learning with A-GEM", ICLR 2019.
 
     d = grad_y g (the incoming batch),  m = grad_y f (samples of the memory)
     y <- y - inner_lr (d - min(<d, m>, 0) / |m|^2 m),  `inner_steps` times
 
-For problem `continual` with `objective: finetune`, whose g is the batch and whose f is the memory. x stands still.
+For problem `continual` with `objective: finetune`, whose g is the batch and whose f is the memory.
+x stands still.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def descend_projected(solver: AGem, oracle: Oracle, lower: LowerGroups | None) -
 
 
 def projected(direction: Params, memory: Params) -> tuple[Params, Tensor]:
-    """d - min(<d, m>, 0) / |m|^2 m of two stacks, and per task whether <d, m> was below 0. Where m is 0 there is no conflict."""
+    """d - min(<d, m>, 0) / |m|^2 m of two stacks, and per task whether <d, m> was below 0. Where m
+    is 0 there is no conflict.
+    """
     inner, square = tree.dot_tasks(direction, memory), tree.dot_tasks(memory, memory)
     conflict = inner < 0
     scale = torch.where(conflict, inner / torch.where(conflict, square, 1.0), 0.0)

@@ -1,8 +1,10 @@
 """AID-CG: approximate implicit differentiation with conjugate gradients, from v = 0 at every step.
 
-Source: Grazzi, Franceschi, Pontil, Salzo, "On the Iteration Complexity of Hypergradient Computation", ICML 2020.
+Source: Grazzi, Franceschi, Pontil, Salzo, "On the Iteration Complexity of Hypergradient
+Computation", ICML 2020.
 
-Costs `aux_steps` Hessian products and one cross product per step. Nothing but y is kept with a task.
+Costs `aux_steps` Hessian products and one cross product per step. Nothing but y is kept with a
+task.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""AID-Neumann: the inverse Hessian as a truncated Neumann series, v = aux_lr sum_{i < K} (I - aux_lr A)^i b.
+"""AID-Neumann: the inverse Hessian as a truncated Neumann series, v = aux_lr sum_{i < K} (I -
+aux_lr A)^i b.
 
-Source: Grazzi, Franceschi, Pontil, Salzo, "On the Iteration Complexity of Hypergradient Computation", ICML 2020.
+Source: Grazzi, Franceschi, Pontil, Salzo, "On the Iteration Complexity of Hypergradient
+Computation", ICML 2020.
 
-Costs K - 1 Hessian products and one cross product per step; `aux_lr` has to be below 2 / (the largest curvature of g).
+Costs K - 1 Hessian products and one cross product per step; `aux_lr` has to be below 2 / (the
+largest curvature of g).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """AmIGO-CG: v by `aux_steps` steps of conjugate gradients that go on from the last outer step's v.
 
-Source: Arbel, Mairal, "Amortized Implicit Differentiation for Stochastic Bilevel Optimization", ICLR 2022.
+Source: Arbel, Mairal, "Amortized Implicit Differentiation for Stochastic Bilevel Optimization",
+ICLR 2022.
 
 Costs Q + 1 Hessian products and one cross product per step.
 """

@@ -1,6 +1,7 @@
 """AmIGO-GD: v by `aux_steps` gradient steps that go on from the last outer step's v.
 
-Source: Arbel, Mairal, "Amortized Implicit Differentiation for Stochastic Bilevel Optimization", ICLR 2022.
+Source: Arbel, Mairal, "Amortized Implicit Differentiation for Stochastic Bilevel Optimization",
+ICLR 2022.
 
     v <- v - aux_lr (A v - b),  Q times
 

@@ -1,6 +1,8 @@
-"""ANIL: MAML whose inner steps move the last layer alone; the backbone's features are computed once.
+"""ANIL: MAML whose inner steps move the last layer alone; the backbone's features are computed
+once.
 
-Raghu, Raghu, Bengio, Vinyals, "Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML", ICLR 2020.
+Raghu, Raghu, Bengio, Vinyals, "Rapid Learning or Feature Reuse? Towards Understanding the
+Effectiveness of MAML", ICLR 2020.
 
     x = (b, h),  h_i(x) = h after T gradient steps on CE(support_i; b, .)      d_i = d CE(queries_i; b, h_i(x)) / dx, through the steps
 
@@ -24,10 +26,12 @@ from bomemeta.solvers.learner_options import LearnerOptions, Network, NetworkPro
 @solvers.register("anil")
 @dataclass(frozen=True, kw_only=True)
 class ANIL(LearnerOptions):
-    """ANIL through learn2learn (Raghu et al., ICLR 2020), second order: only the head adapts, on features computed once.
+    """ANIL through learn2learn (Raghu et al., ICLR 2020), second order: only the head adapts, on
+    features computed once.
 
-    For `problem: {name: few_shot, form: network}` with fresh episodes; `problem.regularisation` plays no part. The support features
-    take BatchNorm statistics of the support set, as in that form, where learn2learn's own example takes support and queries together.
+    For `problem: {name: few_shot, form: network}` with fresh episodes; `problem.regularisation`
+    plays no part. The support features take BatchNorm statistics of the support set, as in that
+    form, where learn2learn's own example takes support and queries together.
     """
 
     def learner(self, problem: NetworkProblem, x: Params, task: Batch, follow: bool) -> Any:

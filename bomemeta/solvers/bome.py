@@ -1,6 +1,8 @@
-"""BOME: bilevel optimisation with a dynamic barrier on the value-function gap; first order, memory independent of T.
+"""BOME: bilevel optimisation with a dynamic barrier on the value-function gap; first order, memory
+independent of T.
 
-Liu, Ye, Wright, Stone, Liu, "BOME! Bilevel Optimization Made Easy: A Simple First-Order Approach", NeurIPS 2022.
+Liu, Ye, Wright, Stone, Liu, "BOME! Bilevel Optimization Made Easy: A Simple First-Order Approach",
+NeurIPS 2022.
 
     y_T     = y after T gradient steps on g(x, .), started at the current y, held constant
     q       = g(x, y) - g(x, y_T)
@@ -8,8 +10,8 @@ Liu, Ye, Wright, Stone, Liu, "BOME! Bilevel Optimization Made Easy: A Simple Fir
     lambda  = max( (phi - <grad f, grad q>) / |grad q|^2, 0 )
     (x, y) <- (x, y) - (upper_lr, lower_lr) * (grad f + lambda grad q)
 
-Over N separable tasks f, g and q are means over tasks; inner products over the lower blocks are averaged with 1/N, so that N = 1 is
-the paper and repeating every task changes nothing.
+Over N separable tasks f, g and q are means over tasks; inner products over the lower blocks are
+averaged with 1/N, so that N = 1 is the paper and repeating every task changes nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +27,22 @@ from bomemeta.core import tree
 from bomemeta.core.barrier import Barrier, Phi, barrier, stationarity
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import Oracle, Term
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult, Sums, mean_sums
+from bomemeta.core.solver import (
+    KernelResult,
+    LowerGroups,
+    LowerStates,
+    Run,
+    StepResult,
+    Sums,
+    mean_sums,
+)
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import Schedule, UpperVariable, schedule_factor
 from bomemeta.registry import solvers
 from bomemeta.solvers.upper_options import UpperOptions
 
-# T_eval of `examine`: K measured with the training T cannot see the bias that comes from T being finite.
+# T_eval of `examine`: K measured with the training T cannot see the bias that comes from T being
+# finite.
 EXAMINE_FACTOR = 10
 
 Positive = Annotated[float, Field(gt=0)]
@@ -43,9 +54,10 @@ Count = Annotated[int, Field(ge=0)]
 class BOME(UpperOptions):
     """First-order bilevel optimisation with a dynamic barrier (Liu et al., NeurIPS 2022).
 
-    Tasks whose y persists take one joint step, as in the paper. Fresh tasks are first adapted (`adapt_steps` on g), then take
-    `barrier_steps` steps in y alone, then x takes its step: a single joint step from a cold y says little about x.
-    `barrier: per_task` computes lambda_i from task i's lower block alone and then needs one vector in x instead of two.
+    Tasks whose y persists take one joint step, as in the paper. Fresh tasks are first adapted
+    (`adapt_steps` on g), then take `barrier_steps` steps in y alone, then x takes its step: a
+    single joint step from a cold y says little about x. `barrier: per_task` computes lambda_i from
+    task i's lower block alone and then needs one vector in x instead of two.
     """
 
     inner_steps: Annotated[int, Field(ge=1)] = 10  # T
@@ -58,17 +70,25 @@ class BOME(UpperOptions):
     lower_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # for a y that persists
     adapt_steps: Count = 5  # fresh tasks: steps on g before anything is measured
     barrier_steps: Count = 5  # fresh tasks: R, steps of y alone along grad f + lambda_i grad g
-    scale_barrier_steps: bool = True  # divide those by 1 + lambda_i: their length then stays of the order of the gradients'
-    diagnose_every: Count = 25  # per_task barrier: how often the full grad q is measured for the log (0: never)
+    scale_barrier_steps: bool = (
+        True  # divide those by 1 + lambda_i: their length then stays of the order of the gradients'
+    )
+    diagnose_every: Count = (
+        25  # per_task barrier: how often the full grad q is measured for the log (0: never)
+    )
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
         steps = self.adapt_steps + self.inner_steps if steps is None else steps
         return gradient_steps(oracle, start or oracle.init_lower(), steps, self.inner_lr)
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        full = self.barrier == "global" or (self.diagnose_every > 0 and run.step % self.diagnose_every == 0)
+        full = self.barrier == "global" or (
+            self.diagnose_every > 0 and run.step % self.diagnose_every == 0
+        )
         kernel = measure if run.persistent else episode
-        now = replace(self, lower_lr=self.lower_lr * schedule_factor(self.lower_schedule, run.step, run.steps))
+        now = replace(
+            self, lower_lr=self.lower_lr * schedule_factor(self.lower_schedule, run.step, run.steps)
+        )
         sums, pending = run(kernel, now, upper.params, lower, keeps=run.persistent, full=full)
         metrics = mean_sums(sums, MEANS, run.tasks)
         if full:
@@ -82,7 +102,9 @@ class BOME(UpperOptions):
             weight = whole.barrier.weights()
             direction = tree.axpy(weight, sums["grad_upper_gap"], sums["grad_upper_f"])
             if run.persistent:
-                _, pending = run(move_lower, now, upper.params, pending, keeps=True, weight=float(weight))
+                _, pending = run(
+                    move_lower, now, upper.params, pending, keeps=True, weight=float(weight)
+                )
         else:
             direction = sums["direction"]
         metrics |= upper.move(tree.scaled(1 / run.tasks, direction), run.step, run.project_upper)
@@ -90,17 +112,30 @@ class BOME(UpperOptions):
 
     def examine(self, upper: UpperVariable, lower: LowerStates, run: Run) -> dict[str, float]:
         longer = replace(self, inner_steps=EXAMINE_FACTOR * self.inner_steps)
-        sums, _ = run(measure if run.persistent else episode, longer, upper.params, lower, full=True)
+        sums, _ = run(
+            measure if run.persistent else episode, longer, upper.params, lower, full=True
+        )
         metrics = _whole_barrier(longer, sums, run.tasks).metrics
-        return {f"{name}_long": metrics[name] for name in ("stationarity_gradient", "stationarity_gap")}
+        return {
+            f"{name}_long": metrics[name] for name in ("stationarity_gradient", "stationarity_gap")
+        }
 
 
 # Scalars that every kernel sums and the log shows as means over tasks.
-MEANS = ("upper_loss", "lower_loss", "gap", "gradient_evaluations", "multiplier", "multiplier_zero_share")
+MEANS = (
+    "upper_loss",
+    "lower_loss",
+    "gap",
+    "gradient_evaluations",
+    "multiplier",
+    "multiplier_zero_share",
+)
 
 
 def episode(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bool) -> KernelResult:
-    """Kernel for fresh tasks: adapt on g, keep a separate chain to y_T, move y by lower-only barrier steps, measure."""
+    """Kernel for fresh tasks: adapt on g, keep a separate chain to y_T, move y by lower-only
+    barrier steps, measure.
+    """
     at = gradient_steps(oracle, oracle.init_lower(), solver.adapt_steps, solver.inner_lr)
     solved = gradient_steps(oracle, at, solver.inner_steps, solver.inner_lr)
     solved_value = oracle.lower(solved).value if solver.phi == "gap" else None
@@ -114,9 +149,11 @@ def episode(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bo
 
 
 def measure(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bool) -> KernelResult:
-    """Kernel for tasks whose y persists: T inner steps from the current y, then f, q and their gradients at it.
+    """Kernel for tasks whose y persists: T inner steps from the current y, then f, q and their
+    gradients at it.
 
-    With the per-task barrier y is moved at once; with the global one its gradients wait for the multiplier (`move_lower`).
+    With the per-task barrier y is moved at once; with the global one its gradients wait for the
+    multiplier (`move_lower`).
     """
     at = lower["y"] if lower is not None else oracle.init_lower()
     solved = gradient_steps(oracle, at, solver.inner_steps, solver.inner_lr)
@@ -131,7 +168,9 @@ def measure(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bo
 
 def move_lower(solver: BOME, oracle: Oracle, lower: LowerGroups, *, weight: float) -> KernelResult:
     """Kernel: y <- y - lower_lr (grad_y f + lambda grad_y g), once lambda is known."""
-    return KernelResult({}, _moved(solver, oracle, lower, tree.axpy(weight, lower["grad_g"], lower["grad_f"])))
+    return KernelResult(
+        {}, _moved(solver, oracle, lower, tree.axpy(weight, lower["grad_g"], lower["grad_f"]))
+    )
 
 
 class _Local(NamedTuple):
@@ -144,34 +183,47 @@ class _Local(NamedTuple):
 
 
 def _local_barrier(solver: BOME, oracle: Oracle, at: Params, solved_value: Tensor | None) -> _Local:
-    """Each task's own barrier from its lower block alone. `solved_value` = g(x, y_T), needed for phi = gap."""
+    """Each task's own barrier from its lower block alone. `solved_value` = g(x, y_T), needed for
+    phi = gap.
+    """
     f, g = oracle.upper(at), oracle.lower(at)
     gap = g.value - solved_value if solved_value is not None else torch.zeros_like(g.value)
     inner, sq_norm = tree.dot_tasks(f.lower, g.lower), tree.dot_tasks(g.lower, g.lower)
     local = barrier(solver.phi, solver.eta, gap, inner, sq_norm)
-    return _Local(local, tree.axpy(local.weights(), g.lower, f.lower), f.value, g.value, f.lower, g.lower)
+    return _Local(
+        local, tree.axpy(local.weights(), g.lower, f.lower), f.value, g.value, f.lower, g.lower
+    )
 
 
-def _measure_at(solver: BOME, oracle: Oracle, at: Params, solved: Params, full: bool) -> KernelResult:
+def _measure_at(
+    solver: BOME, oracle: Oracle, at: Params, solved: Params, full: bool
+) -> KernelResult:
     """f, q and what the barrier needs at (x, y), as sums over tasks.
 
-    `full`: both vectors in x, grad_x f and grad_x q. Per-task barrier: one vector, grad_x f + sum_i lambda_i grad_x q_i, the
-    weights entering before the single pull-back.
+    `full`: both vectors in x, grad_x f and grad_x q. Per-task barrier: one vector, grad_x f + sum_i
+    lambda_i grad_x q_i, the weights entering before the single pull-back.
     """
     groups: LowerGroups = {}
     sums: Sums = {}
     if full:
-        f, q = oracle.totals((Term("upper", at),), (Term("lower", at), Term("lower", solved, -1.0, in_y=False)))
+        f, q = oracle.totals(
+            (Term("upper", at),), (Term("lower", at), Term("lower", solved, -1.0, in_y=False))
+        )
         values, solved_value = (f.values[0], q.values[0]), q.values[1]
         grad_f, grad_g = f.lowers[0], q.lowers[0]
         sums = {"grad_upper_f": f.upper, "grad_upper_gap": q.upper}
         groups = {"grad_f": grad_f, "grad_g": grad_g}
     if solver.barrier == "per_task":
-        # With phi = grad_norm lambda_i does not depend on g(x, y_T), which `total` then gives for nothing.
+        # With phi = grad_norm lambda_i does not depend on g(x, y_T), which `total` then gives for
+        # nothing.
         known = None if solver.phi == "grad_norm" else oracle.lower(solved).value
         local = _local_barrier(solver, oracle, at, known)
         weights = local.barrier.weights()
-        combined = oracle.total(Term("upper", at), Term("lower", at, weights), Term("lower", solved, -weights, in_y=False))
+        combined = oracle.total(
+            Term("upper", at),
+            Term("lower", at, weights),
+            Term("lower", solved, -weights, in_y=False),
+        )
         values, solved_value = (combined.values[0], combined.values[1]), combined.values[2]
         grad_f, grad_g = local.grad_f, local.grad_g
         groups = {"direction": local.direction}
@@ -197,7 +249,10 @@ def _moved(solver: BOME, oracle: Oracle, lower: LowerGroups, direction: Params) 
     if solver.lower_momentum == 0:
         return {"y": oracle.project_lower(tree.axpy(-solver.lower_lr, direction, lower["y"]))}
     velocity = tree.axpy(solver.lower_momentum, lower["velocity"], direction)
-    return {"y": oracle.project_lower(tree.axpy(-solver.lower_lr, velocity, lower["y"])), "velocity": velocity}
+    return {
+        "y": oracle.project_lower(tree.axpy(-solver.lower_lr, velocity, lower["y"])),
+        "velocity": velocity,
+    }
 
 
 class _Whole(NamedTuple):
@@ -208,10 +263,18 @@ class _Whole(NamedTuple):
 def _whole_barrier(solver: BOME, sums: Sums, tasks: int) -> _Whole:
     """The barrier of the whole problem, F = mean_i f_i and q = mean_i q_i, from reduced sums.
 
-    x-blocks are averaged BEFORE they are squared; inner products over the lower blocks are averaged with 1/N.
+    x-blocks are averaged BEFORE they are squared; inner products over the lower blocks are averaged
+    with 1/N.
     """
-    a, b = tree.scaled(1 / tasks, sums["grad_upper_f"]), tree.scaled(1 / tasks, sums["grad_upper_gap"])
-    gap, sq_upper_gap, sq_lower_gap = sums["gap"] / tasks, tree.dot(b, b), sums["sq_lower_gap"] / tasks
+    a, b = (
+        tree.scaled(1 / tasks, sums["grad_upper_f"]),
+        tree.scaled(1 / tasks, sums["grad_upper_gap"]),
+    )
+    gap, sq_upper_gap, sq_lower_gap = (
+        sums["gap"] / tasks,
+        tree.dot(b, b),
+        sums["sq_lower_gap"] / tasks,
+    )
     inner = tree.dot(a, b) + sums["inner"] / tasks
     sq_norm = sq_upper_gap + sq_lower_gap
     k = stationarity(tree.dot(a, a) + sums["sq_lower_f"] / tasks, gap, inner, sq_norm)

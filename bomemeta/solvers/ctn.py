@@ -1,12 +1,14 @@
-"""CTN's update as its authors released it: first order, y on g and then x along grad_x f at the new y.
+"""CTN's update as its authors released it: first order, y on g and then x along grad_x f at the new
+y.
 
-Source: Pham, Liu, Sahoo, Hoi, "Contextual Transformation Networks for Online Continual Learning", ICLR 2021.
+Source: Pham, Liu, Sahoo, Hoi, "Contextual Transformation Networks for Online Continual Learning",
+ICLR 2021.
 
     y <- y - inner_lr grad_y g(x, y),  `inner_steps` times
     x <- x - upper_lr grad_x f(x, y)
 
-The paper differentiates f through the steps of y (solver `itd`); the released code cuts that graph by copying y in place, so the term with
-d2g/dxdy is never there.
+The paper differentiates f through the steps of y (solver `itd`); the released code cuts that graph
+by copying y in place, so the term with d2g/dxdy is never there.
 """
 
 from __future__ import annotations
@@ -31,13 +33,20 @@ from bomemeta.solvers.upper_options import UpperOptions
 @solvers.register("ctn")
 @dataclass(frozen=True, kw_only=True)
 class CTN(UpperOptions):
-    """Alternating first-order steps (Pham et al., ICLR 2021, as released). Blind to what x does to y."""
+    """Alternating first-order steps (Pham et al., ICLR 2021, as released). Blind to what x does to
+    y.
+    """
 
     inner_steps: Annotated[int, Field(ge=1)] = 2
     inner_lr: Annotated[float, Field(gt=0)] = 0.1
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
-        return gradient_steps(oracle, start or oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
+        return gradient_steps(
+            oracle,
+            start or oracle.init_lower(),
+            self.inner_steps if steps is None else steps,
+            self.inner_lr,
+        )
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         sums, lower = run(alternate, self, upper.params, lower, keeps=run.persistent)
@@ -45,7 +54,9 @@ class CTN(UpperOptions):
 
 
 def alternate(solver: CTN, oracle: Oracle, lower: LowerGroups | None) -> KernelResult:
-    """Kernel: the steps of y, and grad_x f at their end. `lower_loss` is g at the last point but that."""
+    """Kernel: the steps of y, and grad_x f at their end. `lower_loss` is g at the last point but
+    that.
+    """
     at = lower["y"] if lower is not None else oracle.init_lower()
     value = torch.zeros(oracle.tasks)
     for _ in range(solver.inner_steps):

@@ -1,14 +1,16 @@
 """F2SA: a first-order method with a penalty that grows from step to step.
 
-Source: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bilevel Optimization", ICML 2023.
+Source: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bilevel Optimization",
+ICML 2023.
 
     `inner_steps` times:  z <- z - inner_lr grad_y g(x, z),   y <- y - a_k (grad_y f(x, y) + l_k grad_y g(x, y))
     x   <- x - upper_lr (grad_x f(x, y) + l_k (grad_x g(x, y) - grad_x g(x, z)))
     l_k  = penalty + k penalty_growth,   a_k = lower_lr penalty / l_k
 
-The direction is the hypergradient up to O(1/l). a_k has to stay below 2 / (the largest curvature of f + l_k g): it shrinks as l grows, as
-in the paper, where a_k l_k is a step of its own; one that is stable at step 0 stays so. x's direction has l_k (y - z) in it, so that what y
-and z lag behind is multiplied by l_k: with lower_lr penalty = inner_lr they lag alike, and it cancels.
+The direction is the hypergradient up to O(1/l). a_k has to stay below 2 / (the largest curvature of
+f + l_k g): it shrinks as l grows, as in the paper, where a_k l_k is a step of its own; one that is
+stable at step 0 stays so. x's direction has l_k (y - z) in it, so that what y and z lag behind is
+multiplied by l_k: with lower_lr penalty = inner_lr they lag alike, and it cancels.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class F2SA(PenaltySolver):
     def follow(self, oracle: Oracle, y: Params, z: Params, penalty: float) -> tuple[Params, Params]:
         lr = self.lower_lr_at(penalty)
         for _ in range(self.inner_steps):
-            f, at_y, at_z = oracle.gradients(("upper", y), ("lower", y), ("lower", z))  # one reduce for both
+            f, at_y, at_z = oracle.gradients(
+                ("upper", y), ("lower", y), ("lower", z)
+            )  # one reduce for both
             z = oracle.project_lower(tree.axpy(-self.inner_lr, at_z.lower, z))
             y = oracle.project_lower(tree.axpy(-lr, tree.axpy(penalty, at_y.lower, f.lower), y))
         return y, z

@@ -1,4 +1,5 @@
-"""What the solvers share that keep y near argmin g, solve A v = b for v, and move x along grad_x f - (d2g/dxdy) v.
+"""What the solvers share that keep y near argmin g, solve A v = b for v, and move x along grad_x f
+- (d2g/dxdy) v.
 
     y <- y - inner_lr grad_y g,  `inner_steps` times
     v <- solve(A, b),  A = d2g/dy2,  b = grad_y f,  at the present (x, y)
@@ -34,26 +35,36 @@ Steps = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitSolver(UpperOptions):
-    """A solver with an implicit hypergradient. A subclass defines `solve`, and `warm`: whether v goes on from the last step's."""
+    """A solver with an implicit hypergradient. A subclass defines `solve`, and `warm`: whether v
+    goes on from the last step's.
+    """
 
     warm: ClassVar[bool] = True
 
     inner_steps: Steps = 5  # of y on g in a step of the run; fresh tasks: all the steps that y gets
     inner_lr: Positive = 0.1  # their size
-    residual_every: Count = 1  # how often |A v - b| is measured (0: never): free, but for |y| numbers sent where y is shared
+    # how often |A v - b| is measured (0: never): free, but for |y| numbers sent where y is shared
+    residual_every: Count = 1
 
     def solve(self, system: LinearSystem) -> Tensor:
         """v [B, n] from where the system starts."""
         raise must_define(self, "solve")
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
-        return gradient_steps(oracle, start or oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
+        return gradient_steps(
+            oracle,
+            start or oracle.init_lower(),
+            self.inner_steps if steps is None else steps,
+            self.inner_lr,
+        )
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         kernel = self.tracking() if run.persistent else episode
         every = self.residual_every
         residual = every > 0 and (run.step % every == 0 or run.step == run.steps - 1)
-        sums, lower = run(kernel, self, upper.params, lower, keeps=run.persistent, residual=residual)
+        sums, lower = run(
+            kernel, self, upper.params, lower, keeps=run.persistent, residual=residual
+        )
         return StepResult(lower, move_upper(upper, sums, run))
 
     def tracking(self) -> Kernel:
@@ -61,18 +72,36 @@ class ImplicitSolver(UpperOptions):
         return track
 
 
-def episode(solver: ImplicitSolver, oracle: Oracle, lower: LowerGroups | None, *, residual: bool) -> KernelResult:
+def episode(
+    solver: ImplicitSolver, oracle: Oracle, lower: LowerGroups | None, *, residual: bool
+) -> KernelResult:
     """Kernel for fresh tasks: adapt y on g, solve for v from 0 at that y."""
     at = solver.adapt(oracle, None)
-    return KernelResult(hypergradient(oracle, at, solver.solve(linear_system(oracle, at, None)), residual=residual), {})
+    return KernelResult(
+        hypergradient(oracle, at, solver.solve(linear_system(oracle, at, None)), residual=residual),
+        {},
+    )
 
 
-def track(solver: ImplicitSolver, oracle: Oracle, lower: LowerGroups | None, *, residual: bool) -> KernelResult:
+def track(
+    solver: ImplicitSolver, oracle: Oracle, lower: LowerGroups | None, *, residual: bool
+) -> KernelResult:
     """Kernel for tasks whose y persists: y follows x, then v."""
-    at = gradient_steps(oracle, lower["y"] if lower is not None else oracle.init_lower(), solver.inner_steps, solver.inner_lr)
+    at = gradient_steps(
+        oracle,
+        lower["y"] if lower is not None else oracle.init_lower(),
+        solver.inner_steps,
+        solver.inner_lr,
+    )
     if not solver.warm:
         v = solver.solve(linear_system(oracle, at, None))
         return KernelResult(hypergradient(oracle, at, v, residual=residual), {"y": at})
-    before = tree.flatten_tasks(lower["v"]) if lower is not None else torch.zeros_like(tree.flatten_tasks(at))
+    before = (
+        tree.flatten_tasks(lower["v"])
+        if lower is not None
+        else torch.zeros_like(tree.flatten_tasks(at))
+    )
     v = solver.solve(linear_system(oracle, at, before))
-    return KernelResult(hypergradient(oracle, at, v, residual=residual), {"y": at, "v": tree.unflatten_tasks(v, at)})
+    return KernelResult(
+        hypergradient(oracle, at, v, residual=residual), {"y": at, "v": tree.unflatten_tasks(v, at)}
+    )

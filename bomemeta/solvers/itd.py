@@ -1,12 +1,15 @@
-"""ITD: iterative differentiation, the gradient of f(x, y_T(x)) through T gradient steps on g (reverse mode).
+"""ITD: iterative differentiation, the gradient of f(x, y_T(x)) through T gradient steps on g
+(reverse mode).
 
-Source: Franceschi, Donini, Frasconi, Pontil, "Forward and Reverse Gradient-Based Hyperparameter Optimization", ICML 2017.
+Source: Franceschi, Donini, Frasconi, Pontil, "Forward and Reverse Gradient-Based Hyperparameter
+Optimization", ICML 2017.
 
     y_{t+1} = y_t - inner_lr grad_y g(x, y_t),  t = 0..T-1
     x <- x - upper_lr d f(x, y_T(x)) / dx
 
-For tasks of one process it is one backward pass through the graph of all steps, whose memory grows with T. Where y is shared the
-trajectory is kept and each step's products are a reduce of |x| + |y| numbers on the way back. What a start takes from x is not followed.
+For tasks of one process it is one backward pass through the graph of all steps, whose memory grows
+with T. Where y is shared the trajectory is kept and each step's products are a reduce of |x| + |y|
+numbers on the way back. What a start takes from x is not followed.
 """
 
 from __future__ import annotations
@@ -34,10 +37,16 @@ class ITD(UpperOptions):
 
     inner_steps: Annotated[int, Field(ge=1)] = 10  # T
     inner_lr: Annotated[float, Field(gt=0)] = 0.1
-    warm_start: bool = True  # a y that persists goes on from the last step's end; off: from its start at every step
+    # a y that persists goes on from the last step's end; off: from its start at every step
+    warm_start: bool = True
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
-        return gradient_steps(oracle, start or oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
+        return gradient_steps(
+            oracle,
+            start or oracle.init_lower(),
+            self.inner_steps if steps is None else steps,
+            self.inner_lr,
+        )
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         sums, lower = run(unroll, self, upper.params, lower, keeps=run.persistent)

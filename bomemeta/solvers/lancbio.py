@@ -1,6 +1,7 @@
 """LancBiO: bilevel optimisation with a Lanczos process that grows along with the outer steps.
 
-Gao, Yang, Yuan, "LancBiO: Dynamic Lanczos-Aided Bilevel Optimization via Krylov Subspace", ICLR 2025, arXiv 2404.03331.
+Gao, Yang, Yuan, "LancBiO: Dynamic Lanczos-Aided Bilevel Optimization via Krylov Subspace", ICLR
+2025, arXiv 2404.03331.
 
     hypergradient = grad_x f - (d2g/dxdy) v,   A v = b,   A = d2g/dy2,   b = grad_y f,   at the present (x, y)
 
@@ -12,8 +13,9 @@ Outer steps come in epochs of m = `subspace`. Every step, with I = `inner_steps`
     v  = v_bar + Q T^-1 Q'(b - w)  with the present b
     x  <- x - upper_lr (grad_x f - (d2g/dxdy) v)
 
-Each task has its own y, v and basis; the hypergradient is the mean of the tasks'. A step costs I + 3 gradients (grad_y f once for b, once
-for the hypergradient), 1 + 1/m Hessian products and one cross product, and a task keeps m + 4 vectors of y's size.
+Each task has its own y, v and basis; the hypergradient is the mean of the tasks'. A step costs I +
+3 gradients (grad_y f once for b, once for the hypergradient), 1 + 1/m Hessian products and one
+cross product, and a task keeps m + 4 vectors of y's size.
 """
 
 from __future__ import annotations
@@ -42,15 +44,24 @@ from bomemeta.solvers.implicit_solver import Count, ImplicitSolver, Steps
 class LancBiO(ImplicitSolver):
     """Implicit hypergradient by a Lanczos process across outer steps (Gao et al., ICLR 2025).
 
-    Tasks whose y persists grow their Krylov space by one vector per outer step. Fresh tasks have no last step: y is adapted on g, and v
-    is solved for by `subspace` conjugate-gradient steps from 0, which is the same space made at once.
+    Tasks whose y persists grow their Krylov space by one vector per outer step. Fresh tasks have no
+    last step: y is adapted on g, and v is solved for by `subspace` conjugate-gradient steps from 0,
+    which is the same space made at once.
     """
 
     subspace: Steps = 10  # m, outer steps in an epoch: the largest size of the Krylov space
-    reorthogonalise: bool = True  # off: the recurrence as published, which breaks down for a large `subspace`
-    ritz_floor: Annotated[float, Field(ge=0, lt=1)] = 1e-6  # Ritz values up to this share of the largest are left out
-    warmup_steps: Count = 0  # m_0 of the theory: first steps of an epoch in which a task says nothing about x
-    stagger: bool = False  # cut the first epochs short so that a shard's tasks restart at different steps
+    reorthogonalise: bool = (
+        True  # off: the recurrence as published, which breaks down for a large `subspace`
+    )
+    ritz_floor: Annotated[float, Field(ge=0, lt=1)] = (
+        1e-6  # Ritz values up to this share of the largest are left out
+    )
+    warmup_steps: Count = (
+        0  # m_0 of the theory: first steps of an epoch in which a task says nothing about x
+    )
+    stagger: bool = (
+        False  # cut the first epochs short so that a shard's tasks restart at different steps
+    )
 
     def __post_init__(self) -> None:
         if self.warmup_steps >= self.subspace:
@@ -71,12 +82,20 @@ class LancBiO(ImplicitSolver):
         return track
 
 
-def track(solver: LancBiO, oracle: Oracle, lower: LowerGroups | None, *, residual: bool) -> KernelResult:
+def track(
+    solver: LancBiO, oracle: Oracle, lower: LowerGroups | None, *, residual: bool
+) -> KernelResult:
     """Kernel for tasks whose y persists: y follows x, then one Lanczos step and v.
 
-    b and the product that every task needs first are one question: of a task that restarts A v, of the others A q_j.
+    b and the product that every task needs first are one question: of a task that restarts A v, of
+    the others A q_j.
     """
-    at = gradient_steps(oracle, lower["y"] if lower is not None else oracle.init_lower(), solver.inner_steps, solver.inner_lr)
+    at = gradient_steps(
+        oracle,
+        lower["y"] if lower is not None else oracle.init_lower(),
+        solver.inner_steps,
+        solver.inner_lr,
+    )
     state = (
         Lanczos(**lower["krylov"])
         if lower is not None
@@ -90,14 +109,20 @@ def track(solver: LancBiO, oracle: Oracle, lower: LowerGroups | None, *, residua
         fresh = krylov.newest(state)
         image = system.product(fresh) if due.all() else _with_images(oracle, at, fresh, due, image)
     # The theory wants no step of x while the new epoch's space is small.
-    heard = (state.size >= solver.warmup_steps)[:, 0].to(system.right.dtype) if solver.warmup_steps > 0 else 1.0
+    heard = (
+        (state.size >= solver.warmup_steps)[:, 0].to(system.right.dtype)
+        if solver.warmup_steps > 0
+        else 1.0
+    )
     state = krylov.extended(state, image, solver.reorthogonalise)
     state = krylov.solved(state, system.right, solver.ritz_floor)
     sums = hypergradient(oracle, at, state.v, heard, residual)
     return KernelResult(sums, {"y": at, "krylov": state._asdict()})
 
 
-def _with_images(oracle: Oracle, at: Params, vectors: Tensor, due: Tensor, images: Tensor) -> Tensor:
+def _with_images(
+    oracle: Oracle, at: Params, vectors: Tensor, due: Tensor, images: Tensor
+) -> Tensor:
     """`images` with A times `vectors` in the rows that are due, at the cost of these rows."""
     rows = due[:, 0].nonzero()[:, 0]
     some = {name: tensor[rows] for name, tensor in at.items()}
@@ -105,9 +130,11 @@ def _with_images(oracle: Oracle, at: Params, vectors: Tensor, due: Tensor, image
 
 
 def _epoch_length(solver: LancBiO, state: Lanczos) -> Tensor:
-    """m steps [B, 1]; with `stagger` the first epoch of the shard's i-th task lasts m - i mod m, and all later ones come at other times."""
+    """m steps [B, 1]; with `stagger` the first epoch of the shard's i-th task lasts m - i mod m,
+    and all later ones come at other times.
+    """
     length = torch.full_like(state.left, solver.subspace)
     if not solver.stagger:
         return length
-    place = torch.arange(len(length), device=length.device)[:, None] % solver.subspace
-    return torch.where(state.size == 0, length - place, length)
+    location = torch.arange(len(length), device=length.device)[:, None] % solver.subspace
+    return torch.where(state.size == 0, length - location, length)

@@ -1,4 +1,5 @@
-"""Gradient descent of y on g alone, x standing still: the plain baselines of continual learning, whose remedy is in g.
+"""Gradient descent of y on g alone, x standing still: the plain baselines of continual learning,
+whose remedy is in g.
 
 y <- y - inner_lr grad_y g(x, y),  `inner_steps` times
 """
@@ -14,8 +15,16 @@ from pydantic import Field
 from bomemeta.core import tree
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import Oracle
-from bomemeta.core.problem import BilevelProblem
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult, mean_sums
+from bomemeta.core.problem import Problem
+from bomemeta.core.solver import (
+    KernelResult,
+    LowerGroups,
+    LowerStates,
+    Run,
+    Solver,
+    StepResult,
+    mean_sums,
+)
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import ConfigError
@@ -30,23 +39,32 @@ MEANS = ("lower_loss", "upper_loss", "gradient_evaluations")
 @solvers.register("lower_only")
 @dataclass(frozen=True, kw_only=True)
 class LowerOnly(Solver):
-    """y on g alone; x stays where it starts. For fine-tuning, replay, DER++, EWC and joint training of problem `continual`."""
+    """y on g alone; x stays where it starts. For fine-tuning, replay, DER++, EWC and joint training
+    of problem `continual`.
+    """
 
     inner_steps: Steps = 1
     inner_lr: Positive = 0.1
 
-    def check(self, problem: BilevelProblem) -> None:
-        if problem.pool is None:
+    def check(self, problem: Problem) -> None:
+        if problem.num_tasks is None:
             raise ConfigError(
                 "solver: lower_only and agem move y alone, and the y of fresh tasks are forgotten after their step: nothing would be "
                 "learned. Take a problem whose y persists, or another solver"
             )
 
     def start(self, upper: Params, steps: int) -> UpperVariable:
-        return UpperVariable(upper, steps, optimizer="sgd", lr=0.0, momentum=0.0, schedule="constant")
+        return UpperVariable(
+            upper, steps, optimizer="sgd", lr=0.0, momentum=0.0, schedule="constant"
+        )
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
-        return gradient_steps(oracle, start or oracle.init_lower(), self.inner_steps if steps is None else steps, self.inner_lr)
+        return gradient_steps(
+            oracle,
+            start or oracle.init_lower(),
+            self.inner_steps if steps is None else steps,
+            self.inner_lr,
+        )
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         sums, lower = run(descend, self, upper.params, lower, keeps=run.persistent)
@@ -62,4 +80,6 @@ def descend(solver: LowerOnly, oracle: Oracle, lower: LowerGroups | None) -> Ker
         values.append(g.value)
         at = oracle.project_lower(tree.axpy(-solver.inner_lr, g.lower, at))
     evaluations = torch.tensor(float(oracle.gradient_evaluations * oracle.tasks))
-    return KernelResult({"lower_loss": values[0].sum(), "gradient_evaluations": evaluations}, {"y": at})
+    return KernelResult(
+        {"lower_loss": values[0].sum(), "gradient_evaluations": evaluations}, {"y": at}
+    )

@@ -1,11 +1,13 @@
-"""What the solvers share that take no second derivative and keep a second copy z of y, the one that solves g alone:
+"""What the solvers share that take no second derivative and keep a second copy z of y, the one that
+solves g alone:
 
     z    follows argmin g(x, .)
     y    follows argmin f(x, .) + l g(x, .)
     x <- x - upper_lr (grad_x f(x, y) + l (grad_x g(x, y) - grad_x g(x, z)))
 
-They differ in the order of these steps and in l from step to step. What is kept of z is z - y: a task of the pool that is met for the first
-time, whose groups but y are 0, then has z = y, whoever else is in its shard.
+They differ in the order of these steps and in l from step to step. What is kept of z is z - y: a
+task of the pool that is met for the first time, whose groups but y are 0, then has z = y, whoever
+else is in its shard.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ MEANS = ("upper_loss", "lower_loss", "gap", "gradient_evaluations")
 
 @dataclass(frozen=True, kw_only=True)
 class PenaltySolver(UpperOptions):
-    """A solver with a penalty l (g(x, y) - g(x, z)) for the lower problem. A subclass defines `penalty_at` and `follow`."""
+    """A solver with a penalty l (g(x, y) - g(x, z)) for the lower problem. A subclass defines
+    `penalty_at` and `follow`.
+    """
 
     inner_steps: Steps = 1
     inner_lr: Positive = 0.1  # the step of z on g
@@ -58,19 +62,29 @@ class PenaltySolver(UpperOptions):
         return y
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
-        return gradient_steps(oracle, start or oracle.init_lower(), self.adapt_steps if steps is None else steps, self.inner_lr)
+        return gradient_steps(
+            oracle,
+            start or oracle.init_lower(),
+            self.adapt_steps if steps is None else steps,
+            self.inner_lr,
+        )
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         penalty = self.penalty_at(run.step)
         kernel = track if run.persistent else episode
         sums, lower = run(kernel, self, upper.params, lower, keeps=run.persistent, penalty=penalty)
         direction = tree.scaled(1 / run.tasks, sums["direction"])
-        metrics = {"penalty": penalty, "hypergradient_norm": float(tree.dot(direction, direction).sqrt())}
+        metrics = {
+            "penalty": penalty,
+            "hypergradient_norm": float(tree.dot(direction, direction).sqrt()),
+        }
         metrics |= mean_sums(sums, MEANS, run.tasks)
         return StepResult(lower, metrics | upper.move(direction, run.step, run.project_upper))
 
 
-def episode(solver: PenaltySolver, oracle: Oracle, lower: LowerGroups | None, *, penalty: float) -> KernelResult:
+def episode(
+    solver: PenaltySolver, oracle: Oracle, lower: LowerGroups | None, *, penalty: float
+) -> KernelResult:
     """Kernel for fresh tasks: z on g, then y on f + l g from z."""
     z = solver.adapt(oracle, None)
     y = z
@@ -79,7 +93,9 @@ def episode(solver: PenaltySolver, oracle: Oracle, lower: LowerGroups | None, *,
     return KernelResult(_sums(oracle, penalised(oracle, y, z, penalty)), {})
 
 
-def track(solver: PenaltySolver, oracle: Oracle, lower: LowerGroups | None, *, penalty: float) -> KernelResult:
+def track(
+    solver: PenaltySolver, oracle: Oracle, lower: LowerGroups | None, *, penalty: float
+) -> KernelResult:
     """Kernel for tasks whose y persists."""
     y = lower["y"] if lower is not None else oracle.init_lower()
     z = tree.axpy(1.0, lower["z_offset"], y) if lower is not None else y
@@ -91,13 +107,17 @@ def track(solver: PenaltySolver, oracle: Oracle, lower: LowerGroups | None, *, p
 
 def penalised(oracle: Oracle, y: Params, z: Params, penalty: float) -> Total:
     """f(x, y) + l (g(x, y) - g(x, z)) with its gradients in x and y."""
-    return oracle.total(Term("upper", y), Term("lower", y, penalty), Term("lower", z, -penalty, in_y=False))
+    return oracle.total(
+        Term("upper", y), Term("lower", y, penalty), Term("lower", z, -penalty, in_y=False)
+    )
 
 
 def penalised_step(solver: PenaltySolver, oracle: Oracle, y: Params, penalty: float) -> Params:
     """One step of y on f + l g."""
     f, g = oracle.gradients(("upper", y), ("lower", y))
-    return oracle.project_lower(tree.axpy(-solver.lower_lr_at(penalty), tree.axpy(penalty, g.lower, f.lower), y))
+    return oracle.project_lower(
+        tree.axpy(-solver.lower_lr_at(penalty), tree.axpy(penalty, g.lower, f.lower), y)
+    )
 
 
 def _sums(oracle: Oracle, total: Total) -> dict[str, object]:

@@ -4,7 +4,8 @@ Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018.
 
     y_i = x after T gradient steps on CE(support_i)            d_i = x - y_i
 
-learn2learn has no class for it; the steps are its `MAML(first_order=True)`'s. Options and step: `learner_options.py`.
+learn2learn has no class for it; the steps are its `MAML(first_order=True)`'s. Options and step:
+`learner_options.py`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from bomemeta.solvers.learner_options import Direction, LearnerOptions, query_lo
 @solvers.register("reptile")
 @dataclass(frozen=True, kw_only=True)
 class Reptile(LearnerOptions):
-    """Reptile with learn2learn's inner steps (Nichol et al., 2018): with `upper_lr` 1 and sgd, x becomes the mean of the adapted networks.
+    """Reptile with learn2learn's inner steps (Nichol et al., 2018): with `upper_lr` 1 and sgd, x
+    becomes the mean of the adapted networks.
 
-    For `problem: {name: few_shot, form: network}` with fresh episodes; `problem.regularisation` plays no part. It trains on the support
-    sets alone, so training wants several `shots`, and the queries are for the log. The inner steps are plain gradient steps; the
-    authors' experiments take Adam's.
+    For `problem: {name: few_shot, form: network}` with fresh episodes; `problem.regularisation`
+    plays no part. It trains on the support sets alone, so training wants several `shots`, and the
+    queries are for the log. The inner steps are plain gradient steps; the authors' experiments take
+    Adam's.
     """
 
     second_order = False
@@ -38,4 +41,8 @@ class Reptile(LearnerOptions):
         learner = self.adapted(oracle, x, task, self.inner_steps, follow=False)
         with torch.no_grad():
             params = learner.params()
-            return Direction(tree.axpy(-1.0, params, x), query_loss(oracle, params, task), support_loss(learner, task))
+            return Direction(
+                tree.axpy(-1.0, params, x),
+                query_loss(oracle, params, task),
+                support_loss(learner, task),
+            )

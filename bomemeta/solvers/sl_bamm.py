@@ -1,14 +1,16 @@
-"""sl-BAMM: single-loop bilevel optimisation with an averaged lower objective, for lower levels that are convex or better.
+"""sl-BAMM: single-loop bilevel optimisation with an averaged lower objective, for lower levels that
+are convex or better.
 
-Liu, Liu, Yao, Zeng, Zhang, "Averaged Method of Multipliers for Bi-Level Optimization without Lower-Level Strong Convexity", ICML 2023.
+Liu, Liu, Yao, Zeng, Zhang, "Averaged Method of Multipliers for Bi-Level Optimization without
+Lower-Level Strong Convexity", ICML 2023.
 
     psi = mu f + (1 - mu) g                        strongly convex in y where f is, whatever g is
     d_y = grad_y psi                               y <- P_Y(y - beta d_y)
     d_v = (d2psi/dy2) v - grad_y f                 v <- v - eta d_v             v_0 = 0
     d_x = grad_x f - (d2psi/dxdy) v                x <- P_X(x - alpha d_x)
 
-v is the multiplier of grad_y psi = 0: at its solution d_x is the gradient of f(x, argmin psi(x, .)). Over N separable tasks each task has
-its own y_i and v_i, and d_x is a mean over tasks.
+v is the multiplier of grad_y psi = 0: at its solution d_x is the gradient of f(x, argmin psi(x,
+.)). Over N separable tasks each task has its own y_i and v_i, and d_x is a mean over tasks.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from bomemeta.registry import solvers
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 
-# The powers of mu_k in eta_k and in alpha_k. Source: the authors' code, whose three schedules these are.
+# The powers of mu_k in eta_k and in alpha_k. Source: the authors' code, whose three schedules these
+# are.
 POWERS = {"s1": (2, 7), "s2": (1, 5), "s3": (0, 3)}
 
 
@@ -50,30 +53,43 @@ class Rates(NamedTuple):
 @solvers.register("sl_bamm")
 @dataclass(frozen=True, kw_only=True)
 class SlBAMM(Solver):
-    """Single-loop solver for lower levels that need not be strongly convex (sl-BAMM, Liu et al., ICML 2023).
+    """Single-loop solver for lower levels that need not be strongly convex (sl-BAMM, Liu et al.,
+    ICML 2023).
 
     The schedules are the paper's, with beta = `lower_lr` and k from 0:
 
         mu_k = mu (k+1)^(-1/p),  eta_k = beta (k+1)^(-tau/2) mu_k^a,  alpha_k = beta (k+1)^(-3 tau/2) mu_k^b
         s1: a, b = 2, 7      s2: 1, 5      s3: 0, 3
 
-    What the run tends to is the solution at its last mu, which is O(mu) from the bilevel problem's own: p = 10 hardly lowers mu where
-    that matters. Where the lower level is strongly convex, `schedule: constant` with `mu: 0` has no such error.
-    A v that belongs to a y at the edge of its admissible set is not the multiplier of that constraint: solutions are taken as interior.
+    What the run tends to is the solution at its last mu, which is O(mu) from the bilevel problem's
+    own: p = 10 hardly lowers mu where that matters. Where the lower level is strongly convex,
+    `schedule: constant` with `mu: 0` has no such error. A v that belongs to a y at the edge of its
+    admissible set is not the multiplier of that constraint: solutions are taken as interior.
 
-    Fresh tasks have no v of an earlier step: y is adapted on g by `adapt_steps`, v solved by `aux_steps` Cauchy steps from 0 at that y
-    (with psi's Hessian, so that mu > 0 damps an ill-conditioned one), and then x takes its step.
+    Fresh tasks have no v of an earlier step: y is adapted on g by `adapt_steps`, v solved by
+    `aux_steps` Cauchy steps from 0 at that y (with psi's Hessian, so that mu > 0 damps an
+    ill-conditioned one), and then x takes its step.
     """
 
-    schedule: Literal["s1", "s2", "s3", "constant"] = "s3"  # of mu, and of the two step sizes below where they are not given
-    mu: Annotated[float, Field(ge=0, lt=1)] = 0.9  # at step 0; constant: at every step, and 0 makes psi = g
+    schedule: Literal["s1", "s2", "s3", "constant"] = (
+        "s3"  # of mu, and of the two step sizes below where they are not given
+    )
+    mu: Annotated[float, Field(ge=0, lt=1)] = (
+        0.9  # at step 0; constant: at every step, and 0 makes psi = g
+    )
     p: Positive = 10.0
     tau: Annotated[float, Field(ge=0)] = 1 / 40
     lower_lr: Positive = 0.1  # beta
-    aux_lr: Positive | None = None  # eta; none: the schedule's, or with schedule: constant `lower_lr`
+    aux_lr: Positive | None = (
+        None  # eta; none: the schedule's, or with schedule: constant `lower_lr`
+    )
     upper_lr: Positive | None = None  # alpha; none: the schedule's
-    order: Literal["jacobi", "gauss_seidel"] = "jacobi"  # all steps from the old point, or each from the newest
-    aux_step: Literal["scheduled", "cauchy"] = "scheduled"  # v's step: eta, or the exact line search along d_v, per task
+    order: Literal["jacobi", "gauss_seidel"] = (
+        "jacobi"  # all steps from the old point, or each from the newest
+    )
+    aux_step: Literal["scheduled", "cauchy"] = (
+        "scheduled"  # v's step: eta, or the exact line search along d_v, per task
+    )
     upper_optimizer: OptimizerName = "sgd"
     upper_schedule: Schedule = "constant"  # multiplies alpha
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of upper_optimizer: momentum
@@ -82,7 +98,9 @@ class SlBAMM(Solver):
 
     def __post_init__(self) -> None:
         if self.schedule == "constant" and self.upper_lr is None:
-            raise ConfigError("solver.upper_lr: schedule: constant has no step size of its own for x; give one, such as 0.05")
+            raise ConfigError(
+                "solver.upper_lr: schedule: constant has no step size of its own for x; give one, such as 0.05"
+            )
         if self.schedule != "constant" and self.mu == 0:
             raise ConfigError(
                 f"solver.mu: got 0; the step sizes of schedule {self.schedule} are powers of mu. Set solver.schedule=constant"
@@ -116,21 +134,32 @@ class SlBAMM(Solver):
         )
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
-        return gradient_steps(oracle, start or oracle.init_lower(), self.adapt_steps if steps is None else steps, self.lower_lr)
+        return gradient_steps(
+            oracle,
+            start or oracle.init_lower(),
+            self.adapt_steps if steps is None else steps,
+            self.lower_lr,
+        )
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         rates = self.rates(run.step)
-        kernel = episode if not run.persistent else jacobi if self.order == "jacobi" else gauss_seidel
+        kernel = (
+            episode if not run.persistent else jacobi if self.order == "jacobi" else gauss_seidel
+        )
         sums, lower = run(kernel, self, upper.params, lower, keeps=run.persistent, rates=rates)
         return StepResult(lower, {"mu": rates.mu, **move_upper(upper, sums, run, rates.upper)})
 
 
 def psi(mu: float) -> Psi:
-    """psi's terms for the oracle, g last. With mu = 0 f is left out, not weighted by 0: it would cost its gradient."""
+    """psi's terms for the oracle, g last. With mu = 0 f is left out, not weighted by 0: it would
+    cost its gradient.
+    """
     return (("upper", mu), ("lower", 1 - mu)) if mu > 0 else G
 
 
-def jacobi(solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates) -> KernelResult:
+def jacobi(
+    solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates
+) -> KernelResult:
     """Kernel for tasks that persist: all three directions at the old (y, v)."""
     y, v = _state(oracle, lower)
     at = oracle.adjoint(y, v, *psi(rates.mu))
@@ -142,8 +171,12 @@ def jacobi(solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: 
     return KernelResult(sums, {"y": moved, "v": tree.axpy(-eta, at.residual, v)})
 
 
-def gauss_seidel(solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates) -> KernelResult:
-    """Kernel for tasks that persist: y moves, then v at the new y, then d_x is taken at both. More evaluations than `jacobi`."""
+def gauss_seidel(
+    solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates
+) -> KernelResult:
+    """Kernel for tasks that persist: y moves, then v at the new y, then d_x is taken at both. More
+    evaluations than `jacobi`.
+    """
     y, v = _state(oracle, lower)
     terms = psi(rates.mu)
     slopes = oracle.gradients(*((loss, y) for loss, _ in terms))
@@ -152,14 +185,22 @@ def gauss_seidel(solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, r
     y = oracle.project_lower(y)
     system = oracle.system(y, v, terms)
     residual = tree.axpy(-1.0, system.right.lower, system.image)
-    eta = _line_search(system.hessian, residual, rates.aux) if solver.aux_step == "cauchy" else rates.aux
+    eta = (
+        _line_search(system.hessian, residual, rates.aux)
+        if solver.aux_step == "cauchy"
+        else rates.aux
+    )
     v = tree.axpy(-eta, residual, v)
-    products = oracle.hessian_products  # the residual after v's step comes with the cross product for nothing
+    products = (
+        oracle.hessian_products
+    )  # the residual after v's step comes with the cross product for nothing
     at = oracle.adjoint(y, v, *terms, gradient=False)
     return KernelResult(adjoint_sums(oracle, at, v, products), {"y": y, "v": v})
 
 
-def episode(solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates) -> KernelResult:
+def episode(
+    solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates
+) -> KernelResult:
     """Kernel for fresh tasks: y on g, v from 0 at that y, and d_x at both."""
     y = solver.adapt(oracle, None)
     product = oracle.hessian(y, terms=psi(rates.mu))
@@ -170,14 +211,21 @@ def episode(solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates:
         eta = cauchy_step(residual, tree.dot_tasks(residual, image), rates.aux)
         v, residual = tree.axpy(-eta, residual, v), tree.axpy(-eta, image, residual)
     products = oracle.hessian_products
-    return KernelResult(adjoint_sums(oracle, oracle.adjoint(y, v, *psi(rates.mu), gradient=False), v, products), {})
+    return KernelResult(
+        adjoint_sums(oracle, oracle.adjoint(y, v, *psi(rates.mu), gradient=False), v, products), {}
+    )
 
 
 def cauchy_step(residual: Params, curvature: Tensor, otherwise: float) -> Tensor:
-    """eta = |r|^2 / r'Hr per task, [B], with `curvature` = r'Hr: minimises v'Hv/2 - b'v along -r. `otherwise` where r'Hr <= 0."""
-    # r'Hr <= 0: psi is not convex along r (or r = 0, and any step will do), so there is no minimum to go to
+    """eta = |r|^2 / r'Hr per task, [B], with `curvature` = r'Hr: minimises v'Hv/2 - b'v along -r.
+    `otherwise` where r'Hr <= 0.
+    """
+    # r'Hr <= 0: psi is not convex along r (or r = 0, and any step will do), so there is no minimum
+    # to go to
     convex = curvature > 0
-    exact = tree.dot_tasks(residual, residual) / torch.where(convex, curvature, torch.ones_like(curvature))
+    exact = tree.dot_tasks(residual, residual) / torch.where(
+        convex, curvature, torch.ones_like(curvature)
+    )
     return torch.where(convex, exact, torch.full_like(exact, otherwise))
 
 
@@ -188,6 +236,8 @@ def _line_search(hessian: Hessian, residual: Params, otherwise: float) -> Tensor
 
 def _state(oracle: Oracle, lower: LowerGroups | None) -> tuple[Params, Params]:
     if lower is not None:
-        return lower["y"], lower["v"]  # v of a task that is met for the first time is 0, as every group but y
+        return lower["y"], lower[
+            "v"
+        ]  # v of a task that is met for the first time is 0, as every group but y
     y = oracle.init_lower()
     return y, tree.zeros_like(y)

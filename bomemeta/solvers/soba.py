@@ -1,13 +1,14 @@
 """SOBA: y, v and x take one step each, all from the same old point.
 
-Source: Dagreou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global variance reduction
-algorithms", NeurIPS 2022.
+Source: Dagreou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables
+stochastic and global variance reduction algorithms", NeurIPS 2022.
 
     y <- y - inner_lr grad_y g
     v <- v - aux_lr (A v - b),   A = d2g/dy2,   b = grad_y f
     x <- x - upper_lr (grad_x f - (d2g/dxdy) v)
 
-One question of the oracle, and one reduce of 2|y| + |x| numbers where y is shared. It is sl-BAMM's Jacobi step with mu = 0.
+One question of the oracle, and one reduce of 2|y| + |x| numbers where y is shared. It is sl-BAMM's
+Jacobi step with mu = 0.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from bomemeta.solvers.implicit_solver import ImplicitSolver, Positive, Steps
 @solvers.register("soba")
 @dataclass(frozen=True, kw_only=True)
 class SOBA(ImplicitSolver):
-    """Single-loop implicit hypergradient, all three steps from the old point (Dagreou et al., NeurIPS 2022).
+    """Single-loop implicit hypergradient, all three steps from the old point (Dagreou et al.,
+    NeurIPS 2022).
 
-    Tasks whose y persists take one step on g, whatever `inner_steps` says. Fresh tasks have no old point: y is adapted by `inner_steps`
-    steps, v by `aux_steps` gradient steps from 0.
+    Tasks whose y persists take one step on g, whatever `inner_steps` says. Fresh tasks have no old
+    point: y is adapted by `inner_steps` steps, v by `aux_steps` gradient steps from 0.
     """
 
     aux_lr: Positive = 0.1  # below 2 / (the largest curvature of g)
@@ -44,7 +46,9 @@ class SOBA(ImplicitSolver):
         return track
 
 
-def track(solver: SOBA, oracle: Oracle, lower: LowerGroups | None, *, residual: bool) -> KernelResult:
+def track(
+    solver: SOBA, oracle: Oracle, lower: LowerGroups | None, *, residual: bool
+) -> KernelResult:
     """Kernel for tasks whose y persists: the three directions at the old (y, v)."""
     y = lower["y"] if lower is not None else oracle.init_lower()
     v = lower["v"] if lower is not None else tree.zeros_like(y)

@@ -1,9 +1,11 @@
 """stocBiO: the Neumann series v = aux_lr sum_{i <= Q} (I - aux_lr A)^i b, from 0 at every step.
 
-Source: Ji, Yang, Liang, "Bilevel Optimization: Convergence Analysis and Enhanced Design", ICML 2021.
+Source: Ji, Yang, Liang, "Bilevel Optimization: Convergence Analysis and Enhanced Design", ICML
+2021.
 
-With the step's tasks or blocks taken whole, as here, each factor has the same A: the sum is then AID-Neumann's with Q + 1 terms. (The
-paper draws a new batch for each factor.) Costs Q Hessian products and one cross product per step.
+With the step's tasks or blocks taken whole, as here, each factor has the same A: the sum is then
+AID-Neumann's with Q + 1 terms. (The paper draws a new batch for each factor.) Costs Q Hessian
+products and one cross product per step.
 """
 
 from __future__ import annotations

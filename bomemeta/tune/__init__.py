@@ -1,4 +1,6 @@
-"""Searches for hyperparameters with Ray Tune: `bomemeta tune`, and `trainable` for a Tuner of one's own."""
+"""Searches for hyperparameters with Ray Tune: `bomemeta tune`, and `trainable` for a Tuner of one's
+own.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ from bomemeta.tune.spec import Search
 
 @dataclass(frozen=True)
 class Row:
-    """One trial. `ended`: done, stopped (by the scheduler), diverged, failed, lost (more often than max_failures), or unfinished."""
+    """One trial. `ended`: done, stopped (by the scheduler), diverged, failed, lost (more often than
+    max_failures), or unfinished.
+    """
 
     trial: int
     ended: str
@@ -32,12 +34,16 @@ class Row:
     run_dir: str  # below the search's folder
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
-    lineage: list[dict[str, Any]] = field(default_factory=list)  # which values held from which step on: several under PBT
+    lineage: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # which values held from which step on: several under PBT
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A finished or interrupted search. `best` and `best_config` are there where it is finished and a trial came to its end."""
+    """A finished or interrupted search. `best` and `best_config` are there where it is finished and
+    a trial came to its end.
+    """
 
     output_dir: Path | str  # a URI, where the tune file has one
     rows: list[Row]
@@ -52,18 +58,27 @@ class SearchResult:
 
 
 def rows_of(results: Iterable[Any], search: Search, interrupted: bool) -> list[Row]:
-    """From Tune's results, the best first: trials that came to their end by the metric, then the others by how far they came."""
+    """From Tune's results, the best first: trials that came to their end by the metric, then the
+    others by how far they came.
+    """
     rows = [_row(result, search, interrupted) for result in results]
     sign = -1 if search.settings.mode == "max" else 1
     return sorted(
-        rows, key=lambda row: (row.ended != "done", 0 if row.ended == "done" else -row.steps, _order(row.figure, sign), row.trial)
+        rows,
+        key=lambda row: (
+            row.ended != "done",
+            0 if row.ended == "done" else -row.steps,
+            _order(row.figure, sign),
+            row.trial,
+        ),
     )
 
 
 def write_outcome(output_dir: Path | str, search: Search, rows: list[Row]) -> SearchResult:
     """Writes best.yaml, results.md and, last, results.json, which says that the search is finished.
 
-    Raises ConfigError where a trial found the search to be wrong; then nothing is written, so that it can go on when it is put right.
+    Raises ConfigError where a trial found the search to be wrong; then nothing is written, so that
+    it can go on when it is put right.
     """
     for row in rows:
         if row.ended == "wrong":
@@ -80,13 +95,18 @@ def write_outcome(output_dir: Path | str, search: Search, rows: list[Row]) -> Se
         "rows": [asdict(row) for row in rows],
     }
     folder.put("results.json", (json.dumps(record, indent=2, default=str) + "\n").encode())
-    return SearchResult(output_dir, rows, best, below(output_dir, "best.yaml") if best else None, interrupted=False)
+    return SearchResult(
+        output_dir, rows, best, below(output_dir, "best.yaml") if best else None, interrupted=False
+    )
 
 
 def check_any(result: SearchResult) -> None:
     """Raises BomemetaError where no trial came to its end."""
     if result.best is None:
-        first = next((f"; trial {row.trial} {row.ended}: {row.reason}" for row in result.rows if row.reason), "")
+        first = next(
+            (f"; trial {row.trial} {row.ended}: {row.reason}" for row in result.rows if row.reason),
+            "",
+        )
         raise BomemetaError(
             f"no trial came to its end with a figure{first}. The table is in {below(result.output_dir, 'results.md')}"
         )
@@ -110,7 +130,8 @@ def _row(result: Any, search: Search, interrupted: bool) -> Row:
         upper_sha256=metrics.get("upper_sha256"),
         seconds=round(float(metrics.get("time_total_s", 0.0)), 3),
         run_dir=trial_run(name),
-        reason=metrics.get("reason") or (str(result.error).strip().splitlines()[-1] if result.error is not None else None),
+        reason=metrics.get("reason")
+        or (str(result.error).strip().splitlines()[-1] if result.error is not None else None),
         notes=metrics.get("notes", "").splitlines(),
         lineage=lineage,
     )
@@ -120,7 +141,9 @@ def _figures(checkpoint: Any) -> dict[str, float]:
     """What was reported with one of Tune's checkpoints."""
     if checkpoint is None:
         return {}
-    report = Store(checkpoint.filesystem, checkpoint.path, f"the checkpoint in {checkpoint.path}").read(REPORT_FILE)
+    report = Store(
+        checkpoint.filesystem, checkpoint.path, f"the checkpoint in {checkpoint.path}"
+    ).read(REPORT_FILE)
     figures = json.loads(report)["figures"] if report is not None else {}
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
@@ -138,8 +161,13 @@ def _best_text(search: Search, best: Row) -> str:
         else "# Its values changed on the way:",
     ]
     if len(best.lineage) > 1:
-        lines += [f"#   from step {part['from_step']}: {json.dumps(part['values'])}" for part in best.lineage]
-        lines.append("# This file has the last ones, so `bomemeta train` with it does not repeat the trial.")
+        lines += [
+            f"#   from step {part['from_step']}: {json.dumps(part['values'])}"
+            for part in best.lineage
+        ]
+        lines.append(
+            "# This file has the last ones, so `bomemeta train` with it does not repeat the trial."
+        )
     return "\n".join(lines) + "\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
@@ -166,7 +194,10 @@ def _table(rows: list[Row]) -> str:
         for row in rows
     ]
     widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-    texts = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *lines]]
+    texts = [
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in [head, *lines]
+    ]
     rule = " | ".join("-" * width for width in widths)
     return "\n".join(f"| {text} |" for text in [texts[0], rule, *texts[1:]]) + "\n"
 

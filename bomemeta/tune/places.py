@@ -1,4 +1,6 @@
-"""Where a search keeps what: its folder, on a disk or at a URI, Tune's folder in it, and the run of each trial."""
+"""Where a search keeps what: its folder, on a disk or at a URI, Tune's folder in it, and the run of
+each trial.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ def trial_run(name: str) -> str:
 
 def run_of(trial: Any) -> Store:
     """The run of one of Tune's trials, as its driver sees it."""
-    return Store(trial.storage.storage_filesystem, f"{trial.storage.trial_fs_path}/{RUN}", f"the run of {trial}")
+    return Store(
+        trial.storage.storage_filesystem,
+        f"{trial.storage.trial_fs_path}/{RUN}",
+        f"the run of {trial}",
+    )
 
 
 def saved_step(run: Store) -> int:
@@ -31,10 +37,11 @@ def saved_step(run: Store) -> int:
 
 
 def folder_here(storage: Any, search: str | None) -> RunFolder:
-    """The run's folder for the trial that this process runs, from Tune's notes of where it keeps what.
+    """The run's folder for the trial that this process runs, from Tune's notes of where it keeps
+    what.
 
-    Beside the trial's checkpoints where these are on a disk or in the search's folder at a URI; else, in a Tuner of the user's own, in the
-    trial's working directory.
+    Beside the trial's checkpoints where these are on a disk or in the search's folder at a URI;
+    else, in a Tuner of the user's own, in the trial's working directory.
     """
     if storage.storage_filesystem.type_name == "local":
         folder = RunFolder(Path(storage.trial_fs_path) / RUN)

@@ -1,4 +1,6 @@
-"""What a search says while it runs, and how it hears Ctrl-C: parts that Tune calls, and pickles with the search."""
+"""What a search says while it runs, and how it hears Ctrl-C: parts that Tune calls, and pickles
+with the search.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ WAITING_S = 30.0
 
 
 class _Live:
-    """What belongs to this process and not to the search: Tune pickles its callbacks, and hands copies back when a search goes on."""
+    """What belongs to this process and not to the search: Tune pickles its callbacks, and hands
+    copies back when a search goes on.
+    """
 
     def __init__(self) -> None:
         self.say: Callable[[str], None] = lambda text: None
@@ -34,7 +38,9 @@ _live = _Live()
 
 @contextmanager
 def spoken(say: Callable[[str], None]) -> Iterator[_Live]:
-    """Sends the search's lines to `say`. The first Ctrl-C or SIGTERM ends it with its state saved, a second one at once."""
+    """Sends the search's lines to `say`. The first Ctrl-C or SIGTERM ends it with its state saved,
+    a second one at once.
+    """
     global _live
     before, _live = _live, _Live()
     _live.say = say
@@ -47,7 +53,9 @@ def spoken(say: Callable[[str], None]) -> Iterator[_Live]:
         say("stopping; each trial goes on from its last report (once more to stop at once)")
 
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         handlers[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)  # Tune takes it and keeps it
     try:
         yield _live
@@ -75,27 +83,37 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if _live.interrupted:
-            signal.raise_signal(signal.SIGUSR1)  # the one signal at which Tune ends a search that goes on later
+            signal.raise_signal(
+                signal.SIGUSR1
+            )  # the one signal at which Tune ends a search that goes on later
         if any(trial.status == "RUNNING" for trial in trials):
             _live.idle_since, _live.told = time.monotonic(), False
         elif not _live.told and time.monotonic() - _live.idle_since > WAITING_S:
             _live.told = True
-            _live.say(f"no trial runs since {WAITING_S:g} s: waiting for room in the cluster, which others use")
+            _live.say(
+                f"no trial runs since {WAITING_S:g} s: waiting for room in the cluster, which others use"
+            )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         steps = (trial.last_result or {}).get("steps", 0)
         if steps == 0:  # what a killed driver had not noted of the trial is in its run folder
             steps = saved_step(run_of(trial))
-        _live.say(f"{self._name(trial)} {f'goes on at step {steps}' if steps else 'begins'}: {said_values(trial.config)}")
+        _live.say(
+            f"{self._name(trial)} {f'goes on at step {steps}' if steps else 'begins'}: {said_values(trial.config)}"
+        )
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         said, notes = _live.notes.get(trial_number(trial), []), result.get("notes", "").splitlines()
         for note in notes[len(said) if notes[: len(said)] == said else 0 :]:
             _live.say(f"{self._name(trial)} note: {note}")
         _live.notes[trial_number(trial)] = notes
         ended = result.get("ended")
         if ended not in (None, "done"):
-            _live.say(f"{self._name(trial)} {ended} after {result['steps']} steps: {result['reason']}")
+            _live.say(
+                f"{self._name(trial)} {ended} after {result['steps']} steps: {result['reason']}"
+            )
             return
         _live.say(
             f"{self._name(trial)} step {result['steps']}: {self._metric} {result[self._metric]:.6g}{', done' if ended else ''}"
@@ -103,10 +121,14 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if (trial.last_result or {}).get("ended") is None:
-            _live.say(f"{self._name(trial)} is stopped after {(trial.last_result or {}).get('steps', 0)} steps: others are better")
+            _live.say(
+                f"{self._name(trial)} is stopped after {(trial.last_result or {}).get('steps', 0)} steps: others are better"
+            )
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        _live.say(f"{self._name(trial)} was lost ({_last_line(trial)}) and goes on from its last report")
+        _live.say(
+            f"{self._name(trial)} was lost ({_last_line(trial)}) and goes on from its last report"
+        )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         _live.say(f"{self._name(trial)} was lost ({_last_line(trial)}) and is given up")
@@ -116,7 +138,9 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
 
 class Ends(tune.Stopper):  # type: ignore[misc]
-    """Ends the whole search where a trial found the search itself to be wrong, as no trial after it could do better."""
+    """Ends the whole search where a trial found the search itself to be wrong, as no trial after it
+    could do better.
+    """
 
     def __init__(self) -> None:
         self._wrong = False
@@ -131,7 +155,10 @@ class Ends(tune.Stopper):  # type: ignore[misc]
 
 def said_values(values: Mapping[str, Any]) -> str:
     """`solver.upper_lr 0.0123, solver.inner_steps 5`."""
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+    )
 
 
 def _last_line(trial: Any) -> str:
@@ -143,13 +170,16 @@ def _last_line(trial: Any) -> str:
 
 @contextmanager
 def tune_settings() -> Iterator[None]:
-    """Settings that Tune reads from the environment while it runs; what the user has set stays as it is."""
+    """Settings that Tune reads from the environment while it runs; what the user has set stays as
+    it is.
+    """
     ours = {
         "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a table on stdout whatever its verbosity
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean to `train`
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a trial's end is one of our lines
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours says how to go on
-        "TUNE_GLOBAL_CHECKPOINT_S": "5",  # what a killed driver forgets; trials keep more themselves
+        # what a killed driver forgets; trials keep more themselves
+        "TUNE_GLOBAL_CHECKPOINT_S": "5",
     }
     set_here = {name: value for name, value in ours.items() if name not in os.environ}
     os.environ.update(set_here)

@@ -1,4 +1,6 @@
-"""A search from its file to its best config: sampled, checked, run by Ray Tune in a folder of its own, and gone on with."""
+"""A search from its file to its best config: sampled, checked, run by Ray Tune in a folder of its
+own, and gone on with.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ from bomemeta.tune.space import Domain, flat
 from bomemeta.tune.spec import ASIDE, Search, load_search, written
 from bomemeta.tune.trial import make_trainable
 
-# PBT takes checkpoints of trials that go on meanwhile; else the one before the last is for a last one that was cut short.
+# PBT takes checkpoints of trials that go on meanwhile; else the one before the last is for a last
+# one that was cut short.
 KEPT = {"pbt": 4, "asha": 2, "none": 2}
 
 
@@ -45,11 +48,13 @@ def tune(
     resume: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> SearchResult:
-    """Searches as the tune file says, and writes results.md, results.json and best.yaml into the search's folder.
+    """Searches as the tune file says, and writes results.md, results.json and best.yaml into the
+    search's folder.
 
-    `overrides` are `key=value` texts over the tune file. `resume` is the folder of an interrupted or killed search of the same file; an
-    `output_dir` that holds one is gone on with too. Raises a BomemetaError that says what to do; nothing is written before the file,
-    every trial's config and the cluster's room have been checked.
+    `overrides` are `key=value` texts over the tune file. `resume` is the folder of an interrupted
+    or killed search of the same file; an `output_dir` that holds one is gone on with too. Raises a
+    BomemetaError that says what to do; nothing is written before the file, every trial's config and
+    the cluster's room have been checked.
     """
     search = load_search(source, overrides)
     steps = _check_run(search)
@@ -59,17 +64,17 @@ def tune(
     bundles = bundles_of(search.config, search.settings.driver_cpus)
     with _cluster(search, bundles, len(values), say) as concurrent:
         check_placement(bundles)
-        place = folder.claim(search)
-        say(f"search folder: {place}")
-        trainable = make_trainable(search, str(place))
+        location = folder.claim(search)
+        say(f"search folder: {location}")
+        trainable = make_trainable(search, str(location))
         with _quiet(), tune_settings(), spoken(say) as live:
-            tuner = _tuner(search, trainable, place, steps, concurrent, len(values))
+            tuner = _tuner(search, trainable, location, steps, concurrent, len(values))
             results = tuner.fit()
             interrupted = live.interrupted
         rows = rows_of(results, search, interrupted)
     if interrupted:
-        return SearchResult(place, rows, None, None, interrupted=True)
-    result = write_outcome(place, search, rows)
+        return SearchResult(location, rows, None, None, interrupted=True)
+    result = write_outcome(location, search, rows)
     check_any(result)
     return result
 
@@ -78,8 +83,15 @@ def sampled(search: Search) -> list[dict[str, Any]]:
     """The values of all trials, in order: drawn with the search's seed as Tune will draw them."""
     rng = np.random.default_rng(search.settings.seed)
     spec = {"config": _param_space(search.space)}
-    drawn = [found["config"] for _ in range(search.settings.trials) for _, found in generate_variants(spec, random_state=rng)]
-    return [{key: value.item() if hasattr(value, "item") else value for key, value in values.items()} for values in drawn]
+    drawn = [
+        found["config"]
+        for _ in range(search.settings.trials)
+        for _, found in generate_variants(spec, random_state=rng)
+    ]
+    return [
+        {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+        for values in drawn
+    ]
 
 
 def _param_space(space: Mapping[str, Domain]) -> dict[str, Any]:
@@ -96,12 +108,16 @@ def _param_space(space: Mapping[str, Domain]) -> dict[str, Any]:
 
 
 def _check_run(search: Search) -> int:
-    """How long a trial is. Raises where data or solver cannot be had, or the run's length does not fit the reports."""
+    """How long a trial is. Raises where data or solver cannot be had, or the run's length does not
+    fit the reports.
+    """
     problem = build_problem(search.config)
     build_solver(search.config, problem)
     steps, every = run_length(search.config, problem), search.settings.report_every_steps
     if steps % every:
-        raise ConfigError(f"report_every_steps: got {every}, wanted a divisor of the run's steps, {steps}")
+        raise ConfigError(
+            f"report_every_steps: got {every}, wanted a divisor of the run's steps, {steps}"
+        )
     for key, first in (
         ("asha.grace_steps", search.settings.asha.grace_steps),
         ("pbt.every_steps", search.settings.pbt.every_steps),
@@ -116,15 +132,21 @@ def _check_trials(search: Search, values: Sequence[Mapping[str, Any]]) -> None:
         try:
             search.trial_config(drawn)
         except ConfigError as error:
-            raise ConfigError(f"trial {number} ({said_values(drawn)}) would have no valid config:\n{error}") from error
+            raise ConfigError(
+                f"trial {number} ({said_values(drawn)}) would have no valid config:\n{error}"
+            ) from error
 
 
-def _tuner(search: Search, trainable: Any, place: Path | str, steps: int, concurrent: int, trials: int) -> Any:
+def _tuner(
+    search: Search, trainable: Any, location: Path | str, steps: int, concurrent: int, trials: int
+) -> Any:
     """A new Tuner, or the one of the search that was begun in this folder."""
     settings = search.settings
-    notes = Store.at(below(place, TRIALS))
+    notes = Store.at(below(location, TRIALS))
     if _begun(notes):
-        return ray_tune.Tuner.restore(notes.place, trainable=trainable, resume_unfinished=True, resume_errored=True)
+        return ray_tune.Tuner.restore(
+            notes.location, trainable=trainable, resume_unfinished=True, resume_errored=True
+        )
     notes.clear()  # of a search that was killed before it had noted a trial
     every = settings.report_every_steps
     scheduler = None
@@ -140,9 +162,11 @@ def _tuner(search: Search, trainable: Any, place: Path | str, steps: int, concur
             mode=settings.mode,
             num_samples=settings.trials,
             scheduler=scheduler,
-            # A population is trained side by side, or takes turns: its size is not limited here but by the cluster's room.
+            # A population is trained side by side, or takes turns: its size is not limited here but
+            # by the cluster's room.
             search_alg=BasicVariantGenerator(
-                max_concurrent=0 if settings.scheduler == "pbt" else concurrent, random_state=settings.seed
+                max_concurrent=0 if settings.scheduler == "pbt" else concurrent,
+                random_state=settings.seed,
             ),
             trial_name_creator=trial_folder,
             trial_dirname_creator=trial_folder,
@@ -150,7 +174,7 @@ def _tuner(search: Search, trainable: Any, place: Path | str, steps: int, concur
         ),
         run_config=ray_tune.RunConfig(
             name=TRIALS,
-            storage_path=str(place),
+            storage_path=str(location),
             stop=Ends(),
             callbacks=[Progress(settings.metric, trials)],
             failure_config=ray_tune.FailureConfig(max_failures=settings.max_failures),
@@ -161,15 +185,19 @@ def _tuner(search: Search, trainable: Any, place: Path | str, steps: int, concur
 
 
 def _begun(notes: Store) -> bool:
-    """Whether Tune has noted a trial there. Without one it would begin anew by itself, and say nothing."""
+    """Whether Tune has noted a trial there. Without one it would begin anew by itself, and say
+    nothing.
+    """
     states = [name for name in notes.names() if re.fullmatch(r"experiment_state-[^/]*\.json", name)]
     return bool(states) and bool(json.loads(notes.read(states[-1]) or b"")["trial_data"])
 
 
 class _Folder(NamedTuple):
-    """The search's folder, not yet made: a place that must be free, the first free of runs/NAME, ..., or one to go on in."""
+    """The search's folder, not yet made: a location that must be free, the first free of runs/NAME,
+    ..., or one to go on in.
+    """
 
-    place: Path | str | None
+    location: Path | str | None
     goes_on: bool
 
     @classmethod
@@ -178,45 +206,53 @@ class _Folder(NamedTuple):
         wanted = resume if resume is not None else search.settings.output_dir
         if wanted is None:
             return cls(None, False)
-        place = str(wanted).rstrip("/") if is_uri(wanted) else Path(wanted).expanduser().resolve()
-        store = Store.at(place)
-        if _is_free(place, store):
+        location = (
+            str(wanted).rstrip("/") if is_uri(wanted) else Path(wanted).expanduser().resolve()
+        )
+        store = Store.at(location)
+        if _is_free(location, store):
             if resume is not None:
-                raise ConfigError(f"{place} is not a search's folder: it is not there, or empty. Leave --resume out to begin one")
-            return cls(place, False)
+                raise ConfigError(
+                    f"{location} is not a search's folder: it is not there, or empty. Leave --resume out to begin one"
+                )
+            return cls(location, False)
         there = store.read("search.yaml")
         if there is None:
             raise ConfigError(
-                f"output_dir: {place} exists and is not a search's folder; a search never overwrites anything. Choose another"
+                f"output_dir: {location} exists and is not a search's folder; a search never overwrites anything. Choose another"
             )
         changed = _changed(yaml.safe_load(there), search.to_dict())
         if changed:
             raise ConfigError(
-                f"{place} holds another search, with other {', '.join(changed)}. Set these back to go on, or choose another output_dir"
+                f"{location} holds another search, with other {', '.join(changed)}. Set these back to go on, or choose another output_dir"
             )
         if store.read("results.json") is not None:
-            raise ConfigError(f"{place} holds this search, finished: see results.md there. Choose another output_dir to repeat it")
-        return cls(place, True)
+            raise ConfigError(
+                f"{location} holds this search, finished: see results.md there. Choose another output_dir to repeat it"
+            )
+        return cls(location, True)
 
     def claim(self, search: Search) -> Path | str:
         """Makes the folder, with the search in it."""
-        place = self.place
+        location = self.location
         try:
-            if place is None:
-                place = _first_free(Path("runs") / search.name).resolve()
-            elif isinstance(place, Path):
-                place.mkdir(parents=True, exist_ok=True)
+            if location is None:
+                location = _first_free(Path("runs") / search.name).resolve()
+            elif isinstance(location, Path):
+                location.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"output_dir: {error.filename} cannot be written: {error.strerror}") from error
+            raise ConfigError(
+                f"output_dir: {error.filename} cannot be written: {error.strerror}"
+            ) from error
         if not self.goes_on:
-            Store.at(place).put("search.yaml", written(search).encode())
-        return place
+            Store.at(location).put("search.yaml", written(search).encode())
+        return location
 
 
-def _is_free(place: Path | str, store: Store) -> bool:
+def _is_free(location: Path | str, store: Store) -> bool:
     """Whether nothing is there; a folder may be, as long as it is empty."""
-    if isinstance(place, Path):
-        return not place.exists() or (place.is_dir() and not any(place.iterdir()))
+    if isinstance(location, Path):
+        return not location.exists() or (location.is_dir() and not any(location.iterdir()))
     return not store.names()
 
 
@@ -233,18 +269,32 @@ def _first_free(path: Path) -> Path:
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Keys that differ, but for those that may: where the folder is, and where the cluster."""
-    mine, theirs = (flat({key: value for key, value in each.items() if key not in ASIDE}) for each in (old, new))
-    return [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key != "base.address"]
+    mine, theirs = (
+        flat({key: value for key, value in each.items() if key not in ASIDE}) for each in (old, new)
+    )
+    return [
+        key
+        for key in {**mine, **theirs}
+        if mine.get(key) != theirs.get(key) and key != "base.address"
+    ]
 
 
 @contextmanager
-def _cluster(search: Search, bundles: Sequence[Mapping[str, float]], trials: int, say: Callable[[str], None]) -> Iterator[int]:
-    """The cluster that the base config names, or one of this machine. Yields how many trials may run at a time, 0 for as many as fit."""
+def _cluster(
+    search: Search, bundles: Sequence[Mapping[str, float]], trials: int, say: Callable[[str], None]
+) -> Iterator[int]:
+    """The cluster that the base config names, or one of this machine. Yields how many trials may
+    run at a time, 0 for as many as fit.
+    """
     config, settings = search.config, search.settings
     each = sum(bundle.get("CPU", 0.0) for bundle in bundles)
     gpus = config.gpus_per_worker
     if not cluster.must_start(RayOptions(workers=1, address=config.address)):
-        if settings.scheduler == "pbt" and settings.concurrent is not None and settings.concurrent < trials:
+        if (
+            settings.scheduler == "pbt"
+            and settings.concurrent is not None
+            and settings.concurrent < trials
+        ):
             raise ConfigError(
                 f"concurrent: got {settings.concurrent}, wanted at least {trials} or nothing: pbt compares trials that run side by side"
             )
@@ -257,15 +307,18 @@ def _cluster(search: Search, bundles: Sequence[Mapping[str, float]], trials: int
         number = settings.concurrent or 1
         raise ClusterError(
             f"{number} {'trials' if number > 1 else 'trial'} of {each:g} CPU ({settings.driver_cpus:g}, and {len(bundles) - 1} workers of "
-            f"{config.cpus_per_worker:g}) got no place: this machine has {cores}, and more than {MAX_OVERSUBSCRIPTION} times that would "
+            f"{config.cpus_per_worker:g}) got no location: this machine has {cores}, and more than {MAX_OVERSUBSCRIPTION} times that would "
             f"only wait. Use fewer workers, a smaller cpus_per_worker or driver_cpus, a smaller concurrent, or address of a larger cluster"
         )
-    # A population that takes turns starts its processes anew at every turn: rather all of it, on shares of the cores.
+    # A population that takes turns starts its processes anew at every turn: rather all of it, on
+    # shares of the cores.
     room = (most if settings.scheduler == "pbt" else cores) / each if each else math.inf
     concurrent = settings.concurrent or max(1, int(min(room, trials)))
     busy = min(concurrent, trials) * max(len(bundles) - 1, 1) * config.threads
     if busy > cores:
-        say(f"{busy} threads of {min(concurrent, trials)} trials share {cores} cores: results stay the same, speed suffers")
+        say(
+            f"{busy} threads of {min(concurrent, trials)} trials share {cores} cores: results stay the same, speed suffers"
+        )
     whole = RayOptions(workers=1, cpus_per_worker=max(1.0, concurrent * each), gpus_per_worker=gpus)
     with cluster.local(whole, lambda text: None):
         yield concurrent
@@ -279,8 +332,11 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            # ASHA takes a percentile of the figures at a rung, where a trial that diverged has NaN: with NaN alone nobody is stopped.
-            warnings.filterwarnings("ignore", message="All-NaN slice encountered", category=RuntimeWarning)
+            # ASHA takes a percentile of the figures at a rung, where a trial that diverged has NaN:
+            # with NaN alone nobody is stopped.
+            warnings.filterwarnings(
+                "ignore", message="All-NaN slice encountered", category=RuntimeWarning
+            )
             yield
     finally:
         logger.setLevel(before)

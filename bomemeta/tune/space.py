@@ -1,4 +1,6 @@
-"""What a search may vary: `solver.upper_lr: {loguniform: [1e-4, 1e-1]}`, read and checked without Ray."""
+"""What a search may vary: `solver.upper_lr: {loguniform: [1e-4, 1e-1]}`, read and checked without
+Ray.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from bomemeta.document import describe
 
 
 class _Kind(NamedTuple):
-    """One kind of domain: what it wants, in words and as a test of its arguments, and how many numbers it has."""
+    """One kind of domain: what it wants, in words and as a test of its arguments, and how many
+    numbers it has.
+    """
 
     wanted: str
     numbers: int  # 0: a list of values of any type
@@ -40,7 +44,9 @@ class Domain:
     arguments: tuple[Any, ...]
 
     def ends(self) -> list[Any]:
-        """The values that a config must accept for all others to be accepted: both ends, or each of a list."""
+        """The values that a config must accept for all others to be accepted: both ends, or each of
+        a list.
+        """
         kind = KINDS[self.kind]
         if kind.numbers == 0:
             return list(self.arguments)
@@ -64,8 +70,12 @@ class Domain:
         return all(_number(value) for value in self.arguments)
 
 
-def read_space(values: Mapping[str, Any], found: list[tuple[tuple[str, ...], str]]) -> dict[str, Domain]:
-    """Dotted keys with their domains; sections may be nested or dotted. What is wrong is added to `found`, with its path."""
+def read_space(
+    values: Mapping[str, Any], found: list[tuple[tuple[str, ...], str]]
+) -> dict[str, Domain]:
+    """Dotted keys with their domains; sections may be nested or dotted. What is wrong is added to
+    `found`, with its path.
+    """
     space: dict[str, Domain] = {}
     for path, value in _leaves(values):
         try:
@@ -76,7 +86,9 @@ def read_space(values: Mapping[str, Any], found: list[tuple[tuple[str, ...], str
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`{solver: {upper_lr: 1}, "solver.eta": 2}` as `{"solver.upper_lr": 1, "solver.eta": 2}`. Empty mappings are values."""
+    """`{solver: {upper_lr: 1}, "solver.eta": 2}` as `{"solver.upper_lr": 1, "solver.eta": 2}`.
+    Empty mappings are values.
+    """
     leaves: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -86,7 +98,9 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def _leaves(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+def _leaves(
+    values: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], Any]]:
     found = []
     for key, value in values.items():
         section = (
@@ -101,7 +115,9 @@ def _leaves(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tupl
 def _domain(value: Any) -> Domain:
     known = ", ".join(KINDS)
     if not isinstance(value, Mapping) or len(value) != 1:
-        raise ValueError(f"got {describe(value)}, wanted one of {known} with a list, as in {{loguniform: [1e-4, 1e-1]}}")
+        raise ValueError(
+            f"got {describe(value)}, wanted one of {known} with a list, as in {{loguniform: [1e-4, 1e-1]}}"
+        )
     ((name, arguments),) = value.items()
     if name not in KINDS:
         raise ValueError(f"got {describe(name)}, wanted one of {known}")

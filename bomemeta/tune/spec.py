@@ -1,4 +1,6 @@
-"""A tune file: a training config, what of it is varied, and how. Checked whole before anything starts, without Ray."""
+"""A tune file: a training config, what of it is varied, and how. Checked whole before anything
+starts, without Ray.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from bomemeta.document import (
 )
 from bomemeta.errors import ConfigError
 from bomemeta.tune.space import Domain, flat, read_space
-from bomemeta.validation import Problem, check
+from bomemeta.validation import ConfigIssue, check
 
 _Positive = Annotated[int, Field(ge=1)]
 
@@ -41,14 +43,18 @@ class _Record(BaseModel):
 
 
 class Asha(_Record):
-    """Successive halving: at `grace_steps` and every `reduction` times as far, the best 1 / `reduction` of the trials go on."""
+    """Successive halving: at `grace_steps` and every `reduction` times as far, the best 1 /
+    `reduction` of the trials go on.
+    """
 
     grace_steps: _Positive | None = None
     reduction: Annotated[float, Field(gt=1)] = 3.0
 
 
 class Pbt(_Record):
-    """Population-based training: every `every_steps` the worst `quantile` of the trials go on from one of the best, with other values."""
+    """Population-based training: every `every_steps` the worst `quantile` of the trials go on from
+    one of the best, with other values.
+    """
 
     every_steps: _Positive | None = None
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
@@ -82,7 +88,9 @@ ASIDE = frozenset({"concurrent", "max_failures", "driver_cpus", "output_dir"})
 
 @dataclass(frozen=True)
 class Search:
-    """A checked tune file. `base` is the training config as its file has it, so that a trial's values are set over what was written."""
+    """A checked tune file. `base` is the training config as its file has it, so that a trial's
+    values are set over what was written.
+    """
 
     name: str
     settings: TuneSettings
@@ -99,7 +107,9 @@ class Search:
         return load_config(self.base, self.overrides(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """The tune file with its base config written out and every default: `load_search` of it gives the same search."""
+        """The tune file with its base config written out and every default: `load_search` of it
+        gives the same search.
+        """
         return self.settings.model_dump(mode="json") | {"base": self.base, "overrides": {}}
 
 
@@ -108,34 +118,50 @@ def override_texts(values: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in flat(values).items()]
 
 
-def load_search(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), name: str | None = None) -> Search:
+def load_search(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), name: str | None = None
+) -> Search:
     """Reads and checks a tune file, its base config, and every key and end point of its space.
 
-    `source` is a file (or its bare name, as for `train`) or a mapping like one. Raises ConfigError with a line for everything that is
-    wrong.
+    `source` is a file (or its bare name, as for `train`) or a mapping like one. Raises ConfigError
+    with a line for everything that is wrong.
     """
-    document = document_of(source, "search") if isinstance(source, Mapping) else read_document(find_config(source))
+    document = (
+        document_of(source, "search")
+        if isinstance(source, Mapping)
+        else read_document(find_config(source))
+    )
     document = apply_overrides(document, overrides)
     name = name or ("search" if isinstance(source, Mapping) else Path(document.name).stem)
-    found: list[Problem] = []
-    settings = check(TypeAdapter(TuneSettings), document.data, (), list(TuneSettings.model_fields), found)
+    found: list[ConfigIssue] = []
+    settings = check(
+        TypeAdapter(TuneSettings), document.data, (), list(TuneSettings.model_fields), found
+    )
     if settings is None:
         raise _everything(document, found)
     wrong: list[tuple[tuple[str, ...], str]] = []
     space = read_space(settings.space, wrong)
     if not settings.space:
         wrong.append(
-            ((), "space: got {}, wanted at least one key with a domain, as in solver.upper_lr: {loguniform: [1e-4, 1e-1]}")
+            (
+                (),
+                "space: got {}, wanted at least one key with a domain, as in solver.upper_lr: {loguniform: [1e-4, 1e-1]}",
+            )
         )
-    found += [Problem(_place(document, path), text) for path, text in wrong]
+    found += [ConfigIssue(_place(document, path), text) for path, text in wrong]
     base = _base(document, settings)
     try:
         config = load_config(base)
     except ConfigError as error:
-        text = "\n".join(f"base: {line.removeprefix('config: ')}" for line in str(error).splitlines())
-        raise ConfigError(f"{document.place(('base',))}: {text}") from error
-    found += [Problem(_place(document, tuple(key.split("."))), text) for key, text in _wrong_keys(base, config, space, settings)]
-    found += [Problem((key,), text) for key, text in _wrong_settings(settings, config)]
+        text = "\n".join(
+            f"base: {line.removeprefix('config: ')}" for line in str(error).splitlines()
+        )
+        raise ConfigError(f"{document.location(('base',))}: {text}") from error
+    found += [
+        ConfigIssue(_place(document, tuple(key.split("."))), text)
+        for key, text in _wrong_keys(base, config, space, settings)
+    ]
+    found += [ConfigIssue((key,), text) for key, text in _wrong_settings(settings, config)]
     if found:
         raise _everything(document, found)
     return Search(name, settings, base, space, config)
@@ -155,16 +181,26 @@ def _base(document: Document, settings: TuneSettings) -> dict[str, Any]:
 
 
 def portable(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A config's values with absolute paths: imports from the config's folder, data from the current one, as `train` has it."""
+    """A config's values with absolute paths: imports from the config's folder, data from the
+    current one, as `train` has it.
+    """
     data = values.get("data")
     if isinstance(data, Mapping):
-        places = {key: str(Path(data[key]).expanduser().resolve()) for key in _PLACES if isinstance(data.get(key), str)}
-        values = {**values, "data": {**data, **places}}
+        locations = {
+            key: str(Path(data[key]).expanduser().resolve())
+            for key in _PLACES
+            if isinstance(data.get(key), str)
+        }
+        values = {**values, "data": {**data, **locations}}
     return {**values, "imports": absolute_imports(values.get("imports") or [], folder)}
 
 
-def _wrong_keys(base: dict[str, Any], config: Config, space: dict[str, Domain], settings: TuneSettings) -> list[tuple[str, str]]:
-    """Of the space: keys that the base config does not know, ends that it refuses, and keys that are not to be searched."""
+def _wrong_keys(
+    base: dict[str, Any], config: Config, space: dict[str, Domain], settings: TuneSettings
+) -> list[tuple[str, str]]:
+    """Of the space: keys that the base config does not know, ends that it refuses, and keys that
+    are not to be searched.
+    """
     wrong: list[tuple[str, str]] = []
     for key, domain in space.items():
         if key in _FIXED:
@@ -177,8 +213,15 @@ def _wrong_keys(base: dict[str, Any], config: Config, space: dict[str, Domain], 
                 reason = str(error).splitlines()[0].partition("': ")[2] or str(error)
                 wrong.append((key, f"space.{key}: {reason}"))
                 break
-            if not any(known == key or known.startswith(f"{key}.") for known in changed.result_keys()):
-                wrong.append((key, f"space.{key}: not to be searched over: it cannot change a trial's result"))
+            if not any(
+                known == key or known.startswith(f"{key}.") for known in changed.result_keys()
+            ):
+                wrong.append(
+                    (
+                        key,
+                        f"space.{key}: not to be searched over: it cannot change a trial's result",
+                    )
+                )
                 break
         if settings.scheduler == "pbt" and not (key.startswith("solver.") and domain.numeric):
             text = "pbt changes it while a trial runs, which is possible for numbers of the solver alone; use asha"
@@ -191,27 +234,59 @@ def _wrong_settings(settings: TuneSettings, config: Config) -> list[tuple[str, s
     every = settings.report_every_steps
     if config.steps is not None and config.steps % every:
         wrong.append(
-            ("report_every_steps", f"report_every_steps: got {every}, wanted a divisor of the run's steps, {config.steps}")
+            (
+                "report_every_steps",
+                f"report_every_steps: got {every}, wanted a divisor of the run's steps, {config.steps}",
+            )
         )
     if config.seeds > 1:
-        wrong.append(("base", f"base: has seeds: {config.seeds}, wanted 1. Search over seed: {{grid: [0, 1, 2]}} for several"))
+        wrong.append(
+            (
+                "base",
+                f"base: has seeds: {config.seeds}, wanted 1. Search over seed: {{grid: [0, 1, 2]}} for several",
+            )
+        )
     if not isinstance(config.workers, int):
-        wrong.append(("base", f"base: has workers: {config.workers}, wanted a number: a trial's placement group has a fixed size"))
-    for name, steps in (("asha.grace_steps", settings.asha.grace_steps), ("pbt.every_steps", settings.pbt.every_steps)):
+        wrong.append(
+            (
+                "base",
+                f"base: has workers: {config.workers}, wanted a number: a trial's placement group has a fixed size",
+            )
+        )
+    for name, steps in (
+        ("asha.grace_steps", settings.asha.grace_steps),
+        ("pbt.every_steps", settings.pbt.every_steps),
+    ):
         if steps is not None and steps % every:
-            wrong.append((name.partition(".")[0], f"{name}: got {steps}, wanted a multiple of report_every_steps, {every}"))
+            wrong.append(
+                (
+                    name.partition(".")[0],
+                    f"{name}: got {steps}, wanted a multiple of report_every_steps, {every}",
+                )
+            )
     if settings.scheduler == "pbt" and settings.trials < 2:
-        wrong.append(("trials", f"trials: got {settings.trials}, wanted at least 2 for scheduler: pbt"))
+        wrong.append(
+            ("trials", f"trials: got {settings.trials}, wanted at least 2 for scheduler: pbt")
+        )
     return wrong
 
 
 def _place(document: Document, path: tuple[str, ...]) -> KeyPath:
     """A dotted key is one key in the file, or one in each section."""
-    return next((("space", *form) for form in ((".".join(path),), path) if ("space", *form) in document.places), ("space",))
+    return next(
+        (
+            ("space", *form)
+            for form in ((".".join(path),), path)
+            if ("space", *form) in document.locations
+        ),
+        ("space",),
+    )
 
 
-def _everything(document: Document, found: list[Problem]) -> ConfigError:
-    return ConfigError("\n".join(dict.fromkeys(f"{document.place(path)}: {text}" for path, text in found)))
+def _everything(document: Document, found: list[ConfigIssue]) -> ConfigError:
+    return ConfigError(
+        "\n".join(dict.fromkeys(f"{document.location(path)}: {text}" for path, text in found))
+    )
 
 
 def written(search: Search) -> str:

@@ -1,4 +1,6 @@
-"""One trial of a search: a bomemeta run in a folder of its own, whose every report carries all that it takes to go on."""
+"""One trial of a search: a bomemeta run in a folder of its own, whose every report carries all that
+it takes to go on.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ from bomemeta.tune.spec import Search, override_texts, portable
 
 # The name under which Tune knows the function; a search that goes on is refused another one.
 NAME = "bomemeta"
-# Another try may go better: what the disk, the cluster or another process did. All else would fail again in the same way.
+# Another try may go better: what the disk, the cluster or another process did. All else would fail
+# again in the same way.
 WORTH_ANOTHER_TRY = (BomemetaError, OSError, ray.exceptions.RayError)
 
 Trainable = Callable[[dict[str, Any]], None]
@@ -47,7 +50,9 @@ class Plan:
     base: Mapping[str, Any]  # as the file has it, with absolute paths
     imports: tuple[Import, ...]
     report_every_steps: int
-    metric: str | None  # must be in every report; a trial that fails reports it as NaN. None: a failure is raised
+    metric: (
+        str | None
+    )  # must be in every report; a trial that fails reports it as NaN. None: a failure is raised
     search: str | None = None  # the search's folder; None in a Tuner of the user's own
 
 
@@ -59,14 +64,18 @@ def trainable(
     metric: str | None = None,
     driver_cpus: float = 1.0,
 ) -> Trainable:
-    """A function for `ray.tune.Tuner`: one call is one run of `config` with the trial's values set over it.
+    """A function for `ray.tune.Tuner`: one call is one run of `config` with the trial's values set
+    over it.
 
-    A `param_space` has config keys, dotted or nested: `{"solver.upper_lr": tune.loguniform(1e-4, 1e-1)}`. Every `report_every_steps` the
-    figures of that step and a complete checkpoint are reported; `steps` counts the steps of the run, for a scheduler's `time_attr`. The
-    function brings its resources along: a bundle of `driver_cpus` for the trial and one for each of the config's `workers`.
+    A `param_space` has config keys, dotted or nested: `{"solver.upper_lr": tune.loguniform(1e-4,
+    1e-1)}`. Every `report_every_steps` the figures of that step and a complete checkpoint are
+    reported; `steps` counts the steps of the run, for a scheduler's `time_attr`. The function
+    brings its resources along: a bundle of `driver_cpus` for the trial and one for each of the
+    config's `workers`.
 
-    With `metric` a trial that diverges or fails ends with NaN there instead of an exception, which Tune would answer by trying again.
-    Raises ConfigError where the config is wrong and, where Ray runs already, ClusterError where one trial has no room.
+    With `metric` a trial that diverges or fails ends with NaN there instead of an exception, which
+    Tune would answer by trying again. Raises ConfigError where the config is wrong and, where Ray
+    runs already, ClusterError where one trial has no room.
     """
     settings = load_config(config, overrides)
     if isinstance(config, str | Path):
@@ -75,13 +84,23 @@ def trainable(
         document = document_of(config.to_dict() if isinstance(config, Config) else config)
     document = apply_overrides(document, overrides)
     base = portable(document.data, document.folder)
-    return _trainable(Plan(base, tuple(read_imports(settings.imports)), report_every_steps, metric), settings, driver_cpus)
+    return _trainable(
+        Plan(base, tuple(read_imports(settings.imports)), report_every_steps, metric),
+        settings,
+        driver_cpus,
+    )
 
 
-def make_trainable(search: Search, place: str) -> Trainable:
-    """The function for the trials of a search in the folder at `place`."""
+def make_trainable(search: Search, location: str) -> Trainable:
+    """The function for the trials of a search in the folder at `location`."""
     settings, config = search.settings, search.config
-    plan = Plan(search.base, tuple(read_imports(config.imports)), settings.report_every_steps, settings.metric, place)
+    plan = Plan(
+        search.base,
+        tuple(read_imports(config.imports)),
+        settings.report_every_steps,
+        settings.metric,
+        location,
+    )
     return _trainable(plan, config, settings.driver_cpus)
 
 
@@ -99,10 +118,16 @@ def _trainable(plan: Plan, settings: Config, driver_cpus: float) -> Trainable:
 
 
 def run_trial(plan: Plan, config: Mapping[str, Any]) -> None:
-    """Begins the trial, or goes on from the checkpoint that Tune hands it, and reports until the run's end."""
-    # A process that is used again waits for the last trial to close its workers, which Tune would give 2 s.
+    """Begins the trial, or goes on from the checkpoint that Tune hands it, and reports until the
+    run's end.
+    """
+    # A process that is used again waits for the last trial to close its workers, which Tune would
+    # give 2 s.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
-    values = {key: value.item() if hasattr(value, "item") else value for key, value in flat(config).items()}
+    values = {
+        key: value.item() if hasattr(value, "item") else value
+        for key, value in flat(config).items()
+    }
     folder = folder_here(tune.get_context().get_storage(), plan.search)
     reporter = _Reporter(plan, values, folder)
     try:
@@ -112,40 +137,53 @@ def run_trial(plan: Plan, config: Mapping[str, Any]) -> None:
             with saved.as_directory() as directory:
                 reporter.take_over(_take_checkpoint(Path(directory), folder, settings))
         folder.write_config(settings)
-        # A folder without a checkpoint begins at step 0, one whose process was killed before its first report goes on.
+        # A folder without a checkpoint begins at step 0, one whose process was killed before its
+        # first report goes on.
         reporter.finish(resume_one(load_config(folder.config_file), folder, reporter))
     except Exception as error:
-        final = isinstance(error, DivergenceError | SearchError) or not isinstance(error, WORTH_ANOTHER_TRY)
+        final = isinstance(error, DivergenceError | SearchError) or not isinstance(
+            error, WORTH_ANOTHER_TRY
+        )
         if plan.metric is None or not final:
             raise
         reporter.fail(error)
 
 
-def _settings(plan: Plan, values: Mapping[str, Any], place: Path) -> Config:
-    """The trial's config: what changes the result comes from the plan and the values, what does not is the trial's own."""
-    entries = _imports_here(plan, place)
+def _settings(plan: Plan, values: Mapping[str, Any], location: Path) -> Config:
+    """The trial's config: what changes the result comes from the plan and the values, what does not
+    is the trial's own.
+    """
+    entries = _imports_here(plan, location)
     settings = load_config({**plan.base, "imports": entries}, override_texts(values))
     every = plan.report_every_steps
     return settings.model_copy(
         update={
             "address": None,  # the trial is in the cluster
-            "output_dir": str(place),
-            "log": settings.log.model_copy(update={"tensorboard": False}),  # Tune writes what is reported
+            "output_dir": str(location),
+            "log": settings.log.model_copy(
+                update={"tensorboard": False}
+            ),  # Tune writes what is reported
             "evaluation": settings.evaluation.model_copy(update={"every_steps": every}),
             "checkpoint": settings.checkpoint.model_copy(update={"every_steps": every, "keep": 1}),
             # Without a share of a GPU a trial would take the first one, as would all others.
-            **({"device": "cpu"} if settings.gpus_per_worker == 0 and settings.device == "auto" else {}),
+            **(
+                {"device": "cpu"}
+                if settings.gpus_per_worker == 0 and settings.device == "auto"
+                else {}
+            ),
         }
     )
 
 
-def _imports_here(plan: Plan, place: Path) -> list[str]:
-    """The config's `imports:`; files that this machine does not have are written beside the run from their text."""
+def _imports_here(plan: Plan, location: Path) -> list[str]:
+    """The config's `imports:`; files that this machine does not have are written beside the run
+    from their text.
+    """
     entries: list[str] = list(plan.base.get("imports") or [])
     texts = {entry.file: entry.source for entry in plan.imports if entry.source is not None}
     for index, entry in enumerate(entries):
         if is_file_entry(entry) and not Path(entry).is_file():
-            copy = place / "imports" / Path(entry).name
+            copy = location / "imports" / Path(entry).name
             copy.parent.mkdir(exist_ok=True)
             copy.write_text(texts[entry] or "", encoding="utf-8")
             entries[index] = str(copy)
@@ -153,26 +191,38 @@ def _imports_here(plan: Plan, place: Path) -> list[str]:
 
 
 def _take_checkpoint(directory: Path, folder: RunFolder, settings: Config) -> dict[str, Any]:
-    """Puts Tune's checkpoint in the place of the folder's own, as one of this config's. Returns what was reported with it.
+    """Puts Tune's checkpoint in the place of the folder's own, as one of this config's. Returns
+    what was reported with it.
 
-    It is this trial's own, or under PBT another's: then x, y and the solver's state are taken over, and the step sizes are our own.
+    It is this trial's own, or under PBT another's: then x, y and the solver's state are taken over,
+    and the step sizes are our own.
     """
     loaded = checkpoints.load_latest(directory)
     saved = loaded.checkpoint
-    foreign = [difference for difference in differing_keys(saved.config, settings) if not difference.key.startswith("solver.")]
+    foreign = [
+        difference
+        for difference in differing_keys(saved.config, settings)
+        if not difference.key.startswith("solver.")
+    ]
     if foreign or saved.config["solver"]["name"] != settings.solver.name:
         keys = ", ".join(difference.key for difference in foreign) or "solver.name"
-        raise SearchError(f"{keys}: changed while the trial ran; a scheduler may change numbers of the solver alone")
+        raise SearchError(
+            f"{keys}: changed while the trial ran; a scheduler may change numbers of the solver alone"
+        )
     for old in folder.checkpoints.glob("step_*.pt"):
         old.unlink()
-    checkpoints.save(folder.checkpoints, Checkpoint(**saved._asdict() | {"config": settings.to_dict()}), keep=1)
+    checkpoints.save(
+        folder.checkpoints, Checkpoint(**saved._asdict() | {"config": settings.to_dict()}), keep=1
+    )
     reported: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
     return reported
 
 
 @dataclass
 class _Reporter(Quiet):
-    """Hears a run and reports to Tune: figures with the checkpoint of the same step, and at the end the final figures."""
+    """Hears a run and reports to Tune: figures with the checkpoint of the same step, and at the end
+    the final figures.
+    """
 
     plan: Plan
     values: dict[str, Any]
@@ -181,7 +231,9 @@ class _Reporter(Quiet):
     done: int = 0
     figures: dict[str, float] = field(default_factory=dict)  # of the step that was last committed
     notes: list[str] = field(default_factory=list)
-    lineage: list[dict[str, Any]] = field(default_factory=list)  # from which step on which values held
+    lineage: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # from which step on which values held
 
     def take_over(self, reported: Mapping[str, Any]) -> None:
         """What was reported with the checkpoint that the run goes on from."""
@@ -200,7 +252,8 @@ class _Reporter(Quiet):
         self.notes.append(text)
 
     def saved(self, path: Path) -> None:
-        # The end has a report of its own, with the final figures: two of one step would be drawn twice.
+        # The end has a report of its own, with the final figures: two of one step would be drawn
+        # twice.
         if 0 < self.done < self.steps and self.done % self.plan.report_every_steps == 0:
             self._report({})
 
@@ -210,8 +263,16 @@ class _Reporter(Quiet):
 
     def fail(self, error: Exception) -> None:
         """The last word of a trial that diverged, or that its own code or config made impossible."""
-        ended = "diverged" if isinstance(error, DivergenceError) else "wrong" if isinstance(error, SearchError) else "failed"
-        (self.folder.path / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        ended = (
+            "diverged"
+            if isinstance(error, DivergenceError)
+            else "wrong"
+            if isinstance(error, SearchError)
+            else "failed"
+        )
+        (self.folder.path / "error.txt").write_text(
+            "".join(traceback.format_exception(error)), encoding="utf-8"
+        )
         self.folder.publish(self.note)
         text = f"{type(error).__name__}: {error}"
         tune.report(
@@ -228,13 +289,22 @@ class _Reporter(Quiet):
     def _report(self, more: Mapping[str, Any]) -> None:
         metric = self.plan.metric
         if metric is not None and metric not in self.figures:
-            raise SearchError(f"metric: got {metric!r}, wanted one of what is reported: {', '.join(self.figures)}")
+            raise SearchError(
+                f"metric: got {metric!r}, wanted one of what is reported: {', '.join(self.figures)}"
+            )
         checkpoint = self.folder.checkpoints
         record = {"figures": self.figures, "lineage": self.lineage}
         (checkpoint / REPORT_FILE).write_text(json.dumps(record), encoding="utf-8")
         told = {"notes": "\n".join(self.notes)} if self.notes else {}
         tune.report(
             # timesteps_total is where Tune's TensorBoard files have their x axis.
-            {**self.figures, "steps": self.done, "timesteps_total": self.done, "lineage": json.dumps(self.lineage), **told, **more},
+            {
+                **self.figures,
+                "steps": self.done,
+                "timesteps_total": self.done,
+                "lineage": json.dumps(self.lineage),
+                **told,
+                **more,
+            },
             checkpoint=tune.Checkpoint.from_directory(str(checkpoint)),
         )

@@ -1,12 +1,13 @@
-"""A worker's seat on the driver: the phases it goes through, the ways in which its worker is lost, and how they are told.
+"""A worker's slot on the driver: the phases it goes through, the ways in which its worker is lost,
+and how they are told.
 
-The driver keeps one `Seat` per worker, in one of five phases:
+The driver keeps one `Slot` per worker, in one of five phases:
 
     STARTING --built--> IDLE --dispatch--> BUSY --answer--> IDLE
         |                |                   |
         |                +--ping--> DRAINING |     DRAINING: still at a call whose answer nobody wants
         |                                    |
-        +--died or overdue, in any phase: the actor is killed and the seat is STARTING with a new one
+        +--died or overdue, in any phase: the actor is killed and the slot is STARTING with a new one
         +--no room, did not start MAX_STRIKES times, or not in time: ABSENT, the others do the work until it is tried again
 """
 
@@ -21,7 +22,8 @@ from ray.exceptions import ObjectLostError
 from bomemeta.distributed.actor import Process
 from bomemeta.distributed.cluster import RayOptions
 
-# A shard that took this many workers down in a row, or a worker that died this often while it started, is to blame itself.
+# A shard that took this many workers down in a row, or a worker that died this often while it
+# started, is to blame itself.
 MAX_STRIKES = 3
 
 
@@ -37,16 +39,22 @@ WAITING = (Phase.STARTING, Phase.BUSY, Phase.DRAINING)
 
 
 @dataclass
-class Seat:
+class Slot:
     index: int
     phase: Phase = Phase.ABSENT
     actor: Any = None
     process: Process | None = None  # None until the worker is built
-    refs: list[Any] = field(default_factory=list)  # what the seat's actor will answer; all are ready when the first is
+    refs: list[Any] = field(
+        default_factory=list
+    )  # what the slot's actor will answer; all are ready when the first is
     deadline: float = 0.0  # monotonic, seconds
     job: int = -1  # of the round's plan, while BUSY
-    begun: float = 0.0  # when it was given the job, or its answer before was heard, monotonic seconds
-    next_job: int = -1  # while BUSY: what was given to it beforehand, to follow the job in hand; -1: nothing
+    begun: float = (
+        0.0  # when it was given the job, or its answer before was heard, monotonic seconds
+    )
+    next_job: int = (
+        -1
+    )  # while BUSY: what was given to it beforehand, to follow the job in hand; -1: nothing
     next_refs: list[Any] = field(default_factory=list)
     failed_starts: int = 0
     absent_until: float = 0.0  # while ABSENT: not started again before, monotonic seconds
@@ -60,7 +68,9 @@ class WorkerLost(Exception):
 
 
 class WorkerUnplaced(WorkerLost):
-    """Its actor was given up by Ray before it ran, as when it was placed on a node that had just gone."""
+    """Its actor was given up by Ray before it ran, as when it was placed on a node that had just
+    gone.
+    """
 
 
 class WorkerHung(WorkerLost):
