@@ -42,6 +42,7 @@ from bomemeta.distributed.worker import ShardWorker, variant_of
 from bomemeta.environment import environment
 from bomemeta.errors import DataError
 from bomemeta.files import written_whole
+from bomemeta.intervals import half_width
 from bomemeta.nets.sample_conv import SampleConv
 from bomemeta.problems.continual_meta import LOG_SHARPNESS, LOG_STEP, ContinualMeta
 from bomemeta.problems.few_shot import FewShot
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     curves = {
         name: {
             "mean": float(values.mean()),
-            "ci95": 1.96 * float(values.std()) / math.sqrt(len(values)),
+            "ci95": half_width(float(values.var()), len(values)),
         }
         for name, values in tested.items()
         if "accuracy" in name and len(values) > 1

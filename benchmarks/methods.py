@@ -25,6 +25,7 @@ from bomemeta.data.l2l_tasksets import learn2learn
 from bomemeta.distributed.rounds import StepRun
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.worker import ShardWorker, variant_of
+from bomemeta.intervals import half_width
 from bomemeta.nets import build_backbone
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.solvers.bome import BOME
@@ -258,4 +259,4 @@ def _tasks(problem: FewShot, task_ids: Sequence[int], split: Split) -> list[Batc
 def _summary(total: float, squares: float, episodes: int) -> Accuracy:
     mean = total / episodes
     variance = (squares / episodes - mean**2) * episodes / max(episodes - 1, 1)
-    return Accuracy(mean, 1.96 * math.sqrt(max(variance, 0.0) / episodes))
+    return Accuracy(mean, half_width(variance, episodes) or math.nan)

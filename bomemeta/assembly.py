@@ -13,6 +13,7 @@ import torch
 
 from bomemeta.config import Config, load_config
 from bomemeta.core.problem import Problem
+from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import Solver
 from bomemeta.distributed.transport import Transport, WorkerFactory
 from bomemeta.distributed.worker import ShardWorker, variant_of
@@ -38,7 +39,7 @@ def build_problem(config: Config) -> Problem:
     data = config.data.build() if config.data is not None else None
     if data is not None:
         data.prepare()
-    problem.attach(seed=config.seed, dtype=getattr(torch, config.dtype), data=data)
+    problem.attach(seed=mixed_seed(config.seed), dtype=getattr(torch, config.dtype), data=data)
     length = problem.length
     if config.steps is None and length is None:
         raise ConfigError(

@@ -19,6 +19,7 @@ from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config
 from bomemeta.core.inner import evaluate, solve_lower
 from bomemeta.core.problem import Problem, Split
+from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import LowerStates, Solver, Sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -27,6 +28,7 @@ from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.distributed.rounds import SharedRun, StepRun
 from bomemeta.distributed.transport import Transport
 from bomemeta.errors import DivergenceError, LowerStateLost
+from bomemeta.intervals import half_width
 
 # A default batch for problems without end; pools are taken whole.
 FRESH_TASKS_PER_STEP = 8
@@ -81,7 +83,7 @@ class Job:
         elif wanted is None or wanted >= num_tasks:
             ids = range(num_tasks)
         else:
-            drawn = np.random.default_rng([self.config.seed, step]).choice(
+            drawn = np.random.default_rng([mixed_seed(self.config.seed), step]).choice(
                 num_tasks, wanted, replace=False
             )
             ids = sorted(int(task) for task in drawn)  # type: ignore[assignment]
@@ -237,7 +239,7 @@ def meta_test(
     variant: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Means over the split's first `episodes` tasks, y adapted on g alone; `<split>_ci95` is the 95
-    % half-width of the accuracy, and every figure with `accuracy` in its name has one, named with
+    % half-width of the accuracy by Student's t, and every figure with `accuracy` in its name has one, named with
     `ci95` in its place.
     """
     shards = math.ceil(episodes / EVALUATION_SHARD)
@@ -270,12 +272,10 @@ def meta_test(
             and f"square/{name}" in sums
             and episodes > 1
         ):
-            variance = (
-                (float(sums[f"square/{name}"]) / episodes - mean**2) * episodes / (episodes - 1)
-            )
-            figures[f"{split}_{name.replace('accuracy', 'ci95')}"] = 1.96 * math.sqrt(
-                max(variance, 0.0) / episodes
-            )
+            square = float(sums[f"square/{name}"]) / episodes
+            width = half_width((square - mean**2) * episodes / (episodes - 1), episodes)
+            assert width is not None, "episodes > 1"
+            figures[f"{split}_{name.replace('accuracy', 'ci95')}"] = width
     return figures
 
 

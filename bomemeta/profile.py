@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.config import Config, load_config
 from bomemeta.core import spans
+from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates
 from bomemeta.engine import Job, State, fit
 from bomemeta.environment import environment, environment_line
@@ -169,7 +170,7 @@ class Course:
 
     def __init__(self, job: Job, step: int = 0) -> None:
         problem, seed = job.problem, job.config.seed
-        upper = job.solver.start(problem.init_upper(torch.Generator().manual_seed(seed)), job.steps)
+        upper = job.solver.start(problem.init_upper(generator(seed)), job.steps)
         self._job, self._state = job, State(step, upper, LowerStates.none(), problem.init_memory())
 
     def go(self, steps: int) -> list[dict[str, float]]:

@@ -23,6 +23,7 @@ from bomemeta.assembly import open_transport, worker_range
 from bomemeta.config import Config, load_config
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.imports import Import, execute_imports, is_file_entry, read_imports
+from bomemeta.intervals import half_width
 from bomemeta.report import Listener, Quiet
 from bomemeta.run_folder import RunFolder
 from bomemeta.session import Result, evaluate_one, resume_one, train_one
@@ -175,10 +176,7 @@ def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of every figure that all runs have, followed by NAME_ci95; an interval has no
     interval of its own.
     """
-    from scipy.stats import t
-
     n = len(runs)
-    quantile = float(t.ppf(0.975, n - 1))
     found: dict[str, float] = {}
     for name in runs[0]:
         if not all(name in run for run in runs):
@@ -187,6 +185,7 @@ def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
         mean = math.fsum(values) / n
         found[name] = mean
         if not name.endswith("ci95"):
-            variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-            found[f"{name}_ci95"] = quantile * math.sqrt(variance / n)
+            variance = math.fsum((value - mean) ** 2 for value in values) / max(n - 1, 1)
+            if (width := half_width(variance, n)) is not None:
+                found[f"{name}_ci95"] = width
     return found

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bomemeta import checkpoint as checkpoints
@@ -24,6 +23,7 @@ from bomemeta import engine
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.checkpoint import Checkpoint, Loaded, check_same_run, load_latest, upper_sha256
 from bomemeta.config import Config, differing_keys
+from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates
 from bomemeta.document import read_document
 from bomemeta.engine import Job, State
@@ -241,7 +241,7 @@ class _Session:
             self._log.close()
 
     def _state(self, job: Job, saved: Checkpoint | None) -> State:
-        upper = job.problem.init_upper(torch.Generator().manual_seed(self._config.seed))
+        upper = job.problem.init_upper(generator(self._config.seed))
         state = State(
             0, job.solver.start(upper, job.steps), LowerStates.none(), job.problem.init_memory()
         )

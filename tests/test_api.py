@@ -127,7 +127,8 @@ def test_confidence_interval_is_that_of_the_mean_over_episodes(finished):
     values = torch.tensor(accuracies, dtype=torch.float64)
     assert finished.metrics["test_accuracy"] == pytest.approx(float(values.mean()), abs=1e-6)
     assert finished.metrics["test_ci95"] == pytest.approx(
-        1.96 * float(values.std()) / 6**0.5, abs=1e-5
+        2.570582 * float(values.std()) / 6**0.5,
+        abs=1e-5,  # Student's t of 5 degrees of freedom
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from bomemeta.config import Config
 from bomemeta.core.inner import evaluate
 from bomemeta.core.problem import Problem, Split
+from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates, Solver
 from bomemeta.distributed.rounds import SharedRun
 from bomemeta.distributed.serial import SerialTransport
@@ -239,7 +240,7 @@ class DryRun:
 
     def _start(self) -> State:
         problem, config = self.job.problem, self.job.config
-        upper = problem.init_upper(torch.Generator().manual_seed(config.seed))
+        upper = problem.init_upper(generator(config.seed))
         return State(
             self._first,
             self.job.solver.start(upper, self.job.steps),

@@ -16,6 +16,7 @@ from torch import Tensor
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.checkpoint import load_latest
 from bomemeta.config import Config, load_config
+from bomemeta.core.randomness import generator, mixed_seed
 from bomemeta.core.solver import Run, Solver
 from bomemeta.core.tree import Params
 from bomemeta.engine import READABLE_NUMBERS, Job
@@ -85,7 +86,7 @@ def check(
 
 
 def _report(job: Job, cut: Subproblem, settle_steps: int, directions: int, say: Say) -> Report:
-    solver, seed = job.solver, job.config.seed
+    solver, seed = job.solver, mixed_seed(job.config.seed)
     say(f"the direction of {job.config.solver.name} at a fixed x")
     settled = settle(solver, cut.upper, cut.whole, settle_steps)
     say("the reference: y*, A v = grad_y f, eigenvalues of A")
@@ -200,7 +201,7 @@ def _cut(
 ) -> Subproblem:
     if tasks < 1:
         raise ConfigError(f"--tasks: got {tasks}, wanted 1 or more")
-    upper = job.problem.init_upper(torch.Generator().manual_seed(job.config.seed))
+    upper = job.problem.init_upper(generator(job.config.seed))
     step = 0
     if run_dir is not None:
         loaded = load_latest(RunFolder.open(run_dir).checkpoints)

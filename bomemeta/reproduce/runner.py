@@ -9,13 +9,12 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 
-import torch
-
 from bomemeta import engine
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.config import load_config
 from bomemeta.core.inner import evaluate
 from bomemeta.core.problem import Split
+from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates
 from bomemeta.core.tree import Params
 from bomemeta.engine import Job, State
@@ -38,7 +37,7 @@ def execute(run: Run) -> Record:
     notes: list[str] = []
     with torch_threads(config.threads), closing(open_transport(config, notes.append)) as transport:
         job = Job(config, problem, solver, transport)
-        upper = problem.init_upper(torch.Generator().manual_seed(config.seed))
+        upper = problem.init_upper(generator(config.seed))
         state = State(0, solver.start(upper, job.steps), LowerStates.none())
         course = _Course(job, state, run)
         diverged, final = None, {}
