@@ -1,13 +1,14 @@
 """The ray transport on a real cluster with real kills, held against the serial transport."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,16 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray import cloudpickle
+from ray.exceptions import GetTimeoutError, RayActorError, TaskCancelledError
 
 from bomemeta.distributed import cluster
+from bomemeta.distributed.actor import actor_class
+from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.ray_round import RayRound
 from bomemeta.distributed.ray_transport import RayOptions, RayTransport
 from bomemeta.distributed.serial import SerialTransport
-from bomemeta.distributed.slots import Phase
+from bomemeta.distributed.slots import Phase, WorkerUnavailable
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.errors import ClusterError, ConfigError, DivergenceError
 
@@ -268,6 +273,62 @@ def test_a_call_that_waits_behind_a_late_one_is_given_to_another(home, beforehan
         for _ in range(2):  # what was taken back is not heard
             assert numbers(transport.run(X, sleeping(0, 0, 0))) == expected
         assert transport.replacements == 0
+
+
+def phantoms(tries: int) -> int:
+    """How often a worker is taken for dead, and another takes its place, because a call was taken
+    back that may not have been sent yet.
+    """
+    found, dice = 0, random.Random(0)
+    factory = cloudpickle.dumps(Toy)
+    actor = None
+    for _ in range(tries):
+        if actor is None:
+            actor = actor_class(SMALL, 0, None).remote()
+            ray.get(actor.build.remote(factory, 1, cluster.importable_paths()))
+        begun, back = (
+            actor.execute.remote(Order(sleep_s=seconds), 0, "plain", X)
+            for seconds in (dice.random() * 0.004, 0.001)
+        )
+        time.sleep(dice.random() * 0.006)
+        ray.cancel(back)
+        try:
+            ray.get([begun, actor.ping.remote()], timeout=20)  # a phantom's takes 30 s
+        except (GetTimeoutError, RayActorError):
+            found, actor = found + 1, None
+        with suppress(TaskCancelledError):
+            ray.get(back)
+    return found
+
+
+def test_a_call_that_is_taken_back_before_it_is_sent_costs_no_worker(home):
+    assert phantoms(300) == 0
+
+
+@pytest.mark.slow(reason="2,000 tries take half a minute: pytest -m slow -k costs_a_worker")
+def test_of_many_calls_that_are_taken_back_none_costs_a_worker(home):
+    assert phantoms(2000) == 0
+
+
+def test_a_worker_that_cannot_be_reached_is_not_dead(home, monkeypatch):
+    all_ready(home, 3)
+    before, pids, get = home.replacements, set(home.worker_pids()), Fleet.get
+    unreached = []
+
+    def once(self, slot, overdue):
+        if slot.phase is Phase.BUSY and len(unreached) < 3:  # shard 0 each time: no strikes either
+            unreached.append(slot.job)
+            raise WorkerUnavailable("could not be reached (the network was gone)")
+        return get(self, slot, overdue)
+
+    monkeypatch.setattr(Fleet, "get", once)
+    orders = [ShardCall(Order(scale=scale)) for scale in (1, 2, 3, 4)]
+    assert numbers(home.run(X, orders)) == numbers(SerialTransport(Toy).run(X, orders))
+    assert len(unreached) == 3
+    all_ready(home, 3)
+    assert home.replacements == before
+    assert set(home.worker_pids()) == pids
+    assert any("it is asked for a sign of life" in line for line in EVENTS)
 
 
 def test_kill_in_the_middle_of_a_call(home, tmp_path):

@@ -24,7 +24,15 @@ import torch.distributed
 from bomemeta.distributed import cluster
 from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.process_group import GroupBroken, Member
-from bomemeta.distributed.slots import MAX_STRIKES, WAITING, Phase, Slot, WorkerLost, poison
+from bomemeta.distributed.slots import (
+    MAX_STRIKES,
+    WAITING,
+    Phase,
+    Slot,
+    WorkerLost,
+    WorkerUnavailable,
+    poison,
+)
 from bomemeta.distributed.transport import JointRequest
 from bomemeta.errors import ClusterError
 
@@ -133,8 +141,12 @@ class Collective:
             if broken:
                 for silent in waiting:
                     silent.deadline = min(silent.deadline, time.monotonic() + GRACE_S)
+        again = "in a kernel of all workers together, which runs again"
         for slot, how in lost:
-            self._fleet.replace(slot, how, "in a kernel of all workers together, which runs again")
+            if isinstance(how, WorkerUnavailable):
+                self._fleet.await_return(slot, how, again)
+            else:
+                self._fleet.replace(slot, how, again)
         if broken:
             self._present = []
         return answer, loss

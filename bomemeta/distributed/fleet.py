@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray import cloudpickle
 from ray.exceptions import (
+    ActorUnavailableError,
     GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
@@ -26,7 +27,7 @@ from ray.exceptions import (
 )
 
 from bomemeta.distributed import cluster
-from bomemeta.distributed.actor import ShardActor, birth_of, kill_on_its_node, kill_process
+from bomemeta.distributed.actor import actor_class, birth_of, kill_on_its_node, kill_process
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.slots import (
     LOGS,
@@ -36,6 +37,7 @@ from bomemeta.distributed.slots import (
     Slot,
     WorkerHung,
     WorkerLost,
+    WorkerUnavailable,
     WorkerUnplaced,
     last_line,
 )
@@ -151,11 +153,15 @@ class Fleet:
         else:
             try:
                 self.get(slot, overdue)
+            except WorkerUnavailable as loss:
+                self.await_return(slot, loss, "between two shards")
+                return
             except WorkerLost as loss:
                 self.replace(slot, loss, "between two shards")
                 return
             except Exception:  # of a call whose round was given up for the first such exception
                 pass
+        slot.unreached = 0
         slot.phase, slot.refs = Phase.IDLE, []
 
     def get(self, slot: Slot, overdue: bool) -> Any:
@@ -179,6 +185,8 @@ class Fleet:
             raise
         except GetTimeoutError as error:
             raise WorkerHung("has an answer that does not arrive") from error
+        except ActorUnavailableError as error:
+            raise WorkerUnavailable(f"could not be reached ({last_line(error)})") from error
         except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
             # Ray has no class of its own for this; should the words change, it counts as a failed
             # start.
@@ -214,8 +222,24 @@ class Fleet:
         # What took this worker may have taken idle ones too. To find that out by giving them shards
         # would count against the shards.
         for idle in self.in_phase(Phase.IDLE):
-            idle.refs, idle.phase = [idle.actor.ping.remote()], Phase.DRAINING
-            idle.deadline = time.monotonic() + self.options.step_timeout_s
+            self._ask(idle)
+
+    def await_return(self, slot: Slot, loss: WorkerUnavailable, when: str) -> None:
+        """A worker that could not be reached may be as well as before: it is asked for a sign of
+        life, and replaced only where none comes.
+        """
+        slot.unreached += 1
+        if slot.unreached > MAX_STRIKES:
+            self.replace(slot, loss, when)
+            return
+        self._on_event(f"{slot} {loss} {when}; it is asked for a sign of life")
+        self._forgotten += slot.refs + slot.next_refs
+        slot.job, slot.next_job, slot.next_refs = -1, -1, []
+        self._ask(slot)
+
+    def _ask(self, slot: Slot) -> None:
+        slot.refs, slot.phase = [slot.actor.ping.remote()], Phase.DRAINING
+        slot.deadline = time.monotonic() + self.options.step_timeout_s
 
     def drain(self, slot: Slot) -> None:
         """Nobody wants the answers that the slot is busy with."""
@@ -273,17 +297,14 @@ class Fleet:
 
     def _begin_start(self, slot: Slot) -> None:
         options = self.options
-        actor_class = ray.remote(
-            num_cpus=options.cpus_per_worker,
-            num_gpus=options.gpus_per_worker,
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy=cluster.scheduling_strategy(),
-        )(ShardActor)
-        slot.actor, slot.process = actor_class.remote(), None
+        made = actor_class(
+            options.cpus_per_worker, options.gpus_per_worker, cluster.scheduling_strategy()
+        )
+        slot.actor, slot.process = made.remote(), None
         slot.refs = [
             slot.actor.build.remote(self._factory, options.threads, cluster.importable_paths())
         ]
+        slot.unreached = 0
         slot.phase, slot.deadline = Phase.STARTING, time.monotonic() + options.start_timeout_s
 
     def _place_again(self, slot: Slot, loss: WorkerUnplaced) -> None:

@@ -17,7 +17,15 @@ from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.plan import Plan
 from bomemeta.distributed.scheduler import Key, Scheduler
-from bomemeta.distributed.slots import MAX_STRIKES, Phase, Slot, WorkerLost, poison, state_lost
+from bomemeta.distributed.slots import (
+    MAX_STRIKES,
+    Phase,
+    Slot,
+    WorkerLost,
+    WorkerUnavailable,
+    poison,
+    state_lost,
+)
 from bomemeta.distributed.summation import TreeSum
 from bomemeta.distributed.transport import ShardCall, ShardReply
 from bomemeta.errors import ClusterError, LowerStateLost
@@ -211,9 +219,16 @@ class RayRound:
     def _lose(self, slot: Slot, loss: WorkerLost) -> None:
         job, following = slot.job, slot.next_job
         what = "a sum of shards" if self.plan.merge(job) else f"shard {job}"
+        slot.job = -1
+        if isinstance(loss, WorkerUnavailable):
+            for lost in (following, job):
+                if lost >= 0 and not self._at(lost):
+                    self.plan.again(lost)
+            again = f"in {what}, which runs again on the next free worker"
+            self._fleet.await_return(slot, loss, again)
+            return
         self._strikes[job] += 1
         self._scheduler.forget(slot.index)
-        slot.job = -1
         if self._strikes[job] == MAX_STRIKES:
             self._fleet.replace(slot, loss, f"in {what}")
             raise ClusterError(poison(what, loss, self._options)) from None

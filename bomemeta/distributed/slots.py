@@ -57,6 +57,7 @@ class Slot:
     )  # while BUSY: what was given to it beforehand, to follow the job in hand; -1: nothing
     next_refs: list[Any] = field(default_factory=list)
     failed_starts: int = 0
+    unreached: int = 0  # times in a row that its worker could not be reached
     absent_until: float = 0.0  # while ABSENT: not started again before, monotonic seconds
 
     def __str__(self) -> str:
@@ -65,6 +66,10 @@ class Slot:
 
 class WorkerLost(Exception):
     """A worker's death, in words that follow the worker's name; never leaves the transport."""
+
+
+class WorkerUnavailable(WorkerLost):
+    """It could not be reached: its process may be well, and so may what it computes. No death."""
 
 
 class WorkerUnplaced(WorkerLost):
