@@ -11,14 +11,21 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """Processor, cores and versions. No host name, no path."""
+    """Processor, cores and versions of what is installed. No host name, no path."""
     packages = ("torch", "learn2learn", "numpy", "ray", "bomemeta")
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        | {name: found for name in packages if (found := _version(name)) is not None},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def environment_line(found: dict[str, Any]) -> str:

@@ -401,3 +401,29 @@ def test_counts_of_a_device_that_is_not_there(tmp_path: Path) -> None:
     assert (row["calls"], row["back"]) == (4, 6)
     assert row["operations"] > 100
     assert json.loads((tmp_path / "counts.json").read_text())["rows"] == [row]
+
+
+def test_on_device_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
+    """Every part that needs neither a card nor another library does what it would there."""
+    out, table = tmp_path / "device.json", tmp_path / "device.md"
+    parts = ("bits", "trajectories", "steps", "two_on_one")
+    files = ("--json", str(out), "--markdown", str(table))
+    result = run("on_device", "--sizes", "tiny", "--here", "--parts", *parts, *files)
+    assert json.loads(out.read_text()) == result
+    found = result["parts"]
+    assert all(row["equal"] for row in found["bits"]["rows"])
+    assert all(row["difference"] < 1e-6 for row in found["trajectories"]["rows"])
+    assert {row["network"] for row in found["steps"]["rows"] if "over_floor" in row} == {
+        "conv4", "resnet12", "gpt", "resnet18",
+    }  # fmt: skip
+    assert [found[part]["ended"] for part in parts[:3]] == ["done"] * 3
+    assert found["two_on_one"]["ended"].startswith(("done", "left out"))
+    assert "| network |" in table.read_text()
+
+
+def test_a_part_of_on_device_that_runs_over_its_box_is_recorded(tmp_path: Path) -> None:
+    out = tmp_path / "device.json"
+    arguments = ("--sizes", "tiny", "--minutes", "0.0001", "--parts", "steps", "--json", str(out))
+    result = run("on_device", *arguments)
+    assert "over its time box" in result["parts"]["steps"]["ended"]
+    assert json.loads(out.read_text()) == result
