@@ -46,7 +46,7 @@ SECTIONS = {
 }
 
 # Keys of registered classes that say where something lies and not what is computed.
-_PLACES_ON_DISK = frozenset({"data.root", "data.path"})
+_PLACES_ON_DISK = frozenset({"data.root", "data.path", "data.cache"})
 
 
 # A key that cannot change a run's result, and so may differ on resume.

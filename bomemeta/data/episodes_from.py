@@ -1,0 +1,145 @@
+"""Episodes from any map-style data set of (image, label): torchvision's, Hugging Face's, a user's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from bomemeta.data.augmentation import Transform
+from bomemeta.data.class_images import ClassRows
+from bomemeta.data.episodes import Split
+from bomemeta.data.image_decoding import Resize, UnreadableImage, pillow_image, pixels_of
+from bomemeta.data.image_files import DEFAULT_SHARES, SPLITS, drawn_splits, shown
+from bomemeta.data.image_folder import ImageEpisodes, Table
+from bomemeta.data.preprocessing import Preprocessing
+from bomemeta.errors import DataError
+
+
+@runtime_checkable
+class MapStyle(Protocol):
+    """What `torch.utils.data.Dataset` promises: items by number, and how many there are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodesFrom(ImageEpisodes):
+    """Few-shot episodes from `dataset`, whose items are pairs (image, label) or mappings with the
+    entries "image" (or "img") and "label".
+
+    An image is a Pillow image, an array `[H, W]` or `[H, W, C]`, or a tensor `[C, H, W]`; uint8, or
+    floats in [0, 1]. Labels are of any hashable kind. Every item is asked for once, and its image
+    kept as uint8 `[channels, size, size]`: leave random transforms to `augmentation`.
+
+    `split`: three shares of the classes drawn with `split_seed`, or the labels of each split.
+    `augmentation`: a function of one uint8 image `[C, H, W]`, as torchvision.transforms.v2 has them,
+    for training images; it must draw from torch's global generator alone, which follows from the
+    episode's key.
+    """
+
+    label: ClassVar[str] = "EpisodesFrom"
+
+    dataset: MapStyle
+    size: int = 84
+    split: Sequence[float] | Mapping[Split, Sequence[Hashable]] | None = None
+    split_seed: int = 0
+    channels: int = 3
+    resize: Resize = "crop"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augmentation: Transform | None = None
+    small_classes: Literal["drop", "error"] = "drop"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
+    def _preprocessing(self) -> Preprocessing:
+        return Preprocessing(
+            channels=self.channels,
+            height=self.size,
+            width=self.size,
+            resize=self.resize,
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+        )
+
+    def _transform(self) -> Transform | None:
+        return self.augmentation
+
+    def _read(self) -> Table:
+        count = len(self.dataset)
+        pixels = np.empty((count, *self.image_shape), np.uint8)
+        labels: list[Hashable] = []
+        for i in range(count):
+            image, label = _pair(self.dataset[i], i)
+            try:
+                pixels[i] = pixels_of(
+                    pillow_image(image), (self.size, self.size), self.channels, self.resize
+                )
+            except UnreadableImage as error:
+                raise DataError(f"EpisodesFrom: the image of item {i}: {error}") from error
+            labels.append(label)
+        if not labels:
+            raise DataError("EpisodesFrom: the data set is empty")
+        names = sorted(set(labels), key=lambda label: (type(label).__name__, label))
+        number = {name: i for i, name in enumerate(names)}
+        of_row = np.array([number[label] for label in labels])
+        order = np.argsort(of_row, kind="stable")
+        images = pixels[order]
+        per_class = np.bincount(of_row, minlength=len(names)).astype(np.int64)
+        start = np.cumsum(per_class) - per_class
+        digest = hashlib.sha256(repr((self.image_shape, names, per_class.tolist())).encode())
+        digest.update(images.tobytes())
+        splits = {
+            split: ClassRows(start[rows], per_class[rows], [str(names[i]) for i in rows])
+            for split, rows in self._splits(names).items()
+        }
+        return Table(images, splits, digest.hexdigest(), ())
+
+    def _splits(self, names: list[Hashable]) -> dict[Split, np.ndarray]:
+        if not isinstance(self.split, Mapping):
+            width = len(str(len(names)))
+            drawn = drawn_splits(
+                [f"{i:0{width}}" for i in range(len(names))],
+                self.split or DEFAULT_SHARES,
+                self.split_seed,
+            )
+            return {split: np.array([int(i) for i in of], np.int64) for split, of in drawn.items()}
+        listed = [label for labels in self.split.values() for label in labels]
+        unknown = [str(label) for label in listed if label not in names]
+        if unknown or len(set(listed)) < len(listed) or set(self.split) - set(SPLITS):
+            raise DataError(
+                "EpisodesFrom: split: wanted labels of the data set under train, validation and test, each "
+                f"label once; unknown or twice: {shown(unknown or sorted({str(a) for a in listed if listed.count(a) > 1}))}"
+            )
+        return {
+            split: np.array(
+                sorted(names.index(label) for label in self.split.get(split, ())), np.int64
+            )
+            for split in SPLITS
+        }
+
+
+def _pair(item: Any, i: int) -> tuple[Any, Hashable]:
+    """Image and label of an item; labels that are arrays of one number become that number."""
+    if isinstance(item, Mapping):
+        image = item.get("image", item.get("img"))
+        label = item.get("label", item.get("labels"))
+    elif isinstance(item, Sequence) and len(item) == 2:
+        image, label = item
+    else:
+        raise DataError(
+            f"EpisodesFrom: item {i} is {type(item).__name__}; wanted a pair (image, label), or a mapping with "
+            "the entries image and label"
+        )
+    if image is None or label is None:
+        raise DataError(f"EpisodesFrom: item {i} has no image or no label")
+    label = label.item() if hasattr(label, "item") else label
+    return image, label
