@@ -21,6 +21,7 @@ from typing import Any
 
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.config import load_config
+from bomemeta.core.problem import SharedProblem
 from bomemeta.engine import Job
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
@@ -55,7 +56,7 @@ def counted(config: str, keys: Sequence[str]) -> dict[str, Any]:
             for what in seen:
                 what.clear()
             (said,) = course.go(1)
-        blocks = problem.num_tasks if problem.lower == "shared" else None
+        blocks = problem.num_tasks if isinstance(problem, SharedProblem) else None
         tasks = blocks or job.step_run(0).tasks
     launched = {
         op: times

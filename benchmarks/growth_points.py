@@ -14,7 +14,7 @@ from benchmarks.cost_model import Cost, Sizes, Where
 from bomemeta.assembly import build_problem, build_solver
 from bomemeta.config import Config, load_config
 from bomemeta.core.local_oracle import LocalOracle
-from bomemeta.core.problem import Problem
+from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.distributed.transport import Transport
 from bomemeta.engine import Job
 from bomemeta.profile import Course
@@ -54,7 +54,11 @@ def sizes_of(config: Config, problem: Problem) -> Sizes:
     batch = problem.load([0], 0, "train")
     lower = LocalOracle(problem, upper, batch, "loop", differentiable=False).init_lower()
     where: Where = (
-        "shared" if problem.lower == "shared" else "fresh" if problem.num_tasks is None else "pool"
+        "shared"
+        if isinstance(problem, SharedProblem)
+        else "fresh"
+        if problem.num_tasks is None
+        else "pool"
     )
     tasks = (
         problem.num_tasks if where == "shared" else config.tasks_per_step or problem.num_tasks or 8

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bomemeta.config import Config, load_config
-from bomemeta.core.problem import Problem
+from bomemeta.core.problem import Problem, stream_length
 from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import Solver
 from bomemeta.distributed.transport import Transport, WorkerFactory
@@ -40,7 +40,7 @@ def build_problem(config: Config) -> Problem:
     if data is not None:
         data.prepare()
     problem.attach(seed=mixed_seed(config.seed), dtype=getattr(torch, config.dtype), data=data)
-    length = problem.length
+    length = stream_length(problem)
     if config.steps is None and length is None:
         raise ConfigError(
             f"steps: missing; problem {config.problem.name} has no end of its own. Give a number, as in steps=1000"

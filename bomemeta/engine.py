@@ -18,7 +18,7 @@ import torch
 from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config
 from bomemeta.core.inner import evaluate, solve_lower
-from bomemeta.core.problem import Problem, Split
+from bomemeta.core.problem import Problem, SharedProblem, Split, StreamProblem, stream_length
 from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import LowerStates, Solver, Sums
 from bomemeta.core.tree import Params
@@ -96,7 +96,7 @@ class Job:
 
 def run_length(config: Config, problem: Problem) -> int:
     """How many steps a run has: the config's number, or else the problem's own."""
-    steps = config.steps if config.steps is not None else problem.length
+    steps = config.steps if config.steps is not None else stream_length(problem)
     assert steps is not None, "build_problem refuses a config without either"
     return steps
 
@@ -136,7 +136,11 @@ def fit(
                 lower, metrics = job.solver.step(state.upper, state.lower, run)
             finally:
                 say()  # where no round came as far
-            if isinstance(run, SharedRun) and job.problem.memory_due(state.step):
+            if (
+                isinstance(run, SharedRun)
+                and isinstance(job.problem, StreamProblem)
+                and job.problem.memory_due(state.step)
+            ):
                 memory = run.update_memory(job.solver, state.upper.params, lower)
         except DivergenceError as error:
             raise DivergenceError(f"step {state.step}: {error}") from error
@@ -164,7 +168,7 @@ def fit(
         every = config.evaluation.every_steps
         if every is not None and state.step % every == 0:
             metrics |= _validate(job, state) if job.problem.meta_tests else _own_figures(job, state)
-        if job.problem.milestone(state.step - 1):
+        if isinstance(job.problem, StreamProblem) and job.problem.milestone(state.step - 1):
             state.history.append(_own_figures(job, state))
             metrics |= state.history[-1]
         unsaid.append((state.step - 1, metrics))
@@ -195,7 +199,9 @@ def final_metrics(job: Job, state: State, say: Callable[[str], None]) -> dict[st
             f"no figures with many more inner steps, which diverge ({error}): solver.inner_lr is at the edge of what is stable"
         )
         metrics = {}
-    metrics |= state.figures | job.problem.final_metrics(state.history)
+    metrics |= state.figures
+    if isinstance(job.problem, StreamProblem):
+        metrics |= job.problem.final_metrics(state.history)
     if not job.problem.meta_tests:
         own = _own_figures(job, state)
         if (steps := job.config.evaluation.solve_steps) is None:
@@ -290,7 +296,7 @@ def _own_figures(job: Job, state: State, steps: int = 0) -> dict[str, float]:
     if steps > 0:
         run = job.run_on(tasks, shards, step=state.step, differentiable=False, memory=state.memory)
         _, lower = run(solve_lower, job.solver, state.upper.params, lower, keeps=True, steps=steps)
-    split: Split = "test" if job.problem.lower == "shared" else "train"
+    split: Split = "test" if isinstance(job.problem, SharedProblem) else "train"
     run = job.run_on(
         tasks, shards, step=state.step, split=split, differentiable=False, memory=state.memory
     )

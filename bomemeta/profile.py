@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.config import Config, load_config
 from bomemeta.core import spans
+from bomemeta.core.problem import SharedProblem, start_memory
 from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates
 from bomemeta.engine import Job, State, fit
@@ -144,7 +145,7 @@ def profile(
         within = course.within(steps)
         operations = course.operations(min(steps, 3))
     first = measured[0]
-    blocks = problem.num_tasks if problem.lower == "shared" else None
+    blocks = problem.num_tasks if isinstance(problem, SharedProblem) else None
     tasks = blocks or job.step_run(0).tasks
     return Profile(
         steps=steps,
@@ -171,7 +172,7 @@ class Course:
     def __init__(self, job: Job, step: int = 0) -> None:
         problem, seed = job.problem, job.config.seed
         upper = job.solver.start(problem.init_upper(generator(seed)), job.steps)
-        self._job, self._state = job, State(step, upper, LowerStates.none(), problem.init_memory())
+        self._job, self._state = job, State(step, upper, LowerStates.none(), start_memory(problem))
 
     def go(self, steps: int) -> list[dict[str, float]]:
         """So many steps more. Returns what each says for the log."""

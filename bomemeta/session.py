@@ -23,6 +23,7 @@ from bomemeta import engine
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.checkpoint import Checkpoint, Loaded, check_same_run, load_latest, upper_sha256
 from bomemeta.config import Config, differing_keys
+from bomemeta.core.problem import start_memory
 from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates
 from bomemeta.document import read_document
@@ -243,7 +244,7 @@ class _Session:
     def _state(self, job: Job, saved: Checkpoint | None) -> State:
         upper = job.problem.init_upper(generator(self._config.seed))
         state = State(
-            0, job.solver.start(upper, job.steps), LowerStates.none(), job.problem.init_memory()
+            0, job.solver.start(upper, job.steps), LowerStates.none(), start_memory(job.problem)
         )
         if saved is not None:
             _check_shapes(state.upper.params, saved)

@@ -1,7 +1,8 @@
 """A user's file for the tests of searches: a problem at whose step the trial's own process dies or
 stands still, and who computed.
 
-`milestone` is asked where the run is driven, `load` where tasks are computed, `setup` in both.
+`project_upper` is asked once a step where the run is driven, `load` where tasks are computed,
+`setup` in both.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Literal
 import ray
 
 from bomemeta.core.problem import Batch, Split
+from bomemeta.core.tree import Params
 from bomemeta.problems.analytic import Analytic
 from bomemeta.registry import problems
 
@@ -24,7 +26,7 @@ from bomemeta.registry import problems
 @problems.register("doomed_analytic")
 @dataclass(kw_only=True)
 class DoomedAnalytic(Analytic):
-    """analytic whose driving process is struck after `doom_step`, `doom_times` times in all, each
+    """analytic whose driving process is struck in its step number `doom_step`, `doom_times` times in all, each
     time leaving a mark.
     """
 
@@ -39,18 +41,20 @@ class DoomedAnalytic(Analytic):
     )
     group_size: int = 0  # so many have
 
-    def milestone(self, step: int) -> bool:
-        if step == self.doom_step and any(
+    def project_upper(self, upper: Params) -> Params:
+        self._moves += 1
+        if self._moves - 1 == self.doom_step and any(
             _made(Path(f"{self.doom_mark}.{number}")) for number in range(self.doom_times)
         ):
             if self.doom == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             while True:
                 time.sleep(0.1)
-        return super().milestone(step)
+        return super().project_upper(upper)
 
     def setup(self) -> None:
         super().setup()
+        self._moves = 0
         if (
             self.group_folder is not None
             and (group := ray.get_runtime_context().get_placement_group_id()) is not None

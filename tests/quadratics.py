@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from toy import Bench, attached
 
-from bomemeta.core.problem import Problem
+from bomemeta.core.problem import LossGradient, Problem, SharedProblem
 from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.solvers.lancbio import LancBiO
 from bomemeta.solvers.subbio import SubBiO
@@ -70,10 +70,12 @@ class Synthetic(Problem):
     def upper_loss(self, encoded, lower, batch):
         return ((lower["y"] - batch["t"]) ** 2).sum() / 2 + self.rho / 2 * (encoded["x"] ** 2).sum()
 
-    def lower_gradient(self, encoded, lower, batch):
+    def loss_gradient(self, loss, encoded, lower, batch, in_encoded):
+        if loss == "upper" or in_encoded:
+            return None
         y, right = lower["y"], (batch["B"] @ encoded["x"]) + batch["c"]
         image = (batch["A"] @ y[..., None])[..., 0]
-        return (y * (image / 2 - right)).sum(1), {"y": image - right}
+        return LossGradient((y * (image / 2 - right)).sum(1), {"y": image - right}, {})
 
     def solution(self) -> Tensor:
         a, b, c, t = self._data.values()
@@ -90,12 +92,14 @@ class Synthetic(Problem):
 
 
 @dataclass(kw_only=True)
-class SharedSynthetic(Synthetic):
+class SharedSynthetic(SharedProblem, Synthetic):
     """The same with one y for all tasks, which are then blocks: f = mean_i f_i, g = mean_i g_i."""
 
-    lower = "shared"
+    @property
+    def num_blocks(self) -> int:
+        return self.tasks
 
-    def lower_gradient(self, encoded, lower, batch):
+    def loss_gradient(self, loss, encoded, lower, batch, in_encoded):
         return None
 
     def solution(self) -> Tensor:

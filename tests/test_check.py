@@ -21,7 +21,7 @@ from bomemeta.cli import app
 from bomemeta.config import load_config
 from bomemeta.core import tree
 from bomemeta.core.inner import gradient_steps
-from bomemeta.core.problem import Problem
+from bomemeta.core.problem import LossGradient, Problem
 from bomemeta.core.solver import LowerStates, StepResult
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import CheckpointError, ConfigError
@@ -95,11 +95,11 @@ class Small(Problem):
             return y.sum() + 0 * loss
         return loss
 
-    def lower_gradient(self, encoded, lower, batch):
-        if self.kind != "closed_form":
+    def loss_gradient(self, loss, encoded, lower, batch, in_encoded):
+        if self.kind != "closed_form" or loss == "upper" or in_encoded:
             return None
         difference = lower["y"] - encoded["x"]
-        return (difference**2).sum(1) / 2, {"y": 1.1 * difference}
+        return LossGradient((difference**2).sum(1) / 2, {"y": 1.1 * difference}, {})
 
 
 @solvers.register("check_flipped")

@@ -13,6 +13,7 @@ from torch.nn import functional
 from toy import Bench, attached, one_thread
 
 from bomemeta.core.local_oracle import LocalOracle
+from bomemeta.core.problem import SharedProblem
 from bomemeta.errors import ConfigError
 from bomemeta.problems.analytic import Analytic
 from bomemeta.problems.few_shot import FewShot
@@ -397,8 +398,8 @@ def test_problem_ignores_entries_that_are_not_its_own():
 
 
 @dataclasses.dataclass(kw_only=True)
-class Shared(FewShot):
-    lower = "shared"
+class Shared(SharedProblem, FewShot):
+    pass
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -120,7 +120,7 @@ def test_closed_total_equals_autograd(head, monkeypatch):
         Term("lower", other, -weight, in_y=False),
     )
     closed = oracle.total(*terms)
-    monkeypatch.setattr(FewShot, "loss_gradient", lambda *_, **__: None)
+    monkeypatch.setattr(FewShot, "loss_gradient", lambda *_: None)
     plain = oracle.total(*terms)
     torch.testing.assert_close(closed.values, plain.values)
     torch.testing.assert_close(closed.lowers, plain.lowers)

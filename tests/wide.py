@@ -21,8 +21,6 @@ from bomemeta.registry import problems
 class Wide(Problem):
     """f_i = |y_i - t_i|^2 / 2, g_i = a_i'y_i^2 / 2 - x'y_i, all of `size` numbers."""
 
-    lower = "per_task"
-
     tasks: int = 4
     size: int = 40_000
     load_s: float = 0.0  # what a step's data takes to load

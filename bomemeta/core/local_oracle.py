@@ -29,7 +29,15 @@ from bomemeta.core.oracle import (
     Total,
     Unrolled,
 )
-from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient, Problem
+from bomemeta.core.problem import (
+    Batch,
+    Encoded,
+    Loss,
+    LossGradient,
+    Problem,
+    SharedProblem,
+    StreamProblem,
+)
 from bomemeta.core.spans import ENCODE, INNER_LOOP, LOSSES, PULL_BACK, SECOND_ORDER, span
 from bomemeta.core.tree import Params
 
@@ -54,7 +62,11 @@ class LocalOracle(Oracle):
         # What follows an encode is small by design (heads on features): vmap on every device.
         # Blocks of a shared problem are few and large.
         self._loss_map: TaskMap = (
-            "loop" if problem.lower == "shared" else "vmap" if problem.encodes else task_map
+            "loop"
+            if isinstance(problem, SharedProblem)
+            else "vmap"
+            if problem.encodes
+            else task_map
         )
         # Without an encode of its own x enters the losses whole: it is shared by the tasks and not
         # stacked.
@@ -223,6 +235,7 @@ class LocalOracle(Oracle):
 
     def update_memory(self, at: Params) -> Params:
         """The problem's new memory, summed over the blocks of the stack."""
+        assert isinstance(self.problem, StreamProblem), "no other remembers"
         with torch.no_grad():
             return {
                 name: share.sum(0)
@@ -237,11 +250,9 @@ class LocalOracle(Oracle):
 
     def _gradient(self, loss: Loss, at: Params) -> Gradient:
         self.gradient_evaluations += 1
-        closed = (self.problem.upper_gradient if loss == "upper" else self.problem.lower_gradient)(
-            self.encoded, at, self.batch
-        )
+        closed = self.problem.loss_gradient(loss, self.encoded, at, self.batch, False)
         if closed is not None:
-            return Gradient(*closed)
+            return Gradient(closed.value, closed.lower)
         at = tree.leaves(at)
         value = self._values(loss, self.encoded, at)
         grads = torch.autograd.grad(value.sum(), list(at.values()), materialize_grads=True)
@@ -250,7 +261,7 @@ class LocalOracle(Oracle):
     def _total(self, terms: tuple[Term, ...]) -> Total:
         self.gradient_evaluations += len(terms)
         closed = [
-            self.problem.loss_gradient(term.loss, self.encoded, term.at, self.batch)
+            self.problem.loss_gradient(term.loss, self.encoded, term.at, self.batch, True)
             for term in terms
         ]
         found = [gradient for gradient in closed if gradient is not None]

@@ -1,21 +1,26 @@
 """What a bilevel problem is:  min_x mean_i f_i(x, y_i)  subject to  y_i in argmin_y g_i(x, y).
 
-Where the lower problem is shared there is one y, and the "tasks" i are blocks of its data:  f =
-mean_i f_i(x, y), g = mean_i g_i(x, y).
+Three base classes, from the general to the special:
 
-A problem is a dataclass: its fields are the keys of the config's `problem:` section. Losses are
-written for ONE task in plain PyTorch; the oracle maps them over a stack of tasks.
+    Problem          one y_i per task
+    SharedProblem    ONE y; the "tasks" i are blocks of its data: f = mean_i f_i(x, y), g = mean_i g_i(x, y)
+    StreamProblem    a SharedProblem whose data arrives in an order and ends (continual learning)
+
+The fields of a problem are the keys of the config's `problem:` section. Losses are written for ONE
+task in plain PyTorch; the oracle maps them over a stack of tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bomemeta.core.tree import Params
+from bomemeta.errors import ConfigError
 
 Batch = dict[str, Tensor]
 Encoded = dict[str, Tensor]
@@ -37,21 +42,72 @@ class LossGradient(NamedTuple):
 
     value: Tensor  # [B]
     lower: Params  # [B, ...]
-    encoded: Encoded  # [B, ...]; an entry that the loss does not contain may be left out
+    # [B, ...], where it was asked for; an entry that the loss does not contain may be left out
+    encoded: Encoded
+
+
+# Names that a problem may have had before November 2026, and what to write instead.
+_RENAMED = {
+    "pool": "`num_tasks` (of a SharedProblem `num_blocks`)",
+    "upper_gradient": "`loss_gradient(loss, encoded, lower, batch, in_encoded)`, one closed form for both losses",
+    "lower_gradient": "`loss_gradient(loss, encoded, lower, batch, in_encoded)`, one closed form for both losses",
+    "remembers": "`memory_due` of a StreamProblem",
+    "remember": "`update_memory` of a StreamProblem",
+    "retrospect": "`final_metrics` of a StreamProblem",
+}
+
+
+# What is asked of a special kind of problem alone.
+_BELONGS = dict.fromkeys(
+    ("length", "init_memory", "memory_due", "update_memory", "milestone", "final_metrics"),
+    "StreamProblem",
+) | {"num_blocks": "SharedProblem"}
 
 
 class Problem:
     """Base class of all problems. A subclass must define `init_upper`, `load`, `init_lower`,
     `upper_loss` and `lower_loss`.
+
+    Raises ConfigError, where a subclass is defined, for names that mean nothing any more.
     """
 
-    lower: ClassVar[Literal["per_task", "shared"]] = "per_task"
     needs_data: ClassVar[bool] = False  # whether the config must have a `data:` section
     meta_tests: ClassVar[bool] = False  # whether `load` knows validation and test tasks too
 
     seed: int = 0
     dtype: torch.dtype = torch.float32
     data: Any = None  # the config's data set, where `needs_data`
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        where = f"class {cls.__name__} ({cls.__module__})"
+        kinds = {base.__name__ for base in cls.__mro__}
+        shared = "SharedProblem" in kinds
+        kind = cls.__dict__.get("lower")
+        if isinstance(kind, str) and (shared or kind != "per_task"):
+            raise ConfigError(
+                f"{where}: got lower = {kind!r}; whether there is one y for all data is now said by the base class. Take the "
+                f"line out, and derive {cls.__name__} from bomemeta.SharedProblem (one y; `num_tasks` is then called "
+                "`num_blocks`) or from bomemeta.Problem (a y for each task)"
+            )
+        # A field or constant of such a name is the user's own; a method would wait in vain.
+        methods = {
+            name
+            for name, value in cls.__dict__.items()
+            if isinstance(value, property | FunctionType)
+        }
+        for name in sorted(methods & _RENAMED.keys()):
+            raise ConfigError(f"{where}: {name} is not asked for any more; define {_RENAMED[name]}")
+        if shared and "num_tasks" in methods and cls.__name__ != "SharedProblem":
+            raise ConfigError(
+                f"{where}: num_tasks of a SharedProblem is called num_blocks; rename it"
+            )
+        for name in sorted(methods & _BELONGS.keys()):
+            if _BELONGS[name] not in kinds:
+                raise ConfigError(
+                    f"{where}: {name} is asked of a {_BELONGS[name]} alone; derive {cls.__name__} from "
+                    f"bomemeta.{_BELONGS[name]}, or give {name} another name"
+                )
 
     def attach(self, *, seed: int, dtype: torch.dtype, data: Any = None) -> None:
         """Gives the problem what belongs to the run and not to its own section, then calls `setup`.
@@ -69,15 +125,6 @@ class Problem:
     def num_tasks(self) -> int | None:
         """N: there are the tasks 0..N-1 and their lower variables persist from step to step. None:
         every step draws fresh tasks.
-
-        Shared: the number of blocks; y persists in any case.
-        """
-        return None
-
-    @property
-    def length(self) -> int | None:
-        """How many steps there are, for a problem that is a stream and ends by itself; the config
-        may then name none. None: no end.
         """
         return None
 
@@ -88,9 +135,6 @@ class Problem:
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
         """The data of these tasks, stacked: every tensor `[B, ...]`. A pure function of (seed,
         step, split, task id).
-
-        Shared: asked for in every round, so what does not change should be kept; split `test` is
-        asked for `evaluate`.
         """
         raise must_define(self, "load")
 
@@ -111,9 +155,7 @@ class Problem:
         return type(self).encode is not Problem.encode
 
     def init_lower(self, encoded: Encoded, batch: Batch) -> Params:
-        """y of a task that has none yet. For one task; not differentiated. Shared: the first block
-        is asked.
-        """
+        """y of a task that has none yet. For one task; not differentiated."""
         raise must_define(self, "init_lower")
 
     def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
@@ -134,9 +176,11 @@ class Problem:
         return None
 
     def loss_gradient(
-        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch
+        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch, in_encoded: bool
     ) -> LossGradient | None:
-        """f or g with its gradients in y and in what `encode` returned."""
+        """f or g with its gradient in y and, with `in_encoded`, in what `encode` returned; without
+        it `encoded` of the answer is not read.
+        """
         return None
 
     def lower_steps(
@@ -145,19 +189,76 @@ class Problem:
         """y after `steps` steps y <- project_lower(y - lr grad_y g)."""
         return None
 
-    def upper_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params] | None:
-        """(f [B], grad_y f [B, ...])."""
-        return None
+    def project_upper(self, upper: Params) -> Params:
+        """The nearest admissible x. Default: no constraint."""
+        return upper
 
-    def lower_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params] | None:
-        """(g [B], grad_y g [B, ...])."""
-        return None
+    def project_lower(self, lower: Params) -> Params:
+        """The nearest admissible y, on a stack. Default: no constraint."""
+        return lower
 
-    # What a shared problem remembers from step to step beside y and its data: soft targets, stored
+    def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
+        """Figures of merit of one task at an adapted y, each of shape [] (accuracy, ...). Default:
+        f alone, as `loss`.
+        """
+        return {"loss": self.upper_loss(encoded, lower, batch)}
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What is reported, from the means over tasks or blocks of what `evaluate` gave. Default:
+        these, as they are.
+
+        Where a figure is no mean, as F1 is none, `evaluate` gives the counts that it follows from.
+        """
+        return dict(means)
+
+    def artefacts(
+        self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
+    ) -> dict[str, bytes]:
+        """Files for the run's folder, by name, that follow from the milestones' figures and the
+        result's metrics. Default: none.
+
+        Those that end in .png are shown in TensorBoard too.
+        """
+        return {}
+
+    def evaluation_variants(self) -> Mapping[str, Mapping[str, Any]]:
+        """Named field changes under which meta-testing is reported too (BatchNorm policies).
+        Default: none.
+        """
+        return {}
+
+
+class SharedProblem(Problem):
+    """Base class of problems with one y for all data: f = mean_i f_i(x, y), g = mean_i g_i(x, y)
+    over the blocks i = 0..num_blocks-1 of the data, which take the place of tasks.
+
+    y persists from step to step. `load` is asked in every round, so what does not change should be
+    kept; split `train` is for f and g, `test` for `evaluate`. `init_lower` is asked of the first
+    block and must not depend on it.
+    """
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks that the data is cut into. Default: 1."""
+        return 1
+
+    @property
+    def num_tasks(self) -> int:
+        """The blocks, for code that is written once for tasks and blocks."""
+        return self.num_blocks
+
+
+class StreamProblem(SharedProblem):
+    """Base class of problems whose data arrives in an order: a step's batch is what
+    `load(blocks, step, "train")` gives, and the stream ends after `length` steps.
+    """
+
+    @property
+    def length(self) -> int:
+        """How many steps there are; the config may then name none."""
+        raise must_define(self, "length")
+
+    # What the stream remembers from step to step beside y and its data: soft targets, stored
     # logits ...
 
     def init_memory(self) -> Params:
@@ -188,43 +289,15 @@ class Problem:
         """
         return {}
 
-    def artefacts(
-        self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
-    ) -> dict[str, bytes]:
-        """Files for the run's folder, by name, that follow from the milestones' figures and the
-        result's metrics. Default: none.
 
-        Those that end in .png are shown in TensorBoard too.
-        """
-        return {}
+def stream_length(problem: Problem) -> int | None:
+    """How many steps the problem's data lasts; None: it does not end."""
+    return problem.length if isinstance(problem, StreamProblem) else None
 
-    def project_upper(self, upper: Params) -> Params:
-        """The nearest admissible x. Default: no constraint."""
-        return upper
 
-    def project_lower(self, lower: Params) -> Params:
-        """The nearest admissible y, on a stack. Default: no constraint."""
-        return lower
-
-    def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
-        """Figures of merit of one task at an adapted y, each of shape [] (accuracy, ...). Default:
-        f alone, as `loss`.
-        """
-        return {"loss": self.upper_loss(encoded, lower, batch)}
-
-    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-        """What is reported, from the means over tasks or blocks of what `evaluate` gave. Default:
-        these, as they are.
-
-        Where a figure is no mean, as F1 is none, `evaluate` gives the counts that it follows from.
-        """
-        return dict(means)
-
-    def evaluation_variants(self) -> Mapping[str, Mapping[str, Any]]:
-        """Named field changes under which meta-testing is reported too (BatchNorm policies).
-        Default: none.
-        """
-        return {}
+def start_memory(problem: Problem) -> Params:
+    """What the problem remembers at step 0; nothing where it is no stream."""
+    return problem.init_memory() if isinstance(problem, StreamProblem) else {}
 
 
 def must_define(owner: object, method: str) -> Exception:

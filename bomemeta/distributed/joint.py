@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bomemeta.core.problem import Problem, Split
+from bomemeta.core.problem import Problem, SharedProblem, Split
 from bomemeta.core.solver import Kernel, Layout, LowerStates, Reduced, Solver
 from bomemeta.core.tree import Params
 from bomemeta.distributed.packing import Packed, pack, unpack
@@ -33,7 +33,7 @@ from bomemeta.errors import ClusterError
 def step_run(
     problem: Problem, transport: Transport, ids: Sequence[int], shards: int, **rest: Any
 ) -> StepRun | SharedRun:
-    """The run of a step on these tasks or blocks, as the problem's `lower` wants it; `rest` as for
+    """The run of a step on these tasks or blocks, with one y or many, as the problem has it; `rest` as for
     StepRun.
     """
     given: dict[str, Any] = {
@@ -42,7 +42,7 @@ def step_run(
         **rest,
     }
     run = StepRun(transport, ids, shards, **given)
-    if problem.lower == "per_task":
+    if not isinstance(problem, SharedProblem):
         return run
     shared = JointRun if transport.collective else SharedRun
     return shared(problem, run, StepRun(transport, ids[:1], 1, **given))

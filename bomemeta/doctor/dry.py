@@ -22,7 +22,14 @@ from torch import Tensor
 
 from bomemeta.config import Config
 from bomemeta.core.inner import evaluate
-from bomemeta.core.problem import Problem, Split
+from bomemeta.core.problem import (
+    Problem,
+    SharedProblem,
+    Split,
+    StreamProblem,
+    start_memory,
+    stream_length,
+)
 from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates, Solver
 from bomemeta.distributed.rounds import SharedRun
@@ -161,7 +168,7 @@ class DryRun:
             SerialTransport(worker, threads=config.threads, device=self.device),
         )
         # A stream's memory fills up: its last steps are those that need most.
-        self._first = max(self.job.steps - 3, 0) if problem.length is not None else 0
+        self._first = max(self.job.steps - 3, 0) if stream_length(problem) is not None else 0
 
     def steps(self, tasks: int) -> Dry:
         """A counted step, one more where y persists (it then comes with the call), and one that is
@@ -206,7 +213,9 @@ class DryRun:
         """Bytes and seconds of a worker that evaluates so many tasks at once."""
         problem, settings = self.job.problem, self.job.config.evaluation
         state = self._start()
-        split: Split = "test" if problem.meta_tests or problem.lower == "shared" else "train"
+        split: Split = (
+            "test" if problem.meta_tests or isinstance(problem, SharedProblem) else "train"
+        )
         own = not problem.meta_tests
         if own:
             self._step(state, tasks)
@@ -226,8 +235,10 @@ class DryRun:
     def remembering(self) -> int:
         """Bytes of a worker where the problem's memory is made anew; 0 where it never is."""
         problem = self.job.problem
+        if not isinstance(problem, StreamProblem):
+            return 0
         step = next((step for step in range(self.job.steps) if problem.memory_due(step)), None)
-        if problem.lower != "shared" or step is None:
+        if step is None:
             return 0
         state = self._start()
         state.step = step
@@ -245,7 +256,7 @@ class DryRun:
             self._first,
             self.job.solver.start(upper, self.job.steps),
             LowerStates.none(),
-            problem.init_memory(),
+            start_memory(problem),
         )
 
     def _step(self, state: State, tasks: int) -> tuple[Any, dict[str, float]]:

@@ -14,7 +14,7 @@ import torch
 
 from bomemeta.assembly import build_problem, build_solver, torch_threads
 from bomemeta.config import Config, load_config
-from bomemeta.core.problem import Problem
+from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.doctor import bundles, data, machine, memory, places, storage, traffic
 from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, Plan, line_through, plan_of
 from bomemeta.doctor.memory import Memory
@@ -191,7 +191,7 @@ def _dry(
         )
         return None
     needs, evaluating = measured
-    steps, dry, shared = run.job.steps, dries[-1], problem.lower == "shared"
+    steps, dry, shared = run.job.steps, dries[-1], isinstance(problem, SharedProblem)
     times = traffic.times_of(
         config,
         problem,

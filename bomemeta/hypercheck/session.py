@@ -16,6 +16,7 @@ from torch import Tensor
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.checkpoint import load_latest
 from bomemeta.config import Config, load_config
+from bomemeta.core.problem import SharedProblem
 from bomemeta.core.randomness import generator, mixed_seed
 from bomemeta.core.solver import Run, Solver
 from bomemeta.core.tree import Params
@@ -229,7 +230,7 @@ def _cut(
     step = min(step, last) if at_step is None else at_step
     # In the problem's order of names, which the flat vectors of the check follow.
     upper = {name: upper[name].detach().to(torch.float64) for name in upper}
-    num_tasks, shared = job.problem.num_tasks, job.problem.lower == "shared"
+    num_tasks, shared = job.problem.num_tasks, isinstance(job.problem, SharedProblem)
     count = num_tasks if shared and num_tasks is not None else min(tasks, num_tasks or tasks)
     whole = job.run_on(range(count), job.config.shards, step=step)
     parts: list[Run] = (
@@ -247,7 +248,9 @@ def _rows(
     now: Comparison | None,
     trials: Sequence[Trial],
 ) -> list[tuple[str, str]]:
-    what = ("block" if job.problem.lower == "shared" else "task") + ("s" if cut.tasks > 1 else "")
+    what = ("block" if isinstance(job.problem, SharedProblem) else "task") + (
+        "s" if cut.tasks > 1 else ""
+    )
     numbers = sum(tensor.numel() for tensor in cut.upper.values())
     rows = [
         (

@@ -108,7 +108,7 @@ def undecidable(known: Reference) -> list[str]:
     reasons = []
     if known.mismatch > MISMATCH:
         reasons.append(
-            f"the problem's upper_gradient or lower_gradient differs from autograd's by {known.mismatch:.1e} (relative): correct the "
+            f"the problem's loss_gradient differs from autograd's by {known.mismatch:.1e} (relative): correct the "
             "closed form, or take it out"
         )
     if known.unsolved > UNSOLVED:

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bomemeta.core.problem import Batch, Encoded, Problem, Split
+from bomemeta.core.problem import Batch, Encoded, Split, StreamProblem
 from bomemeta.core.tree import Params
 from bomemeta.data.labelled import GREY_LEVELS, LabelledArrays
 from bomemeta.data.streams import Kind, StreamSpec, build_stream, image_shape
@@ -58,7 +58,7 @@ Objective = Literal["ctn", "finetune", "er", "derpp", "ewc", "joint"]
 
 @problems.register("continual")
 @dataclass(kw_only=True)
-class Continual(Problem):
+class Continual(StreamProblem):
     """An online stream of tasks made of the config's data set, with a memory of `memory_per_task`
     samples of each.
 
@@ -76,7 +76,6 @@ class Continual(Problem):
     earlier tasks.
     """
 
-    lower = "shared"
     needs_data = True
 
     stream: Kind = "permuted"
@@ -110,7 +109,7 @@ class Continual(Problem):
     blocks: Size = 1
 
     @property
-    def num_tasks(self) -> int:
+    def num_blocks(self) -> int:
         return self.blocks
 
     @property

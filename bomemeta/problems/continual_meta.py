@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from bomemeta.core.problem import Batch, Encoded, Problem, Split
+from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient, Problem, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.episodes import EpisodeSource, EpisodeSpec
 from bomemeta.errors import ConfigError, DataError
@@ -207,21 +207,21 @@ class ContinualMeta(Problem):
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         return ((lower["head"] - encoded["online"]) ** 2).sum() / 2
 
-    def upper_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params]:
+    def loss_gradient(
+        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch, in_encoded: bool
+    ) -> LossGradient | None:
+        if in_encoded:
+            return None
+        if loss == "lower":
+            offset = lower["head"] - encoded["online"]
+            return LossGradient((offset**2).sum((1, 2)) / 2, {"head": offset}, {})
         inputs, labels = encoded["queries"], batch["query_labels"][:, :, None]
         log_probabilities = functional.log_softmax(inputs @ lower["head"], dim=2)
         value = -log_probabilities.gather(2, labels).mean((1, 2))
         residual = log_probabilities.exp()
         residual.scatter_add_(2, labels, residual.new_full(labels.shape, -1.0))
-        return value, {"head": inputs.transpose(1, 2) @ residual / labels.shape[1]}
-
-    def lower_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params]:
-        offset = lower["head"] - encoded["online"]
-        return (offset**2).sum((1, 2)) / 2, {"head": offset}
+        gradient = inputs.transpose(1, 2) @ residual / labels.shape[1]
+        return LossGradient(value, {"head": gradient}, {})
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """After c classes of the pass, on all images of these c classes with these c in question:

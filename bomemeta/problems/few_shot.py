@@ -216,24 +216,8 @@ class FewShot(Problem):
             penalty = ((lower["head"] - encoded["prior"]) ** 2).sum()
         return loss + self.regularisation / 2 * penalty
 
-    def upper_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params] | None:
-        return self._gradient("upper", encoded, lower, batch)
-
-    def lower_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params] | None:
-        return self._gradient("lower", encoded, lower, batch)
-
-    def _gradient(
-        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params] | None:
-        found = self.loss_gradient(loss, encoded, lower, batch, in_encoded=False)
-        return None if found is None else (found.value, found.lower)
-
     def loss_gradient(
-        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch, in_encoded: bool = True
+        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch, in_encoded: bool
     ) -> LossGradient | None:
         if self.form == "network":
             return None

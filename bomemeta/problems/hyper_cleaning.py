@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bomemeta.core.problem import Batch, Encoded, Problem, Split
+from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient, SharedProblem, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.labelled import Examples, LabelledArrays, Moments
 from bomemeta.errors import ConfigError, DataError
@@ -45,7 +45,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @problems.register("hyper_cleaning")
 @dataclass(kw_only=True)
-class HyperCleaning(Problem):
+class HyperCleaning(SharedProblem):
     """A weight for each training sample, learned from a clean validation set; x = {weights
     [train]}, y = one classifier.
 
@@ -64,7 +64,6 @@ class HyperCleaning(Problem):
     |y|^2 includes the biases: without them g would not be strongly convex.
     """
 
-    lower = "shared"
     needs_data = True
 
     train: Size = 50_000
@@ -82,7 +81,7 @@ class HyperCleaning(Problem):
     blocks: Size = 2
 
     @property
-    def num_tasks(self) -> int:
+    def num_blocks(self) -> int:
         return self.blocks
 
     def setup(self) -> None:
@@ -231,32 +230,27 @@ class HyperCleaning(Problem):
         penalty = torch.stack([(tensor**2).sum() for tensor in lower.values()]).sum()
         return (batch["train_scale"] * encoded["weights"] * losses).sum() + self.ridge * penalty
 
-    def upper_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params] | None:
-        if self.model == "mlp":
+    def loss_gradient(
+        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch, in_encoded: bool
+    ) -> LossGradient | None:
+        if self.model == "mlp" or in_encoded:
             return None
-        return _softmax_regression(
-            batch["validation_inputs"],
-            batch["validation_labels"],
-            batch["validation_scale"],
+        part = "validation" if loss == "upper" else "train"
+        scale = batch[f"{part}_scale"]
+        if loss == "lower":
+            scale = scale * encoded["weights"]
+        value, grads = _softmax_regression(
+            batch[f"{part}_inputs"],
+            batch[f"{part}_labels"],
+            scale,
             lower["weight"],
             lower["bias"],
         )
-
-    def lower_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params] | None:
-        if self.model == "mlp":
-            return None
-        scale = batch["train_scale"] * encoded["weights"]
-        value, grads = _softmax_regression(
-            batch["train_inputs"], batch["train_labels"], scale, lower["weight"], lower["bias"]
-        )
-        penalty = torch.stack([(tensor**2).flatten(1).sum(1) for tensor in lower.values()]).sum(0)
-        return value + self.ridge * penalty, {
-            name: grads[name] + 2 * self.ridge * lower[name] for name in lower
-        }
+        if loss == "lower":
+            penalty = torch.stack([(tensor**2).flatten(1).sum(1) for tensor in lower.values()])
+            value = value + self.ridge * penalty.sum(0)
+            grads = {name: grads[name] + 2 * self.ridge * lower[name] for name in lower}
+        return LossGradient(value, grads, {})
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """Accuracies and `test_loss`, scaled as the losses are, and counts of samples: right

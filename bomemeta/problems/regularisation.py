@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from bomemeta.core.problem import Batch, Encoded, Problem, Split
+from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient, SharedProblem, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.newsgroups import Documents, DocumentSource, chosen, stratified_halves
 from bomemeta.errors import ConfigError, DataError
@@ -29,7 +29,7 @@ Part = Literal["train", "validation", "test", "selection"]
 
 @problems.register("regularisation")
 @dataclass(kw_only=True)
-class Regularisation(Problem):
+class Regularisation(SharedProblem):
     """x [features] are log-decays, y [features, classes] the weights of a linear softmax without
     bias:
 
@@ -39,7 +39,6 @@ class Regularisation(Problem):
     selection, each by class.
     """
 
-    lower: ClassVar[Literal["per_task", "shared"]] = "shared"
     needs_data = True
 
     blocks: Annotated[int, Field(ge=1)] = (
@@ -76,7 +75,7 @@ class Regularisation(Problem):
         self._cut: dict[tuple[Part, int, torch.device], _Block] = {}
 
     @property
-    def num_tasks(self) -> int:
+    def num_blocks(self) -> int:
         return self.blocks
 
     def init_upper(self, generator: torch.Generator) -> Params:
@@ -99,26 +98,21 @@ class Regularisation(Problem):
         penalty = torch.dot(self._decay(encoded), (weights**2).sum(1)) / 2
         return self._block("train", batch["block"]).loss(weights) + penalty
 
-    def upper_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params]:
-        return _stacked(
-            [
-                self._block("validation", i).gradient(y)
-                for i, y in zip(batch["block"], lower["weights"], strict=True)
-            ]
-        )
-
-    def lower_gradient(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Params]:
+    def loss_gradient(
+        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch, in_encoded: bool
+    ) -> LossGradient | None:
+        if in_encoded:
+            return None
         decay = self._decay(encoded)
         results = []
         for i, weights in zip(batch["block"], lower["weights"], strict=True):
+            if loss == "upper":
+                results.append(self._block("validation", i).gradient(weights))
+                continue
             value, gradient = self._block("train", i).gradient(weights)
             penalty = torch.dot(decay, (weights**2).sum(1)) / 2
             results.append((value + penalty, gradient.addcmul_(weights, decay[:, None])))
-        return _stacked(results)
+        return LossGradient(*_stacked(results), {})
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """`test_accuracy`, `test_loss`, `selection_accuracy` and `selection_loss`; the mean over

@@ -13,7 +13,7 @@ from bomemeta import engine
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.config import load_config
 from bomemeta.core.inner import evaluate
-from bomemeta.core.problem import Split
+from bomemeta.core.problem import SharedProblem, Split
 from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates
 from bomemeta.core.tree import Params
@@ -139,7 +139,7 @@ class _Course:
 
 def _figures(job: Job, state: State) -> dict[str, float]:
     """The problem's figures at the y that the run carries."""
-    shared = job.problem.lower == "shared"
+    shared = isinstance(job.problem, SharedProblem)
     split: Split = "test" if shared else "train"
     run = job.run_on(
         range(job.problem.num_tasks or 0),

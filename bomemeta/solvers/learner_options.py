@@ -24,7 +24,7 @@ from bomemeta.core import tree
 from bomemeta.core.implicit import move_upper
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Oracle
-from bomemeta.core.problem import Batch, Problem
+from bomemeta.core.problem import Batch, Problem, SharedProblem
 from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -98,7 +98,7 @@ class LearnerOptions(UpperOptions):
 
     def check(self, problem: Problem) -> None:
         name = type(self).__name__
-        if problem.lower == "shared":
+        if isinstance(problem, SharedProblem):
             raise ConfigError(
                 f"problem.name: {type(problem).__name__} has one lower variable for all tasks; solver {name} adapts a network to each "
                 "task: use problem few_shot"
