@@ -48,9 +48,12 @@ def test_fields_of_such_names_are_the_users_own(name, value):
 def test_kinds_and_their_defaults():
     assert Problem().num_tasks is None
     assert (SharedProblem().num_blocks, SharedProblem().num_tasks) == (1, 1)
-    assert stream_length(SharedProblem()) is None and start_memory(SharedProblem()) == {}
+    assert stream_length(SharedProblem()) is None
+    assert start_memory(SharedProblem()) == {}
     stream = StreamProblem()
-    assert start_memory(stream) == {} and not stream.memory_due(0) and not stream.milestone(0)
+    assert start_memory(stream) == {}
+    assert not stream.memory_due(0)
+    assert not stream.milestone(0)
     assert stream.final_metrics([]) == {}
     with pytest.raises(TypeError, match=r"StreamProblem must define length\(\)"):
         stream_length(stream)
