@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 the config or the command is wrong, 130 
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
-from bomemeta.cli import runs, searches, inquiries, examinations, profiles, lists  # noqa: F401, I001  the commands, in the order in which help shows them
+from bomemeta.cli import runs, searches, inquiries, examinations, profiles, comparisons, lists  # noqa: F401, I001  the commands, in the order in which help shows them
 from bomemeta.cli.app import app
 
 __all__ = ["app", "main"]
