@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bomemeta.distributed.plan import Plan
+from bomemeta.distributed.ready import Load, ReadyCalls
 from bomemeta.distributed.scheduler import Key, Scheduler
 from bomemeta.distributed.summation import TreeSum, added, merges
 from bomemeta.distributed.transport import ShardReply
@@ -90,9 +91,9 @@ def run_plan(plan: Plan, parts: list[np.ndarray], losses: list[int], seed: int) 
                 plan.lost(plan.root)
                 continue
             return values[plan.root]
-        job = dice.choice(list(plan.ready))
-        plan.ready.remove(job)
+        job = dice.choice([*plan.calls, *plan.sums])
         merge = plan.merge(job)
+        (plan.calls if merge is None else plan.sums).remove(job)
         if merge is None:
             values[job] = parts[job]
             plan.answers[job] = ShardReply(None, ())
@@ -124,14 +125,25 @@ def test_a_plan_ends_in_the_same_sum_whatever_is_lost(count):
 
 def test_a_plan_without_merges_is_its_calls():
     plan = Plan(3, merged=False)
-    assert list(plan.ready) == [0, 1, 2]
+    assert list(plan.calls) == [0, 1, 2]
     for job in (2, 0, 1):
         assert not plan.finished
-        plan.ready.remove(job)
+        plan.calls.remove(job)
         plan.answers[job] = ShardReply(job, ())
         plan.done(job)
     assert plan.finished
     assert Plan(0, merged=False).finished
+
+
+def assign(
+    scheduler: Scheduler, idle: list[int], keys: list[Key], busy: dict[int, float]
+) -> list[tuple[int, Key]]:
+    """Who begins what of these calls; `busy`: the seconds that each of the others has to work."""
+    load = Load()
+    for worker, seconds in busy.items():
+        load.set(worker, seconds, scheduler.slowness(worker))
+    given = ReadyCalls(scheduler, keys).match(idle, load, now=0.0)
+    return [(worker, keys[number]) for worker, number in given]
 
 
 KEYS = [Key("descend", 4, number) for number in range(4)]
@@ -148,48 +160,48 @@ def trained(seconds: dict[int, float], rounds: int = 6) -> Scheduler:
 
 
 def test_equal_workers_get_calls_in_order():
-    assert Scheduler().assign([0, 1], KEYS, {}) == [(0, KEYS[0]), (1, KEYS[1])]
-    assert {key.number for _, key in trained({0: 1.0, 1: 1.1}).assign([0, 1], KEYS, {})} == {0, 1}
+    assert assign(Scheduler(), [0, 1], KEYS, {}) == [(0, KEYS[0]), (1, KEYS[1])]
+    assert {key.number for _, key in assign(trained({0: 1.0, 1: 1.1}), [0, 1], KEYS, {})} == {0, 1}
 
 
 def test_a_shard_goes_to_the_worker_that_had_it():
     scheduler = Scheduler()
     for number, worker in enumerate([1, 0, 2, 1]):
         scheduler.learn(worker, KEYS[number], 1.0)
-    assert sorted(scheduler.assign([0, 1, 2], [Key("other", 4, number) for number in range(4)], {})) == [
+    assert sorted(assign(scheduler, [0, 1, 2], [Key("other", 4, number) for number in range(4)], {})) == [
         (0, Key("other", 4, 1)), (1, Key("other", 4, 0)), (2, Key("other", 4, 2)),
     ]  # fmt: skip
-    assert scheduler.assign([3], KEYS[:1], {}) == [(3, KEYS[0])]
+    assert assign(scheduler, [3], KEYS[:1], {}) == [(3, KEYS[0])]
 
 
 def test_the_longest_calls_go_first():
     scheduler = Scheduler()
     for key, seconds in zip(KEYS, (1.0, 4.0, 2.0, 3.0), strict=True):
         scheduler.learn(0, key, seconds)
-    assert {key.number for _, key in scheduler.assign([0, 1], KEYS, {})} == {1, 3}
+    assert {key.number for _, key in assign(scheduler, [0, 1], KEYS, {})} == {1, 3}
 
 
 def test_a_slow_worker_is_left_out_where_the_others_are_done_sooner():
     scheduler = trained({0: 1.0, 1: 10.0})
     assert scheduler.slowness(1) > 4 * scheduler.slowness(0)
-    assert scheduler.assign([1, 0], KEYS[:2], {}) == [(0, KEYS[0])]
-    assert scheduler.assign([1], KEYS[:1], {0: 0.5}) == []  # worth waiting for
-    assert scheduler.assign([1], KEYS[:1], {0: 100.0}) == [(1, KEYS[0])]  # not worth waiting for
-    assert scheduler.assign([1], KEYS[:1], {}) == [(1, KEYS[0])]  # nobody else is there
+    assert assign(scheduler, [1, 0], KEYS[:2], {}) == [(0, KEYS[0])]
+    assert assign(scheduler, [1], KEYS[:1], {0: 0.5}) == []  # worth waiting for
+    assert assign(scheduler, [1], KEYS[:1], {0: 100.0}) == [(1, KEYS[0])]  # not worth waiting for
+    assert assign(scheduler, [1], KEYS[:1], {}) == [(1, KEYS[0])]  # nobody else is there
 
 
 def test_a_slow_worker_is_given_another_chance_and_a_new_process_a_fresh_start():
     scheduler = trained({0: 1.0, 1: 10.0})
     for _ in range(60):
         scheduler.fade([1])
-    assert len(scheduler.assign([0, 1], KEYS, {})) == 2
+    assert len(assign(scheduler, [0, 1], KEYS, {})) == 2
     scheduler = trained({0: 1.0, 1: 10.0})
     scheduler.forget(1)
-    assert len(scheduler.assign([0, 1], KEYS, {})) == 2
+    assert len(assign(scheduler, [0, 1], KEYS, {})) == 2
 
 
 def test_short_calls_are_not_planned():
-    assert len(trained({0: 0.001, 1: 0.01}).assign([0, 1], KEYS, {})) == 2
+    assert len(assign(trained({0: 0.001, 1: 0.01}), [0, 1], KEYS, {})) == 2
 
 
 def played(
@@ -205,7 +217,7 @@ def played(
         while ready or begun:
             idle = [worker for worker in seconds if worker not in begun]
             busy = {worker: end - now for worker, (end, _, _) in begun.items()}
-            for worker, key in scheduler.assign(idle, ready, busy):
+            for worker, key in assign(scheduler, idle, ready, busy):
                 took, first = (
                     (first, None) if worker == 0 and first is not None else (seconds[worker], first)
                 )
@@ -225,7 +237,7 @@ def played(
 def test_a_bad_moment_is_forgotten(seconds, hiccup):
     scheduler, equal = Scheduler(), {0: seconds, 1: seconds}
     assert set(played(scheduler, equal, 6, first=3.0)[-1]) == {0, 1}  # imports, data
-    assert set(played(scheduler, equal, 30, first=hiccup or None)[-1]) == {0, 1}
+    assert set(played(scheduler, equal, 40, first=hiccup or None)[-1]) == {0, 1}
     assert scheduler.slowness(0) == pytest.approx(1, rel=0.05)
     assert scheduler.slowness(1) == pytest.approx(1, rel=0.05)
     assert [scheduler.expected(key) for key in KEYS] == pytest.approx([seconds] * 4, rel=0.1)

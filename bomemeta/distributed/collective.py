@@ -26,7 +26,6 @@ from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.process_group import GroupBroken, Member
 from bomemeta.distributed.slots import (
     MAX_STRIKES,
-    WAITING,
     Phase,
     Slot,
     WorkerLost,
@@ -78,7 +77,7 @@ class Collective:
                 answer, loss = self._try(slots, request, shared)
             except BaseException:
                 self._present = []
-                for slot in self._fleet.in_phase(Phase.BUSY):
+                for slot in list(self._fleet.in_phase(Phase.BUSY).values()):
                     self._fleet.drain(slot)
                 raise
             if loss is None:
@@ -89,14 +88,16 @@ class Collective:
     def _members(self, shards: int) -> list[Slot]:
         """The workers that are there; waits for one."""
         while True:
-            idle = self._fleet.in_phase(Phase.IDLE)
-            if idle and not any(slot.phase in WAITING for slot in self._fleet.slots):
+            there = self._fleet.in_phase(Phase.IDLE)
+            if there and not self._fleet.waiting:
                 break
-            found = self._fleet.next_slot(time.monotonic() if idle else None)
-            if found is not None:
-                self._fleet.settle(*found)
-            elif idle:
+            heard = False
+            for slot, overdue in self._fleet.heard(time.monotonic() if there else None):
+                self._fleet.settle(slot, overdue)
+                heard = True
+            if there and not heard:
                 break
+        idle = [slot for _, slot in sorted(there.items())]
         slots = idle[:shards]
         present = [(slot.index, slot.process) for slot in slots]
         if present != self._present:
@@ -111,36 +112,32 @@ class Collective:
             member = Member(
                 self._epoch, rank, len(slots), self._host, self._port, options.step_timeout_s
             )
-            slot.refs = [slot.actor.together.remote(request, member, shared)]
-            slot.phase, slot.job, slot.begun = Phase.BUSY, -1, time.monotonic()
-            slot.deadline = slot.begun + options.step_timeout_s
+            slot.job, slot.begun = -1, time.monotonic()
+            answers = [slot.actor.together.remote(request, member, shared)]
+            self._fleet.watch(slot, Phase.BUSY, answers, options.step_timeout_s)
         answer, loss, broken = None, None, False
         lost: list[tuple[Slot, WorkerLost]] = []
-        while waiting := [slot for slot in slots if slot.phase is Phase.BUSY]:
-            found = self._fleet.next_slot()
-            if found is None:
-                continue
-            slot, overdue = found
-            if slot not in waiting:
-                self._fleet.settle(slot, overdue)
-                continue
-            try:
-                given = self._fleet.get(slot, overdue)
-                answer = given if slot is slots[0] else answer
-            except GroupBroken as error:
-                broken = True
-                loss = loss or WorkerLost(f"lost its group ({error})")
-            except WorkerLost as error:
-                loss, broken = error, True
-                lost.append((slot, error))
-                slot.phase = (
-                    Phase.ABSENT
-                )  # until all have been heard: a replacement would be none of this group
-                continue
-            slot.phase, slot.refs = Phase.IDLE, []
-            if broken:
-                for silent in waiting:
-                    silent.deadline = min(silent.deadline, time.monotonic() + GRACE_S)
+        while any(slot.phase is Phase.BUSY for slot in slots):
+            for slot, overdue in self._fleet.heard():
+                if slot.phase is not Phase.BUSY:
+                    self._fleet.settle(slot, overdue)
+                    continue
+                try:
+                    given = self._fleet.get(slot, overdue)
+                    answer = given if slot is slots[0] else answer
+                except GroupBroken as error:
+                    broken = True
+                    loss = loss or WorkerLost(f"lost its group ({error})")
+                except WorkerLost as error:
+                    loss, broken = error, True
+                    lost.append((slot, error))
+                    # Until all have been heard: a replacement would be none of this group.
+                    self._fleet.rest(slot, Phase.ABSENT)
+                    continue
+                self._fleet.rest(slot, Phase.IDLE)
+                if broken:
+                    for silent in self._fleet.in_phase(Phase.BUSY).values():
+                        self._fleet.hasten(silent, GRACE_S)
         again = "in a kernel of all workers together, which runs again"
         for slot, how in lost:
             if isinstance(how, WorkerUnavailable):

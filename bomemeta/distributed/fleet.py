@@ -8,7 +8,7 @@ and how a worker is lost.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -32,7 +32,6 @@ from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.slots import (
     LOGS,
     MAX_STRIKES,
-    WAITING,
     Phase,
     Slot,
     WorkerHung,
@@ -41,6 +40,7 @@ from bomemeta.distributed.slots import (
     WorkerUnplaced,
     last_line,
 )
+from bomemeta.distributed.soonest import Soonest
 from bomemeta.distributed.transport import WorkerFactory
 from bomemeta.errors import ClusterError
 
@@ -69,12 +69,51 @@ class Fleet:
         self._factory = cloudpickle.dumps(factory)
         self._on_event = on_event
         self.slots = [Slot(index) for index in range(options.workers)]
+        # What is looked up for every answer, so that no answer costs a walk over all slots.
+        self._phases: dict[Phase, dict[int, Slot]] = {phase: {} for phase in Phase}
+        self._phases[Phase.ABSENT] = {slot.index: slot for slot in self.slots}
+        self._watched: dict[Any, Slot] = {}  # by the first of the references
+        self._deadlines: Soonest[int] = Soonest()  # by slot, monotonic seconds
         self._forgotten: list[Any] = []  # references whose answer nobody wants
         self._looked_at = 0.0  # when the cluster was last asked for room
         self._asked_autoscaler = False
 
-    def in_phase(self, phase: Phase) -> list[Slot]:
-        return [slot for slot in self.slots if slot.phase is phase]
+    def in_phase(self, phase: Phase) -> dict[int, Slot]:
+        """The slots in a phase, by number, in the order in which they came to it. Changes as they
+        do.
+        """
+        return self._phases[phase]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anybody to wait for."""
+        return bool(self._watched)
+
+    def watch(self, slot: Slot, phase: Phase, refs: list[Any], within_s: float) -> None:
+        """The slot's actor is to answer within so many seconds."""
+        self._move(slot, phase)
+        slot.refs = refs
+        self._watched[refs[0]] = slot
+        self._deadlines.set(slot.index, time.monotonic() + within_s)
+
+    def hasten(self, slot: Slot, within_s: float) -> None:
+        """The slot's actor has so many seconds left at most."""
+        end = time.monotonic() + within_s
+        if slot.index in self._deadlines and end < self._deadlines[slot.index]:
+            self._deadlines.set(slot.index, end)
+
+    def rest(self, slot: Slot, phase: Phase) -> None:
+        """Nothing is expected of the slot: it is idle, or absent."""
+        self._move(slot, phase)
+        slot.refs = []
+
+    def _move(self, slot: Slot, phase: Phase) -> None:
+        if slot.refs:
+            self._watched.pop(slot.refs[0], None)
+        self._deadlines.drop(slot.index)
+        del self._phases[slot.phase][slot.index]
+        self._phases[phase][slot.index] = slot
+        slot.phase = phase
 
     def start(self) -> None:
         """Begins to start the workers. Raises ClusterError where the cluster has no room for them."""
@@ -90,7 +129,9 @@ class Fleet:
     def grow(self) -> None:
         """Starts workers that are absent, where the cluster has room for them by now."""
         absent = [
-            slot for slot in self.in_phase(Phase.ABSENT) if time.monotonic() >= slot.absent_until
+            slot
+            for slot in self.in_phase(Phase.ABSENT).values()
+            if time.monotonic() >= slot.absent_until
         ]
         if not absent or time.monotonic() - self._looked_at < ROOM_EVERY_S:
             return
@@ -99,22 +140,27 @@ class Fleet:
             self._on_event(f"the cluster has room for {slot} now; it is starting")
             self._begin_start(slot)
 
-    def next_slot(self, until: float | None = None) -> tuple[Slot, bool] | None:
-        """The first slot with an answer (False), or the first whose time is over (True); None at
-        `until` (monotonic seconds).
+    def heard(self, until: float | None = None) -> Iterator[tuple[Slot, bool]]:
+        """Every slot that has an answer by now (False); where there is none, waits for the first,
+        or gives the first slot whose time is over (True). Nothing at `until` (monotonic seconds).
 
-        Raises ClusterError where there is nobody to wait for.
+        Each is to be dealt with before the next is taken. Raises ClusterError where there is nobody
+        to wait for.
         """
-        watched = {slot.refs[0]: slot for slot in self.slots if slot.phase in WAITING}
-        if not watched:
+        earliest = self._deadlines.least()
+        if earliest is None:
             self._wait_for_room()
-            return None
-        earliest = min(watched.values(), key=lambda slot: slot.deadline)
-        end = earliest.deadline if until is None else min(until, earliest.deadline)
-        ready, _ = ray.wait(list(watched), num_returns=1, timeout=max(0.0, end - time.monotonic()))
-        if ready:
-            return watched[ready[0]], False
-        return (earliest, True) if end == earliest.deadline else None
+            return
+        end = earliest[0] if until is None else min(until, earliest[0])
+        refs = list(self._watched)
+        ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, end - time.monotonic()))
+        if ready and len(refs) > 1:
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        for ref in ready:
+            if (slot := self._watched.get(ref)) is not None:
+                yield slot, False
+        if not ready and end == earliest[0]:
+            yield self.slots[earliest[1]], True
 
     def _wait_for_room(self) -> None:
         if not self.options.elastic:
@@ -162,7 +208,7 @@ class Fleet:
             except Exception:  # of a call whose round was given up for the first such exception
                 pass
         slot.unreached = 0
-        slot.phase, slot.refs = Phase.IDLE, []
+        self.rest(slot, Phase.IDLE)
 
     def get(self, slot: Slot, overdue: bool) -> Any:
         """What the slot's actor answered.
@@ -206,6 +252,7 @@ class Fleet:
         Raises ClusterError after `max_replacements`.
         """
         what = f"{slot} {loss} {when}"
+        node_id = slot.process.node_id if slot.process is not None else None
         self._kill(slot, isinstance(loss, WorkerHung))
         self.replacements += 1
         if self.replacements > self.options.max_replacements:
@@ -215,14 +262,14 @@ class Fleet:
             )
         if self.options.elastic and cluster.room(self.options) < 1:
             self._on_event(f"{what}; a replacement starts when the cluster has room for it")
-            slot.phase = Phase.ABSENT
         else:
             self._on_event(f"{what}; a replacement is starting")
             self._begin_start(slot)
-        # What took this worker may have taken idle ones too. To find that out by giving them shards
-        # would count against the shards.
-        for idle in self.in_phase(Phase.IDLE):
-            self._ask(idle)
+        # What took this worker may have taken idle ones of its node too. To find that out by giving
+        # them shards would count against the shards.
+        for idle in list(self.in_phase(Phase.IDLE).values()):
+            if idle.process is not None and node_id in (None, idle.process.node_id):
+                self._ask(idle)
 
     def await_return(self, slot: Slot, loss: WorkerUnavailable, when: str) -> None:
         """A worker that could not be reached may be as well as before: it is asked for a sign of
@@ -238,13 +285,14 @@ class Fleet:
         self._ask(slot)
 
     def _ask(self, slot: Slot) -> None:
-        slot.refs, slot.phase = [slot.actor.ping.remote()], Phase.DRAINING
-        slot.deadline = time.monotonic() + self.options.step_timeout_s
+        ping = [slot.actor.ping.remote()]
+        self.watch(slot, Phase.DRAINING, ping, self.options.step_timeout_s)
 
     def drain(self, slot: Slot) -> None:
         """Nobody wants the answers that the slot is busy with."""
         self.take_back(slot)
-        slot.phase = Phase.DRAINING
+        left_s = self._deadlines[slot.index] - time.monotonic()
+        self.watch(slot, Phase.DRAINING, slot.refs, left_s)
 
     def take_back(self, slot: Slot) -> None:
         """The slot is not to do what was given to it beforehand. If it has begun, the answer is not
@@ -258,11 +306,11 @@ class Fleet:
     def proceed(self, slot: Slot) -> None:
         """The slot's answer was heard: it goes on with what was given to it beforehand, or is idle."""
         if not slot.next_refs:
-            slot.phase, slot.refs = Phase.IDLE, []
+            self.rest(slot, Phase.IDLE)
             return
-        slot.job, slot.refs, slot.begun = slot.next_job, slot.next_refs, time.monotonic()
-        slot.deadline = slot.begun + self.options.step_timeout_s
+        slot.job, refs, slot.begun = slot.next_job, slot.next_refs, time.monotonic()
         slot.next_job, slot.next_refs = -1, []
+        self.watch(slot, Phase.BUSY, refs, self.options.step_timeout_s)
 
     def end(self) -> None:
         """Kills the workers, and waits until those of this node are gone."""
@@ -270,7 +318,8 @@ class Fleet:
         for slot in self.slots:
             if slot.phase is not Phase.ABSENT:
                 self._forgotten += slot.refs + slot.next_refs
-                slot.phase, slot.refs, slot.next_refs, slot.process = Phase.ABSENT, [], [], None
+                self.rest(slot, Phase.ABSENT)
+                slot.next_refs, slot.process = [], None
                 ray.kill(slot.actor, no_restart=True)
         if self._asked_autoscaler:
             cluster.ask_autoscaler(self.options, 0)
@@ -301,33 +350,27 @@ class Fleet:
             options.cpus_per_worker, options.gpus_per_worker, cluster.scheduling_strategy()
         )
         slot.actor, slot.process = made.remote(), None
-        slot.refs = [
-            slot.actor.build.remote(self._factory, options.threads, cluster.importable_paths())
-        ]
         slot.unreached = 0
-        slot.phase, slot.deadline = Phase.STARTING, time.monotonic() + options.start_timeout_s
+        built = slot.actor.build.remote(self._factory, options.threads, cluster.importable_paths())
+        self.watch(slot, Phase.STARTING, [built], options.start_timeout_s)
 
     def _place_again(self, slot: Slot, loss: WorkerUnplaced) -> None:
-        deadline = slot.deadline  # of the first try: all tries together have start_timeout_s
-        if time.monotonic() > deadline:
+        # Of the first try: all tries together have start_timeout_s.
+        left_s = self._deadlines[slot.index] - time.monotonic()
+        if left_s < 0:
             self._give_up(slot, loss)
             return
         self._kill(slot, hung=False)
         time.sleep(UNPLACED_PAUSE_S)
         if self.options.elastic and cluster.room(self.options) < 1:
-            slot.phase = Phase.ABSENT
             return
         self._begin_start(slot)
-        slot.deadline = deadline
+        self.hasten(slot, left_s)
 
     def _give_up(self, slot: Slot, loss: WorkerLost) -> None:
         self._kill(slot, isinstance(loss, WorkerHung))
-        slot.phase, slot.failed_starts, slot.absent_until = (
-            Phase.ABSENT,
-            0,
-            time.monotonic() + GIVEN_UP_S,
-        )
-        if all(other.phase is Phase.ABSENT for other in self.slots):
+        slot.failed_starts, slot.absent_until = 0, time.monotonic() + GIVEN_UP_S
+        if len(self.in_phase(Phase.ABSENT)) == len(self.slots):
             raise ClusterError(
                 f"no worker could be started; the last one {loss}. Free are {ray.available_resources().get('CPU', 0):g} "
                 f"CPU, a worker takes {self.options.cpus_per_worker:g}; start_timeout_s is "
@@ -338,8 +381,10 @@ class Fleet:
         )
 
     def _kill(self, slot: Slot, hung: bool) -> None:
+        """The slot is absent from now on."""
         self._forgotten += slot.refs + slot.next_refs
-        slot.refs, slot.next_refs, slot.next_job = [], [], -1
+        self.rest(slot, Phase.ABSENT)
+        slot.next_refs, slot.next_job = [], -1
         with suppress(
             RayError
         ):  # an actor that never got as far as to be known cannot be killed, and need not be

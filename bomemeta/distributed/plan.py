@@ -17,28 +17,30 @@ from bomemeta.distributed.transport import ShardReply
 
 class Plan:
     """Attributes:
-    ready: jobs that can be given to a worker now; merges come first, for what they let go of.
+    calls: calls that can be given to a worker now.
+    sums: merges that can; they come first, for what they let go of.
     held: references to the shares that are there, by job.
     answers: the calls' replies, by number.
     """
 
     def __init__(self, calls: int, merged: bool) -> None:
-        self.calls = calls
+        self._calls = calls
         self._merges = {merge.node: merge for merge in merges(calls)} if merged else {}
         self._parents = {
             child: merge for merge in self._merges.values() for child in (merge.left, merge.right)
         }
-        self.ready: deque[int] = deque(range(calls))
+        self.calls: deque[int] = deque(range(calls))
+        self.sums: deque[int] = deque()
         self.held: dict[int, Any] = {}
         self.answers: dict[int, ShardReply] = {}
 
     @property
     def root(self) -> int:
-        return self.calls + len(self._merges) - 1
+        return self._calls + len(self._merges) - 1
 
     @property
     def finished(self) -> bool:
-        return len(self.answers) == self.calls and (not self._merges or self.root in self.held)
+        return len(self.answers) == self._calls and (not self._merges or self.root in self.held)
 
     def merge(self, job: int) -> Merge | None:
         """The merge that the job is; None for a call."""
@@ -53,11 +55,11 @@ class Plan:
             del self.held[own.left], self.held[own.right]
         above = self._parents.get(job)
         if above is not None and above.left in self.held and above.right in self.held:
-            self.ready.appendleft(above.node)
+            self.sums.append(above.node)
 
     def again(self, job: int) -> None:
         """The job's worker was lost: it is the next to be done."""
-        self.ready.appendleft(job)
+        (self.sums if job in self._merges else self.calls).append(job)
 
     def lost(self, job: int) -> None:
         """The job's share is gone with its node."""
@@ -67,10 +69,10 @@ class Plan:
     def _make(self, job: int) -> None:
         own = self._merges.get(job)
         if own is None:
-            self.ready.append(job)
+            self.calls.append(job)
             return
         missing = [side for side in (own.left, own.right) if side not in self.held]
         for side in missing:
             self._make(side)
         if not missing:
-            self.ready.appendleft(job)
+            self.sums.append(job)

@@ -4,9 +4,10 @@ is done again.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.plan import Plan
+from bomemeta.distributed.ready import Load, ReadyCalls
 from bomemeta.distributed.scheduler import Key, Scheduler
 from bomemeta.distributed.slots import (
     MAX_STRIKES,
@@ -26,6 +28,7 @@ from bomemeta.distributed.slots import (
     poison,
     state_lost,
 )
+from bomemeta.distributed.soonest import Soonest
 from bomemeta.distributed.summation import TreeSum
 from bomemeta.distributed.transport import ShardCall, ShardReply
 from bomemeta.errors import ClusterError, LowerStateLost
@@ -40,23 +43,20 @@ LATE = 2.0
 
 
 class RayRound:
-    """One round on its way: jobs are given out, answers heard, shares added."""
+    """One round on its way: jobs are given out, answers heard, shares added. An answer costs
+    O(log W): nothing here walks over all slots or calls, but once for the round.
+    """
 
     def __init__(
         self,
         options: RayOptions,
         fleet: Fleet,
-        pace: Scheduler,
+        scheduler: Scheduler,
         calls: Sequence[ShardCall],
         shared: Any,
     ) -> None:
-        self._options, self._fleet, self._scheduler, self._calls, self._shared = (
-            options,
-            fleet,
-            pace,
-            calls,
-            shared,
-        )
+        self._options, self._fleet, self._scheduler = options, fleet, scheduler
+        self._calls, self._shared = calls, shared
         summed = any(call.summed for call in calls)
         self._form = (
             "plain"
@@ -71,6 +71,20 @@ class RayRound:
         self._strikes: Counter[int] = Counter()
         self._made_by: dict[int, int] = {}  # whose node a share is on, by job
         self._used: set[int] = set()
+        self._keys = [Key(call.kind, len(calls), job) for job, call in enumerate(calls)]
+        self._ready = ReadyCalls(scheduler, self._keys)
+        self.plan.calls.clear()
+        self._anew = True  # whether there are calls that idle workers have not been asked for
+        self._at: dict[int, list[Slot]] = {}  # who has a job in hand
+        self._load = Load()  # kept where a worker is much slower than another
+        self._loaded = scheduler.uneven
+        # By slot, seconds of the monotonic clock. When it can be given another call beforehand, as
+        # long as there are any:
+        self._nearly: Soonest[int] = Soonest()
+        # When the call that was given to it beforehand is better done by another:
+        self._late_next: Soonest[int] = Soonest()
+        # When the call that it has in hand is to be given out a second time:
+        self._late: Soonest[int] = Soonest()
 
     def finish(self) -> np.ndarray | None:
         """The round's sum, or an empty array where there is nothing to add; None: it goes on."""
@@ -97,63 +111,72 @@ class RayRound:
         return total
 
     def advance(self) -> None:
-        """Gives out what can be given out, and hears one slot."""
-        self.give_out()
-        found = self._fleet.next_slot(min(self._times(time.monotonic()), default=None))
-        if found is None:
-            return
-        slot, overdue = found
-        if slot.phase is not Phase.BUSY:
-            self._fleet.settle(slot, overdue)
-            if slot.phase is Phase.STARTING:
-                self._scheduler.forget(slot.index)
-            return
-        try:
-            self._hear(slot, overdue)
-        except WorkerLost as loss:
-            self._lose(slot, loss)
+        """Gives out what can be given out, and hears all who have answered by now."""
+        heard = False
+        for slot, overdue in self._fleet.heard(self._next_s()):
+            heard = True
+            if slot.phase is not Phase.BUSY:
+                self._fleet.settle(slot, overdue)
+                if slot.phase is Phase.STARTING:
+                    self._scheduler.forget(slot.index)
+            else:
+                try:
+                    self._hear(slot, overdue)
+                except WorkerLost as loss:
+                    self._lose(slot, loss)
+            self.give_out((slot,))
+        if not heard:
+            self.give_out(())
 
-    def give_out(self) -> None:
-        """Gives to each slot what it can begin now, or as soon as it is done with what it has."""
+    def give_out(self, fresh: Iterable[Slot]) -> None:
+        """Gives to each slot what it can begin now, or as soon as it is done with what it has.
+
+        `fresh`: who may have become idle. Others who are idle were asked before, and are asked again
+        where calls have come back.
+        """
         now = time.monotonic()
-        idle = {slot.index: slot for slot in self._fleet.in_phase(Phase.IDLE)}
-        for job in [job for job in self.plan.ready if self.plan.merge(job)]:
+        idle = self._fleet.in_phase(Phase.IDLE)
+        while self.plan.sums and idle:
+            self._give_sum(idle, self.plan.sums.popleft())
+        while self.plan.calls:
+            self._give_back(self.plan.calls.popleft())
+        if not self._ready:
             if not idle:
                 return
-            near = [
-                index
-                for index in map(self._made_by.get, self.plan.merge(job) or ())
-                if index in idle
-            ]
-            self._begin(idle.pop(near[0] if near else next(iter(idle))), job)
-        if idle and not self.plan.ready:
-            self._take_back(now)
-        self._assign(idle, now)
-        self._assign({slot.index: slot for slot, when in self._nearly_done() if when <= now}, now)
-        self._back_up(now)
+            for index in self._late_next.until(now):
+                self._take_back(self._fleet.slots[index])
+            if not self._ready:
+                self._back_up(now)
+                return
+        asked = list(idle) if self._anew else [s.index for s in fresh if s.phase is Phase.IDLE]
+        self._anew = False
+        self._match(asked, now)
+        if self._ready:
+            self._match(list(self._nearly.until(now + AHEAD_S / 2)), now)  # several at once
 
-    def _times(self, now: float) -> list[float]:
+    def _give_sum(self, idle: dict[int, Slot], job: int) -> None:
+        merge = self.plan.merge(job)
+        assert merge is not None
+        makers = (self._made_by.get(side) for side in (merge.left, merge.right))
+        near = next((maker for maker in makers if maker in idle), None)
+        self._begin(idle[near if near is not None else next(iter(idle))], job)
+
+    def _match(self, free: Sequence[int], now: float) -> None:
+        for worker, number in self._ready.match(free, self._load, now):
+            self._begin(self._fleet.slots[worker], number)
+
+    def _next_s(self) -> float | None:
         """When there will be something to give out, if nobody answers before."""
-        idle = self._fleet.in_phase(Phase.IDLE)
-        times = self._nearly_done() if self.plan.ready else []
-        times += self._late_ahead() if idle else []
-        times += self._late() if idle else []
-        return [when for _, when in times if when > now]
-
-    def _assign(self, free: Mapping[int, Slot], now: float) -> None:
-        keys = {self._key(job): job for job in self.plan.ready if not self.plan.merge(job)}
-        if free and keys:
-            busy = {
-                slot.index: self._remaining_s(slot, now)
-                for slot in self._fleet.in_phase(Phase.BUSY)
-                if slot.index not in free
-            }
-            for worker, key in self._scheduler.assign(list(free), list(keys), busy):
-                self._begin(free[worker], keys[key])
+        if self._ready:
+            waited = [self._nearly]
+        elif self._fleet.in_phase(Phase.IDLE):
+            waited = [self._late_next, self._late]
+        else:
+            return None
+        times = [first[0] for each in waited if (first := each.least()) is not None]
+        return min(times, default=None)
 
     def _begin(self, slot: Slot, job: int) -> None:
-        if job in self.plan.ready:
-            self.plan.ready.remove(job)
         merge = self.plan.merge(job)
         if merge is not None:
             refs = [
@@ -162,16 +185,49 @@ class RayRound:
         else:
             call = self._calls[job]
             returns = 1 + (self._form == "apart") + call.returns
-            method = slot.actor.execute.options(num_returns=returns)
+            method = slot.actor.execute
+            if returns > 1:
+                method = method.options(num_returns=returns)
             answer = method.remote(
                 call.request, call.returns, self._form, self._shared, *call.states
             )
             refs = answer if returns > 1 else [answer]
         slot.next_job, slot.next_refs = job, refs
-        if slot.phase is not Phase.BUSY:
-            slot.phase = Phase.BUSY
-            self._fleet.proceed(slot)
         self._used.add(slot.index)
+        if slot.phase is not Phase.BUSY:
+            self._proceed(slot)
+        else:
+            self._nearly.drop(slot.index)
+            expected, follows = self._expected_s(slot.job, slot), self._expected_s(job, slot)
+            if expected is not None:
+                self._late_next.set(slot.index, slot.begun + LATE * expected + AHEAD_S)
+                self._set_load(slot, expected + (follows or 0.0))
+
+    def _proceed(self, slot: Slot) -> None:
+        """The slot goes on with what was given to it beforehand, or is idle."""
+        self._fleet.proceed(slot)
+        if slot.phase is not Phase.BUSY:
+            return
+        self._at.setdefault(slot.job, []).append(slot)
+        if (expected := self._expected_s(slot.job, slot)) is None:
+            return
+        if self._ready:
+            self._nearly.set(slot.index, slot.begun + expected - AHEAD_S)
+        self._set_load(slot, expected)
+        if (after := self._options.backup_after) is not None and not self.plan.merge(slot.job):
+            ordinary = expected / self._scheduler.slowness(slot.index)
+            self._late.set(slot.index, slot.begun + after * ordinary)
+
+    def _let_go(self, slot: Slot) -> None:
+        """The slot has its job in hand no more."""
+        there = self._at[slot.job]
+        there.remove(slot)
+        if not there:
+            del self._at[slot.job]
+        if self._loaded:
+            self._load.drop(slot.index)
+        for times in (self._nearly, self._late_next, self._late):
+            times.drop(slot.index)
 
     def _hear(self, slot: Slot, overdue: bool) -> None:
         job = slot.job
@@ -185,7 +241,8 @@ class RayRound:
                     side for side in (merge.left, merge.right) if self.plan.held[side].hex() == lost
                 ]
                 if sides:
-                    self._fleet.proceed(slot)
+                    self._let_go(slot)
+                    self._proceed(slot)
                     self.plan.lost(sides[0])
                     return
             elif any(
@@ -198,7 +255,7 @@ class RayRound:
         if merge is not None:
             share = slot.refs[0]
         else:
-            self._scheduler.learn(slot.index, self._key(job), time.monotonic() - slot.begun)
+            self._scheduler.learn(slot.index, self._keys[job], time.monotonic() - slot.begun)
             if self._form == "apart":
                 share, *states = states
             elif self._form == "whole":
@@ -210,92 +267,67 @@ class RayRound:
             self.plan.answers[job] = ShardReply(answer, tuple(states))
         self._made_by[job] = slot.index
         self.plan.done(job, share)
-        self._fleet.proceed(slot)
-        for other in self._at(job):  # a backup that came second
+        self._let_go(slot)
+        self._proceed(slot)
+        for other in list(self._at.get(job, ())):  # a backup that came second
             if other.next_refs:
-                self.plan.again(other.next_job)
+                self._take_back(other)
+            self._let_go(other)
             self._fleet.drain(other)
 
     def _lose(self, slot: Slot, loss: WorkerLost) -> None:
         job, following = slot.job, slot.next_job
         what = "a sum of shards" if self.plan.merge(job) else f"shard {job}"
+        again = f"in {what}, which runs again on the next free worker"
+        self._let_go(slot)
         slot.job = -1
-        if isinstance(loss, WorkerUnavailable):
-            for lost in (following, job):
-                if lost >= 0 and not self._at(lost):
-                    self.plan.again(lost)
-            again = f"in {what}, which runs again on the next free worker"
-            self._fleet.await_return(slot, loss, again)
-            return
-        self._strikes[job] += 1
-        self._scheduler.forget(slot.index)
-        if self._strikes[job] == MAX_STRIKES:
-            self._fleet.replace(slot, loss, f"in {what}")
-            raise ClusterError(poison(what, loss, self._options)) from None
+        if not isinstance(loss, WorkerUnavailable):
+            self._strikes[job] += 1
+            self._scheduler.forget(slot.index)
+            if self._strikes[job] == MAX_STRIKES:
+                self._fleet.replace(slot, loss, f"in {what}")
+                raise ClusterError(poison(what, loss, self._options)) from None
         if following >= 0:
             self.plan.again(following)
-        if not self._at(job):
+        if job not in self._at:
             self.plan.again(job)
-        self._fleet.replace(slot, loss, f"in {what}, which runs again on the next free worker")
+        if isinstance(loss, WorkerUnavailable):
+            self._fleet.await_return(slot, loss, again)
+        else:
+            self._fleet.replace(slot, loss, again)
 
-    # What is given out, or given to another, before an answer is there. Each returns the slots in
-    # question, and from when on.
+    def _give_back(self, number: int) -> None:
+        if not self._ready:
+            for slot in self._fleet.in_phase(Phase.BUSY).values():
+                if not slot.next_refs and (expected := self._expected_s(slot.job, slot)):
+                    self._nearly.set(slot.index, slot.begun + expected - AHEAD_S)
+        self._ready.again(number)
+        self._anew = True
 
-    def _nearly_done(self) -> list[tuple[Slot, float]]:
-        """Seats that can be given another call beforehand."""
-        return [
-            (slot, slot.begun + expected - AHEAD_S)
-            for slot in self._fleet.in_phase(Phase.BUSY)
-            if not slot.next_refs and (expected := self._expected_s(slot)) is not None
-        ]
-
-    def _late_ahead(self) -> list[tuple[Slot, float]]:
-        """Seats with a call given beforehand that is better done by another."""
-        return [
-            (slot, slot.begun + LATE * expected + AHEAD_S)
-            for slot in self._fleet.in_phase(Phase.BUSY)
-            if slot.next_refs and (expected := self._expected_s(slot)) is not None
-        ]
-
-    def _late(self) -> list[tuple[Slot, float]]:
-        """Seats whose call, which no other slot has, is to be given out a second time."""
-        if self._options.backup_after is None or self.plan.ready:
-            return []
-        return [
-            (slot, slot.begun + self._options.backup_after * expected)
-            for slot in self._fleet.in_phase(Phase.BUSY)
-            if (expected := self._scheduler.expected(self._key(slot.job))) is not None
-            and self.plan.merge(slot.job) is None
-            and len(self._at(slot.job)) == 1
-        ]
-
-    def _take_back(self, now: float) -> None:
-        for slot, when in self._late_ahead():
-            if when <= now:
-                self.plan.again(slot.next_job)
-                self._fleet.take_back(slot)
+    def _take_back(self, slot: Slot) -> None:
+        self.plan.again(slot.next_job)
+        self._fleet.take_back(slot)
+        self._late_next.drop(slot.index)
+        while self.plan.calls:
+            self._give_back(self.plan.calls.popleft())
 
     def _back_up(self, now: float) -> None:
-        idle = sorted(
-            self._fleet.in_phase(Phase.IDLE), key=lambda slot: self._scheduler.slowness(slot.index)
-        )
-        late = sorted((when, slot.job) for slot, when in self._late() if when <= now)
-        for slot, (_, job) in zip(idle, late, strict=False):
-            self._begin(slot, job)
+        """Gives idle workers the calls that take much longer than expected, to which no other slot
+        has been put.
+        """
+        idle = self._fleet.in_phase(Phase.IDLE)
+        while idle and (first := self._late.least()) is not None and first[0] <= now:
+            (late,) = itertools.islice(self._late.until(now), 1)
+            job = self._fleet.slots[late].job
+            if len(self._at[job]) == 1:
+                self._begin(idle[min(idle, key=self._scheduler.slowness)], job)
 
-    def _at(self, job: int) -> list[Slot]:
-        return [slot for slot in self._fleet.in_phase(Phase.BUSY) if slot.job == job]
+    def _set_load(self, slot: Slot, seconds: float) -> None:
+        if self._loaded:
+            slowness = self._scheduler.slowness(slot.index)
+            self._load.set(slot.index, slot.begun + seconds, slowness)
 
-    def _remaining_s(self, slot: Slot, now: float) -> float:
-        follows = self._scheduler.expected(self._key(slot.next_job)) if slot.next_refs else None
-        after = (follows or 0.0) * self._scheduler.slowness(slot.index)
-        return max((self._expected_s(slot) or 0.0) - (now - slot.begun), 0.0) + after
-
-    def _expected_s(self, slot: Slot) -> float | None:
-        """What the call in hand takes on this worker, as far as is known."""
-        expected = self._scheduler.expected(self._key(slot.job))
+    def _expected_s(self, job: int, slot: Slot) -> float | None:
+        """What the job takes on this worker, as far as was known when the round began."""
+        expected = self._ready.expected[job] if job < len(self._keys) else None
         return None if expected is None else expected * self._scheduler.slowness(slot.index)
-
-    def _key(self, job: int) -> Key:
-        kind = self._calls[job].kind if job < len(self._calls) else "sum of shards"
-        return Key(kind, len(self._calls), job)

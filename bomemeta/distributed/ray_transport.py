@@ -116,14 +116,14 @@ class RayTransport:
         sent = time.monotonic()
         running = RayRound(self._options, self._fleet, self._scheduler, calls, shared)
         try:
-            running.give_out()
+            running.give_out(())
             meanwhile()
             while (total := running.finish()) is None:
                 running.advance()
         except (
             BaseException
         ):  # KeyboardInterrupt too: the next run must not take an old answer for a new one
-            for slot in self._fleet.in_phase(Phase.BUSY):
+            for slot in list(self._fleet.in_phase(Phase.BUSY).values()):
                 self._fleet.drain(slot)
             raise
         replies = [running.plan.answers[number] for number in range(len(calls))]

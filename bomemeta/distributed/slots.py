@@ -35,9 +35,6 @@ class Phase(Enum):
     ABSENT = auto()
 
 
-WAITING = (Phase.STARTING, Phase.BUSY, Phase.DRAINING)
-
-
 @dataclass
 class Slot:
     index: int
@@ -47,7 +44,6 @@ class Slot:
     refs: list[Any] = field(
         default_factory=list
     )  # what the slot's actor will answer; all are ready when the first is
-    deadline: float = 0.0  # monotonic, seconds
     job: int = -1  # of the round's plan, while BUSY
     begun: float = (
         0.0  # when it was given the job, or its answer before was heard, monotonic seconds
