@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
 from pathlib import Path
 from typing import Any
+
+from bomemeta.extras import versions
 
 
 def environment() -> dict[str, Any]:
@@ -16,16 +17,8 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {"python": platform.python_version()}
-        | {name: found for name in packages if (found := _version(name)) is not None},
+        "versions": {"python": platform.python_version(), **versions(*packages)},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def environment_line(found: dict[str, Any]) -> str:

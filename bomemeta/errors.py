@@ -14,6 +14,10 @@ class ConfigError(BomemetaError):
     """A key, value or combination of keys that no run can be made of."""
 
 
+class MissingExtra(ConfigError):
+    """An optional package that the config or the command asks for and that is not installed."""
+
+
 class DataError(BomemetaError):
     """Data that is missing, damaged or too small for what was asked."""
 

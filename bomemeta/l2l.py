@@ -10,12 +10,15 @@ import io
 import warnings
 from typing import Any
 
+from bomemeta.extras import require
+
 
 @functools.cache
 def learn2learn() -> Any:
-    """The package, imported at the first call without gym's notice about itself."""
+    """The package, imported at the first call without gym's notice about itself.
+
+    Raises MissingExtra where it is not installed.
+    """
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        import learn2learn
-
-    return learn2learn
+        return require("learn2learn", "learn2learn", "a data set or solver of learn2learn")

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from bomemeta.errors import (
     DivergenceError,
     LowerStateLost,
 )
+from bomemeta.extras import versions
 from bomemeta.health import HealthMonitor
 from bomemeta.metrics import MetricsLog
 from bomemeta.report import Listener
@@ -352,7 +352,4 @@ def _check_shapes(upper: Mapping[str, Tensor], saved: Checkpoint) -> None:
 
 def _versions() -> dict[str, str]:
     packages = ("bomemeta", "torch", "torchvision", "ray", "numpy", "learn2learn")
-    return {
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
+    return {"python": platform.python_version(), **versions(*packages)}

@@ -28,6 +28,7 @@ ROOMS = {
         "bomemeta.registry",
         "bomemeta.errors",
         "bomemeta.l2l",
+        "bomemeta.extras",
     },
     "nets": {"torch", "bomemeta.nets"},
 }

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 import torch
@@ -68,7 +69,10 @@ def accuracy(method: str, data_root: str, out: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("method", ["bome", "maml", "fomaml", "anil"])
+@pytest.mark.parametrize(
+    "method",
+    ["bome", *(pytest.param(name, marks=needs.learn2learn) for name in ("maml", "fomaml", "anil"))],
+)
 def test_a_method_takes_its_steps_and_writes_its_result(
     method: str, data_root: str, tmp_path: Path
 ) -> None:
@@ -119,6 +123,7 @@ def test_the_learning_curve_is_measured_when_its_share_of_the_budget_is_used(
     ] == [True] * 3
 
 
+@needs.learn2learn
 def test_the_step_and_the_table(data_root: str, tmp_path: Path) -> None:
     few_shot_step = importlib.import_module("benchmarks.few_shot_step")
     small = (
@@ -218,6 +223,7 @@ def test_bomes_memory_does_not_grow_with_the_inner_steps_and_itds_does(tmp_path:
     assert found["network", "itd"]["bytes_per_inner_step"] > 5 * 4 * 28 * 28 * 4
 
 
+@needs.learn2learn
 def test_sampling_counts_the_same_episodes_for_all(data_root: str, tmp_path: Path) -> None:
     result = run(
         "sampling",
@@ -403,6 +409,7 @@ def test_counts_of_a_device_that_is_not_there(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "counts.json").read_text())["rows"] == [row]
 
 
+@needs.learn2learn  # solver maml
 def test_on_device_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
     """Every part that needs neither a card nor another library does what it would there."""
     out, table = tmp_path / "device.json", tmp_path / "device.md"

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import needs
 import numpy as np
 import pytest
 from PIL import Image
@@ -141,6 +142,7 @@ def test_no_network_says_what_to_do(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@needs.learn2learn
 def test_learn2learn_download_that_fails_is_a_data_error(tmp_path: Path) -> None:
     failure = ConnectionError("no route")
     with (

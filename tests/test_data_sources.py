@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import needs
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from bomemeta import extras
 from bomemeta.data.episodes import EpisodeSpec
 from bomemeta.errors import DataError
 from bomemeta.registry import datasets
@@ -207,8 +209,15 @@ def source(chosen: dict[str, dict[str, Any]], request: pytest.FixtureRequest) ->
         yield made
 
 
-every_source = pytest.mark.parametrize("source", ALL, indirect=True)
-every_file_source = pytest.mark.parametrize("source", FROM_FILES, indirect=True)
+def with_marks(names: list[str]) -> list[Any]:
+    return [
+        pytest.param(name, marks=needs.learn2learn) if name.startswith("learn2learn/") else name
+        for name in names
+    ]
+
+
+every_source = pytest.mark.parametrize("source", with_marks(ALL), indirect=True)
+every_file_source = pytest.mark.parametrize("source", with_marks(FROM_FILES), indirect=True)
 
 
 def test_all_registered_data_sets_are_tested_here() -> None:
@@ -265,6 +274,11 @@ def test_keys_decide(source: Any) -> None:
 
 
 def test_another_process_draws_the_same_bits(chosen: dict[str, dict[str, Any]]) -> None:
+    chosen = {
+        name: arguments
+        for name, arguments in chosen.items()
+        if extras.installed("learn2learn") or not name.startswith("learn2learn/")
+    }
     here = digests(chosen)
     code = "import json, sys; import test_data_sources as t; print(json.dumps(t.digests(json.loads(sys.argv[1]))))"
     environment = os.environ | {
@@ -375,6 +389,7 @@ def test_pickles_are_not_loaded_without_trust(name: str, tmp_path: Path) -> None
         source.prepare()
 
 
+@needs.learn2learn
 def test_learn2learn_keeps_no_index_files(
     chosen: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -387,6 +402,7 @@ def test_learn2learn_keeps_no_index_files(
     assert not list(Path(chosen["learn2learn/cifarfs"]["root"]).glob("*.pkl"))
 
 
+@needs.learn2learn
 def test_damaged_learn2learn_file_is_named(tmp_path: Path) -> None:
     write_fc100(tmp_path)
     (tmp_path / "FC100_val.pickle").write_bytes(b"half a download")

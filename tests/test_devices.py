@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from elsewhere import DEVICE, elsewhere
@@ -82,6 +83,7 @@ def test_resnet(tmp_path: Path) -> None:
     check({**FEW_SHOT, "problem": problem}, tmp_path, steps=1)
 
 
+@needs.learn2learn
 @pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "meta_sgd", "reptile"])
 def test_few_shot_networks(name: str, tmp_path: Path) -> None:
     check(

@@ -112,7 +112,7 @@ def test_readme_names_commands_that_exist() -> None:
     top = CliRunner().invoke(app, ["--help"]).output
     assert all(command.partition(" ")[0] in top for command in named)
     assert "pip install uv && uv run bomemeta train configs/quickstart.yaml" in README
-    assert "uv run pytest" in README
+    assert "uv run --extra learn2learn pytest" in README
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import needs
 import pytest
 import torch
 from torch.nn import functional
@@ -26,6 +27,8 @@ from bomemeta.solvers.meta_sgd import STEP_SIZE, MetaSGD
 from bomemeta.solvers.reptile import Reptile
 
 ALL = [MAML, FOMAML, ANIL, MetaSGD, Reptile]
+pytestmark = needs.learn2learn
+
 POLICIES = ["transductive", "inductive"]
 TASKS = range(3)
 OPTIONS = {"inner_steps": 3, "inner_lr": 0.3}

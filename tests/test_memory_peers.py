@@ -8,11 +8,13 @@ import importlib
 import json
 from pathlib import Path
 
+import needs
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
+@needs.learn2learn
 def test_second_order_maml_keeps_every_inner_step_and_first_order_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

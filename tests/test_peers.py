@@ -12,6 +12,7 @@ import importlib
 import warnings
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ def peer(request, monkeypatch):
     missing = peers.absent()
     if request.param in missing:
         pytest.skip(
-            f"{missing[request.param]}: install benchmarks/peers/requirements.txt into an environment of its own"
+            f"{missing[request.param]}. torchopt and higher: install benchmarks/peers/requirements.txt into an environment of its own"
         )
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -140,6 +141,7 @@ def test_anil_from_a_head_of_zeros_is_iterative_differentiation(peer):
         torch.testing.assert_close(ours.upper[name], parameter.grad, rtol=1e-5, atol=1e-9)
 
 
+@needs.learn2learn
 def test_learn2learns_first_order_version_leaves_the_second_derivatives_out(monkeypatch):
     """What is timed as first order is first order: its gradient differs, and it is that of the
     queries' loss at the adapted network.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bomemeta.errors import MissingExtra
 from bomemeta.l2l import learn2learn
 
 
@@ -111,6 +112,6 @@ def absent() -> dict[str, str]:
             with warnings.catch_warnings():  # of the peers' own code about newer versions of Python
                 warnings.simplefilter("ignore")
                 _: Any = learn2learn() if name == "learn2learn" else importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, MissingExtra) as error:
             found[name] = str(error)
     return found
