@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bomemeta.core.arguments import Recorded
 from bomemeta.core.tree import Params
 from bomemeta.errors import ConfigError
 
@@ -64,7 +65,7 @@ _BELONGS = dict.fromkeys(
 ) | {"num_blocks": "SharedProblem"}
 
 
-class Problem:
+class Problem(Recorded):
     """Base class of all problems. A subclass must define `init_upper`, `load`, `init_lower`,
     `upper_loss` and `lower_loss`.
 

@@ -4,7 +4,6 @@ a kernel, pack the sums.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 
 from bomemeta.allocator import keep_freed_memory
 from bomemeta.core import tree
+from bomemeta.core.arguments import replaced
 from bomemeta.core.local_oracle import LocalOracle, TaskMap
 from bomemeta.core.problem import Problem, Split
 from bomemeta.core.solver import Kernel, Layout, LowerGroups, Solver
@@ -218,6 +218,6 @@ def variant_of(problem: Problem, changes: Mapping[str, Any]) -> Problem:
     """The same problem with some fields changed, attached to the same run."""
     if not changes:
         return problem
-    other: Problem = dataclasses.replace(problem, **changes)  # type: ignore[type-var]
+    other = replaced(problem, changes)
     other.attach(seed=problem.seed, dtype=problem.dtype, data=problem.data)
     return other
