@@ -39,6 +39,7 @@ import bomemeta as bm
 class Mine(bm.Problem):
     def __init__(self, tasks, curvature=1.0):
         self._count, self._curvature = tasks, curvature
+        self.classes = torch.zeros(3)  # cloudpickle takes the word for torch.classes
 
     @property
     def num_tasks(self):

@@ -7,9 +7,12 @@ registered to be sent by value too.
 
 from __future__ import annotations
 
+import copyreg
+import dataclasses
+import importlib
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -23,11 +26,22 @@ _ELSEWHERE = ("bomemeta", "bomemeta_user", "__main__")
 
 def send_modules_by_value(objects: Mapping[str, object]) -> None:
     """Has the modules of these objects' classes sent by value, but for those that are installed."""
+    for special in list(sys.modules.values()):
+        # Whose code has a word such as `classes` in it gets `torch.classes` sent along: a module of
+        # a class of its own, which cloudpickle does not know to send by name.
+        if isinstance(special, ModuleType) and type(special).__module__.startswith("torch"):
+            copyreg.pickle(type(special), _by_name)
+    # A field without a default is known by this very object.
+    copyreg.pickle(type(dataclasses.MISSING), lambda missing: "MISSING")
     for made in objects.values():
         for cls in type(made).__mro__:
             module = sys.modules.get(cls.__module__.partition(".")[0])
             if module is not None and _is_loose(module):
                 cloudpickle.register_pickle_by_value(module)
+
+
+def _by_name(module: ModuleType) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+    return importlib.import_module, (module.__name__,)
 
 
 def why_not_sent(objects: Mapping[str, object]) -> str | None:
