@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from bomemeta.api import resume as resume
     from bomemeta.api import train as train
     from bomemeta.core.problem import Problem as Problem
+    from bomemeta.core.problem import SharedProblem as SharedProblem
+    from bomemeta.core.problem import StreamProblem as StreamProblem
     from bomemeta.core.solver import Solver as Solver
     from bomemeta.data.episodes_from import EpisodesFrom as EpisodesFrom
     from bomemeta.data.glyphs import Glyphs as Glyphs
@@ -77,7 +79,7 @@ __version__ = version("bomemeta")
 # Where each name comes from; tests/test_objects.py compares it with the registries.
 _NAMES = {
     "bomemeta.api": ["Result", "check", "evaluate", "load", "resume", "train"],
-    "bomemeta.core.problem": ["Problem"],
+    "bomemeta.core.problem": ["Problem", "SharedProblem", "StreamProblem"],
     "bomemeta.core.solver": ["Solver"],
     "bomemeta.data.episodes_from": ["EpisodesFrom"],
     "bomemeta.solvers.agem": ["AGem"],

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bomemeta.core.problem import Problem, stream_length
 from bomemeta.config import Config
 from bomemeta.copies import copy_of
+from bomemeta.core.problem import Problem, stream_length
 from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import Solver
 from bomemeta.distributed.transport import Transport, WorkerFactory

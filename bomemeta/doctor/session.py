@@ -14,8 +14,8 @@ import torch
 
 from bomemeta.assembly import build_problem, build_solver, torch_threads
 from bomemeta.config import Config, load_config
-from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.copies import copy_of
+from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.doctor import bundles, data, machine, memory, places, storage, traffic
 from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, Plan, line_through, plan_of
 from bomemeta.doctor.memory import Memory

@@ -15,8 +15,8 @@ from torch import Tensor
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.checkpoint import load_latest
 from bomemeta.config import Config, load_config
-from bomemeta.core.problem import SharedProblem
 from bomemeta.core.arguments import replaced
+from bomemeta.core.problem import SharedProblem
 from bomemeta.core.randomness import generator, mixed_seed
 from bomemeta.core.solver import Run, Solver
 from bomemeta.core.tree import Params
