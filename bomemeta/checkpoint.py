@@ -1,20 +1,37 @@
 """What a run needs to go on to the same bits, written whole or not at all and read without
 executing anything.
+
+A file ends with the SHA-256 of everything before it, as the comment of a zip archive (which is what
+torch's files are). It is compared before anything is read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from bomemeta.checkpoint_content import fault_in
 from bomemeta.config import Config, differing_keys
 from bomemeta.errors import CheckpointError
 from bomemeta.files import written_whole
+
+# What a file holds beside a Checkpoint's fields: files of format 2 end with a digest.
+FORMAT_KEY, FORMAT = "format", 2
+_MARK = b"bomemeta sha256 "
+_SEAL_BYTES = len(_MARK) + 64
+_LENGTH_BYTES = 2  # the last field of a zip archive: how long its comment is
+_READ_BYTES = 2**20
+# Our own names alone: what else lies in the folder (a copy, step_best.pt) is the user's.
+_NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
 class Checkpoint(NamedTuple):
@@ -27,6 +44,7 @@ class Checkpoint(NamedTuple):
     solver: dict[str, Any]
     lower: dict[int, Tensor]  # flat state of each persistent task, by task id
     config: dict[str, Any]  # Config.to_dict()
+    data: dict[str, str] = {}  # noqa: RUF012  digests of what was trained on, by name; never changed
 
 
 class Loaded(NamedTuple):
@@ -53,10 +71,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
-            torch.save(checkpoint._asdict(), file)
+            _write_sealed({**checkpoint._asdict(), FORMAT_KEY: FORMAT}, file)
         # A later step than this one is of a past that the run went back from: damaged, or never to
         # be reached again.
-        later = [other for other in _checkpoints(folder) if other.name > path.name]
+        later = [other for other in _checkpoints(folder) if step_of(other) > checkpoint.step]
         for old in [*later, *_checkpoints(folder, before=path)[keep - 1 :]]:
             old.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
@@ -82,19 +100,10 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint to the CPU. Pickled code in it is refused, not run.
 
-    Raises CheckpointError where the file is missing, damaged or no checkpoint, naming the one
-    before it.
+    Raises CheckpointError where the file is missing, damaged, changed by hand or no checkpoint,
+    naming the one before it.
     """
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-        return Checkpoint(**values)
-    # torch.load has no error class of its own: a damaged file surfaces as any of many.
-    except Exception as error:
-        older = _checkpoints(path.parent, before=path)
-        hint = f"The one before it is {older[0]}" if older else "There is none before it"
-        raise CheckpointError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error).partition(chr(10))[0]}). {hint}"
-        ) from error
+    return _load(path)[0]
 
 
 def load_latest(folder: Path) -> Loaded:
@@ -105,14 +114,101 @@ def load_latest(folder: Path) -> Loaded:
     notes: list[str] = []
     for path in _checkpoints(folder):
         try:
-            return Loaded(load(path), path, notes)
+            checkpoint, sealed = _load(path)
         except CheckpointError as error:
             notes.append(f"passed over a damaged checkpoint: {error}")
+            continue
+        if not sealed:
+            notes.append(
+                f"{path} has no digest, as an older version wrote it: whether a bit of it has changed cannot be told"
+            )
+        return Loaded(checkpoint, path, notes)
     if notes:
         raise CheckpointError("\n".join([f"no checkpoint in {folder} can be read:", *notes]))
     raise CheckpointError(
         f"there is no checkpoint in {folder}; start the run again with `bomemeta train`"
     )
+
+
+def _load(path: Path) -> tuple[Checkpoint, bool]:
+    """The checkpoint, and whether its file ends with a digest (that of its content)."""
+    try:
+        sealed = _sealed(path)
+        with warnings.catch_warnings():  # of layouts that no run writes, which are refused below
+            warnings.simplefilter("ignore")
+            values = torch.load(path, map_location="cpu", weights_only=True)
+        fault = _fault(path, values, sealed)
+        if fault is None:
+            return Checkpoint(**values), sealed
+        reason, cause = fault, None
+    # torch.load has no error class of its own: a damaged file surfaces as any of many.
+    except Exception as error:
+        reason, cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", error
+    older = _checkpoints(path.parent, before=path)
+    hint = f"The one before it is {older[0]}" if older else "There is none before it"
+    raise CheckpointError(f"{path} is not a readable checkpoint ({reason}). {hint}") from cause
+
+
+def _fault(path: Path, values: Any, sealed: bool) -> str | None:
+    """What keeps a file's values from being a Checkpoint's; takes the format's key out of them."""
+    if not isinstance(values, dict):
+        return f"it holds {type(values).__name__}, wanted a mapping"
+    written = values.pop(FORMAT_KEY, None)
+    if written not in (None, FORMAT):
+        return f"its format is {written!r}; this version reads {FORMAT}"
+    fault = fault_in(values, Checkpoint._fields, Checkpoint._field_defaults, sealed)
+    if fault is not None:
+        return fault
+    if _NAME.fullmatch(path.name) and values["step"] != step_of(path):
+        return f"its name says step {step_of(path)}, and it holds step {values['step']}"
+    if written == FORMAT and not sealed:
+        return "its digest is missing: it was written again, or changed, by something else"
+    return None
+
+
+def _write_sealed(values: Mapping[str, Any], file: IO[bytes]) -> None:
+    """torch's file of the values, with the digest of all of it as the archive's comment."""
+    hashing = _Hashing(file)
+    torch.save(values, cast(IO[bytes], hashing))  # it asks for `write` alone
+    # The digest is of an archive without a comment: the comment's length is set afterwards.
+    file.seek(-_LENGTH_BYTES, os.SEEK_END)
+    file.write(struct.pack("<H", _SEAL_BYTES) + _MARK + hashing.digest.hexdigest().encode())
+
+
+class _Hashing:
+    """A file to write to that hashes what passes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _sealed(path: Path) -> bool:
+    """Whether the file ends with a digest. Raises ValueError where it is not that of the content."""
+    size = path.stat().st_size
+    content = size - _SEAL_BYTES - _LENGTH_BYTES
+    if content <= 0:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(size - _SEAL_BYTES)
+        seal = file.read()
+        if not seal.startswith(_MARK):
+            return False
+        file.seek(0)
+        while content > 0 and (part := file.read(min(content, _READ_BYTES))):
+            digest.update(part)
+            content -= len(part)
+    digest.update(bytes(_LENGTH_BYTES))
+    if digest.hexdigest().encode() != seal[len(_MARK) :]:
+        raise ValueError("its content is not what was written: the digest at its end is another")
+    return True
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
@@ -131,6 +227,20 @@ def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
+def check_same_data(checkpoint: Checkpoint, data: Mapping[str, str]) -> None:
+    """Raises CheckpointError naming the data that are not what the checkpoint was trained on.
+
+    `data` are digests by name, as in `Checkpoint.data`. A name that only one side has is not
+    compared: an older version recorded none.
+    """
+    changed = [name for name, digest in checkpoint.data.items() if data.get(name, digest) != digest]
+    if changed:
+        raise CheckpointError(
+            f"the data have changed since the checkpoint of step {checkpoint.step}: {', '.join(changed)}. "
+            "Put the old files back to go on, or start a new run with `bomemeta train`"
+        )
+
+
 def upper_sha256(upper: Mapping[str, Tensor]) -> str:
     """SHA-256 over the upper variable's numbers: every tensor's contiguous little-endian bytes, in
     sorted key order.
@@ -146,10 +256,17 @@ def upper_sha256(upper: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 where the name is not one of ours."""
+    name = _NAME.fullmatch(path.name)
+    return int(name[1]) if name else -1
+
+
 def _checkpoints(folder: Path, before: Path | None = None) -> list[Path]:
     """Newest first."""
-    found = sorted(folder.glob("step_*.pt"), reverse=True)
-    return found if before is None else [path for path in found if path.name < before.name]
+    found = [path for path in folder.glob("step_*.pt") if step_of(path) >= 0]
+    found.sort(key=step_of, reverse=True)
+    return found if before is None else [path for path in found if step_of(path) < step_of(before)]
 
 
 def _disk_error(error: BaseException) -> OSError | None:

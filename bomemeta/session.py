@@ -21,6 +21,7 @@ from bomemeta import checkpoint as checkpoints
 from bomemeta import engine
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.checkpoint import Checkpoint, Loaded, check_same_run, load_latest, upper_sha256
+from bomemeta.checkpoint_content import check_fits, tasks_after_a_step
 from bomemeta.config import Config, differing_keys
 from bomemeta.core.problem import start_memory
 from bomemeta.core.randomness import generator
@@ -270,7 +271,14 @@ class _Session:
             0, job.solver.start(upper, job.steps), LowerStates.none(), start_memory(job.problem)
         )
         if saved is not None:
-            _check_shapes(state.upper.params, saved)
+            problem, wanted = job.problem, self._config.tasks_per_step
+            check_fits(
+                saved,
+                upper=state.upper,
+                memory=state.memory,
+                dtype=problem.dtype,
+                tasks=tasks_after_a_step(problem.num_tasks, problem.lower, wanted),
+            )
             engine.restore(state, saved)
         return state
 
@@ -369,20 +377,6 @@ class _Session:
             "notes": result.notes,
             "config": self._config.to_dict(),
         }
-
-
-def _check_shapes(upper: Mapping[str, Tensor], saved: Checkpoint) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in upper.items()}
-    got = {name: tuple(tensor.shape) for name, tensor in saved.upper.items()}
-    if wanted != got:
-        different = sorted(name for name in {**wanted, **got} if wanted.get(name) != got.get(name))
-        lines = [
-            f"  {name}: checkpoint {got.get(name)}, config {wanted.get(name)}" for name in different
-        ]
-        raise CheckpointError(
-            "the checkpoint's upper variable has another shape than the config's problem:\n"
-            + "\n".join(lines)
-        )
 
 
 def _versions() -> dict[str, str]:

@@ -192,3 +192,96 @@ def test_a_programming_error_is_not_called_a_full_disk(
     with pytest.raises(RuntimeError, match="a bug"):
         save(tmp_path, state(1), keep=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_digest_is_over_all_of_the_file(tmp_path: Path) -> None:
+    path = save(tmp_path, state(2), keep=1)
+    content = path.read_bytes()
+    for at in range(0, len(content), 7):
+        flipped = bytearray(content)
+        flipped[at] ^= 16
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+            load(path)
+    path.write_bytes(content)
+    assert load(path).step == 2
+
+
+def test_a_flipped_bit_sends_a_run_to_the_file_before_and_is_said(tmp_path: Path) -> None:
+    good, bad = save(tmp_path, state(1), keep=2), save(tmp_path, state(2), keep=2)
+    content = bytearray(bad.read_bytes())
+    at = content.index(torch.tensor([2.0, 3.0, 4.0]).numpy().tobytes())
+    content[at] ^= 1
+    bad.write_bytes(content)
+    found = load_latest(tmp_path)
+    assert found.path == good
+    assert "the digest at its end is another" in found.notes[0]
+
+
+def test_a_checkpoint_of_an_older_version_is_read_with_a_note(tmp_path: Path) -> None:
+    old = {name: value for name, value in state(3)._asdict().items() if name != "data"}
+    torch.save(old, tmp_path / "step_00000003.pt")
+    found = load_latest(tmp_path)
+    assert (found.checkpoint.step, found.checkpoint.data) == (3, {})
+    assert "has no digest" in found.notes[0]
+
+
+def test_what_something_else_wrote_again_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, state(3), keep=1)
+    torch.save(torch.load(path, weights_only=True), path)
+    with pytest.raises(CheckpointError, match="its digest is missing"):
+        load(path)
+
+
+NO = object()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("step", 4, "its name says step 3, and it holds step 4"),
+        ("step", None, "step is None, wanted a whole number"),
+        ("step", True, "step is True, wanted a whole number"),
+        ("step", NO, "step is missing"),
+        ("more", 1, "'more' is not an entry of a checkpoint"),
+        ("upper", None, "upper is None, wanted a mapping"),
+        ("upper", {"w": None}, "upper.w is None, wanted a tensor"),
+        ("upper", {"w": torch.tensor([float("nan")])}, "upper.w is not finite"),
+        ("upper", {"w": torch.eye(2).to_sparse()}, "wanted a dense one"),
+        ("lower", {"7": torch.zeros(2)}, "lower has a task '7'"),
+        ("lower", [torch.zeros(2)], "lower is a list, wanted a mapping"),
+        ("data", {"x": 3}, "data.x is 3, wanted a digest as text"),
+    ],
+)
+def test_entries_changed_by_hand_are_said(
+    tmp_path: Path, entry: str, value: object, said: str
+) -> None:
+    values = {**state(3)._asdict(), entry: value}
+    if value is NO:
+        del values[entry]
+    torch.save(values, tmp_path / "step_00000003.pt")
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path / "step_00000003.pt")
+    assert said in str(error.value)
+
+
+def test_only_our_own_names_are_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, state(100_000_000), keep=3)
+    for name in ("step_best.pt", "step_7.pt", "step_00000009.pt.bak"):
+        (tmp_path / name).write_bytes((tmp_path / "step_100000000.pt").read_bytes())
+    assert latest(tmp_path) == tmp_path / "step_100000000.pt"
+    save(tmp_path, state(100_000_001), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000009.pt.bak",
+        "step_100000001.pt",
+        "step_7.pt",
+        "step_best.pt",
+    ]
+
+
+def test_changed_data_are_named() -> None:
+    trained = state(3)._replace(data={"two.npz": "a1", "classes": "b2"})
+    module.check_same_data(trained, {"two.npz": "a1", "more": "c3"})
+    module.check_same_data(state(3), {"two.npz": "a1"})
+    with pytest.raises(CheckpointError, match=r"data have changed since .* step 3: classes\. Put"):
+        module.check_same_data(trained, {"two.npz": "a1", "classes": "b3"})
