@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import CheckpointError
@@ -222,17 +223,13 @@ def _few(tasks: list[int]) -> str:
     return ", ".join(map(str, tasks[:8])) + (" ..." if len(tasks) > 8 else "")
 
 
-def tasks_after_a_step(
-    num_tasks: int | None, lower_kind: str, tasks_per_step: int | None
-) -> int | None:
+def tasks_after_a_step(problem: Problem, tasks_per_step: int | None) -> int | None:
     """How many lower states a run carries from its first step on; None where it depends on what
     was drawn.
     """
-    if num_tasks is None:
-        return 0
-    if lower_kind == "shared":
+    tasks = problem.num_tasks
+    if isinstance(problem, SharedProblem):
         return None
-    return num_tasks if tasks_per_step is None or tasks_per_step >= num_tasks else None
-
-
-__all__ = ["check_fits", "fault_in", "tasks_after_a_step"]
+    if tasks is None:
+        return 0
+    return tasks if tasks_per_step is None or tasks_per_step >= tasks else None

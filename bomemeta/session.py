@@ -271,13 +271,12 @@ class _Session:
             0, job.solver.start(upper, job.steps), LowerStates.none(), start_memory(job.problem)
         )
         if saved is not None:
-            problem, wanted = job.problem, self._config.tasks_per_step
             check_fits(
                 saved,
                 upper=state.upper,
                 memory=state.memory,
-                dtype=problem.dtype,
-                tasks=tasks_after_a_step(problem.num_tasks, problem.lower, wanted),
+                dtype=job.problem.dtype,
+                tasks=tasks_after_a_step(job.problem, self._config.tasks_per_step),
             )
             engine.restore(state, saved)
         return state
