@@ -104,7 +104,7 @@ def check_fits(
         raise CheckpointError(
             f"the checkpoint of step {step} does not fit the config's problem and solver:\n"
             + "\n".join(wrong)
-            + "\nIt was changed by hand or is of another run. Remove it to go on from the one before it"
+            + "\nSet the config back. Where the file was changed by hand, remove it, to go on from the one before it"
         )
 
 

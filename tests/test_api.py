@@ -219,7 +219,7 @@ def test_refusals_leave_no_folder(changes, error, message, tmp_path):
 def test_a_checkpoint_of_another_shape_is_refused(finished):
     with pytest.raises(
         bomemeta.errors.CheckpointError,
-        match=r"convolutions.0.weight: checkpoint \(4, 1, 3, 3\), config \(8, 1, 3, 3\)",
+        match=r"convolutions.0.weight: checkpoint float32 \[4, 1, 3, 3\], config float32 \[8, 1, 3, 3\]",
     ):
         bomemeta.evaluate(finished.run_dir, ["problem.width=8"])
 
