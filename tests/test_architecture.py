@@ -60,7 +60,6 @@ NEVER = {
 }
 WITH_RAY = {
     "distributed/actor.py",
-    "distributed/by_value.py",
     "distributed/cluster.py",
     "distributed/collective.py",
     "distributed/fleet.py",
