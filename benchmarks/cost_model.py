@@ -27,7 +27,7 @@ from bomemeta.solvers.bome import BOME
 from bomemeta.solvers.implicit_solver import ImplicitSolver
 from bomemeta.solvers.itd import ITD
 from bomemeta.solvers.lancbio import LancBiO
-from bomemeta.solvers.sl_bamm import SlBAMM
+from bomemeta.solvers.sl_bamm import SLBAMM
 
 # fresh: y is forgotten after the step; pool: it persists, one per task; shared: it persists, one
 # for all blocks
@@ -186,7 +186,7 @@ def _(solver: LancBiO, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
 
 
 @kernels_of.register
-def _(solver: SlBAMM, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
+def _(solver: SLBAMM, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     if solver.order != "jacobi" and sizes.where != "fresh":
         raise NotImplementedError(
             "no cost model of sl_bamm with order: gauss_seidel; benchmarks/cost_model.py has jacobi's"

@@ -127,7 +127,7 @@ def peak_of(config: Config) -> int:
     weighed: list[Weighed] = []
 
     def build(device: str) -> Any:
-        weighed.append(Weighed(BuildWorker(config.to_dict(), ())(device)))
+        weighed.append(Weighed(BuildWorker.of(config)(device)))
         return weighed[-1]
 
     problem = build_problem(config)

@@ -128,9 +128,9 @@ def shared(ways: Sequence[str], workers: int) -> list[dict[str, Any]]:
                     config = config_of([*keys, f"reduce={way}"], solver)
                     here = point(name, 0, config, transport)
                     setting: dict[str, Any] = {
-                        key: config.solver.fields[key]
+                        key: getattr(config.solver, key)
                         for key in ("inner_steps", "subspace", "aux_steps")
-                        if key in config.solver.fields
+                        if hasattr(config.solver, key)
                     }
                     rows.append({**counted(here), "reduce": way, **setting})
                     say(rows[-1])

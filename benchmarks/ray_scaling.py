@@ -38,7 +38,6 @@ from bomemeta.config import load_config
 from bomemeta.engine import Job
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
-from bomemeta.imports import read_imports
 from bomemeta.profile import Course
 
 WARM_UP = 10
@@ -53,9 +52,7 @@ def course(
     settings = load_config(config, [*KEYS, *keys, f"workers={workers}"])
     problem = build_problem(settings)
     opened = (
-        PipeTransport(
-            BuildWorker(settings.to_dict(), tuple(read_imports(settings.imports))), workers
-        )
+        PipeTransport(BuildWorker.of(settings), workers)
         if plain
         else open_transport(settings, print)
     )

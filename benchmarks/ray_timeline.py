@@ -104,7 +104,7 @@ def clocked(config: Config, steps: int) -> tuple[dict[int, tuple[float, float]],
     """The rounds after WARM_UP by step, and the calls."""
     with tempfile.TemporaryDirectory() as folder:
         problem = build_problem(config)
-        factory = BuildClocked(BuildWorker(config.to_dict(), ()), folder)
+        factory = BuildClocked(BuildWorker.of(config), folder)
         with torch_threads(1), closing(open_transport(config, print, factory)) as transport:
             rounds = ClockedRounds(transport)
             Course(Job(config, problem, build_solver(config, problem), rounds)).go(WARM_UP + steps)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.few_shot_step import interleaved, spread
-from bomemeta.data.omniglot import OmniglotEpisodes
+from bomemeta.data.omniglot import Omniglot
 from bomemeta.environment import environment
 from bomemeta.l2l import learn2learn
 from bomemeta.problems.few_shot import FewShot
@@ -40,7 +40,7 @@ EPISODES = 8  # drawn in one turn of a round
 class Images(Dataset[tuple[Tensor, int]]):
     """Single images with their class, as a user's data set gives them."""
 
-    def __init__(self, data: OmniglotEpisodes) -> None:
+    def __init__(self, data: Omniglot) -> None:
         rows = data._characters().upright["train"]
         numbers = np.concatenate(
             [start + np.arange(count) for start, count in zip(rows.start, rows.count, strict=True)]
@@ -71,7 +71,7 @@ class EpisodeRows:
             yield [*drawn[:, :SHOTS].ravel().tolist(), *drawn[:, SHOTS:].ravel().tolist()]
 
 
-def bomemeta_sampler(data: OmniglotEpisodes) -> Callable[[], None]:
+def bomemeta_sampler(data: Omniglot) -> Callable[[], None]:
     problem = FewShot(ways=WAYS, shots=SHOTS, queries=QUERIES)
     problem.attach(seed=0, dtype=torch.float32, data=data)
     numbers = iter(range(0, 10**9, EPISODES))
@@ -83,7 +83,7 @@ def bomemeta_sampler(data: OmniglotEpisodes) -> Callable[[], None]:
     return draw
 
 
-def learn2learn_sampler(data: OmniglotEpisodes) -> Callable[[], None]:
+def learn2learn_sampler(data: Omniglot) -> Callable[[], None]:
     l2l = learn2learn()
     images = l2l.data.MetaDataset(Images(data))
     transforms = [
@@ -102,7 +102,7 @@ def learn2learn_sampler(data: OmniglotEpisodes) -> Callable[[], None]:
     return draw
 
 
-def dataloader_sampler(data: OmniglotEpisodes) -> Callable[[], None]:
+def dataloader_sampler(data: Omniglot) -> Callable[[], None]:
     images = Images(data)
     batches = iter(DataLoader(images, batch_sampler=EpisodeRows(images.labels)))  # type: ignore[arg-type]
 
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    data = OmniglotEpisodes(root=options.data_root)
+    data = Omniglot(root=options.data_root)
     data.prepare()
     samplers = {
         "bomemeta": bomemeta_sampler(data),

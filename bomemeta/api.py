@@ -1,110 +1,238 @@
-"""The three things one does with a run: train it, resume it, evaluate it. The command line and Ray
-Tune call these too.
+"""The Python interface: train, resume, evaluate and load a run; objects or the names of a config.
+
+bm.train(Mine(tasks=16), bm.BOME(inner_steps=20, upper_lr=0.3), steps=100, workers=4)
+bm.train("quickstart", steps=100)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from bomemeta.assembly import build_problem, build_solver
-from bomemeta.config import Config, load_config
+from bomemeta import runs
+from bomemeta.config import Config, Source, load_config
+from bomemeta.core.problem import Problem
+from bomemeta.core.solver import Solver
 from bomemeta.errors import ConfigError
+from bomemeta.keys import RunKeys, with_keys
 from bomemeta.report import Listener, Quiet
 from bomemeta.run_folder import RunFolder
-from bomemeta.seeds import run_seeds
-from bomemeta.session import Result, check_continues, evaluate_one, finished, resume_one, train_one
+from bomemeta.session import Result, loaded
 
-__all__ = ["Result", "evaluate", "resume", "train"]
+if TYPE_CHECKING:
+    from bomemeta.hypercheck import Report
+
+__all__ = ["Result", "check", "evaluate", "load", "resume", "train"]
+
+Say = Callable[[str], None]
 
 
+def _nothing(text: str) -> None:
+    """Hears what is being done."""
+
+
+@with_keys
 def train(
-    config: str | Path | Mapping[str, Any] | Config,
-    overrides: Sequence[str] = (),
+    config: Source | Problem,
+    solver: Solver | Sequence[str] | None = None,
     *,
+    data: Any = None,
+    overrides: Sequence[str] = (),
     auto_resume: bool = False,
     listener: Listener | None = None,
+    **keys: Unpack[RunKeys],
 ) -> Result:
-    """Trains from scratch in a new run folder, then evaluates; all seeds where the config has
-    several.
+    """Trains from scratch, then evaluates; all seeds where there are several.
 
-    `config` is a file, a mapping like one, or a checked config; `overrides` are `key.sub=value`
-    texts. Raises a BomemetaError that says what to do; nothing is written before the config, the
-    data and the solver have been checked.
+    `config` is a problem, with a `solver` and, where the problem needs it, `data`; or a config's
+    file, the name of one, or a mapping like one. `keys` are the config's keys, set over it; as in a
+    config, `overrides` are `key.sub=value` texts over all. A second argument that is no solver is
+    taken as `overrides`.
 
-    `auto_resume`: the same call again goes on with the run in output_dir from its newest
-    checkpoint, to the same bits, and returns what it came to where it is finished. Raises
-    ConfigError without an output_dir, and where the run there differs in a key that changes
-    results.
+    With `output_dir` the run is in a new folder there, at a path or a URI; without, nothing is kept
+    on the disk and `Result.run_dir` is None. Raises a BomemetaError that says what to do; nothing is
+    written before config, data and solver have been checked. A signal stops the run after the step
+    in hand, saves, and is then raised: KeyboardInterrupt for SIGINT, SystemExit for SIGTERM.
+
+    `auto_resume`: the same call again resumes the run in output_dir from its newest checkpoint, to
+    the same bits, and returns its result where it is finished. Raises ConfigError without an
+    output_dir, and where the run there differs in a key that changes results.
     """
-    settings = load_config(config, overrides)
-    name = Path(config).stem if isinstance(config, str | Path) else settings.problem.name
-    listener = listener or Quiet()
-    if auto_resume and (result := _continued(settings, listener)) is not None:
-        return result
-    if settings.seeds == 1:
-        return train_one(settings, name, listener)
-    build_solver(settings, build_problem(settings))  # what is wrong is said before a folder is made
-    return run_seeds(settings, RunFolder.create(settings.output_dir, name, settings), listener)
+    settings = settings_of(config, solver, data, overrides, keys)
+    return _raised(
+        runs.train_config(settings, None, auto_resume, listener or Quiet()), settings.output_dir
+    )
 
 
+@with_keys
 def resume(
-    run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    problem: Problem | type[Problem] | None = None,
+    solver: Solver | type[Solver] | None = None,
+    data: Any = None,
+    listener: Listener | None = None,
+    **keys: Unpack[RunKeys],
 ) -> Result:
-    """Goes on from the folder's newest readable checkpoint, to the bits that an undisturbed run
+    """Resumes from the folder's newest readable checkpoint, to the bits that an undisturbed run
     would have reached.
 
-    `run_dir` may be a URI, as output_dir may. Overrides may change whatever does not change the
-    result (workers, address, logging ...) and `steps`, to train longer; a schedule over the run is
-    then stretched from here on, and the bits are those of no undisturbed run. Raises
-    CheckpointError where another key differs from the checkpoint's.
+    `run_dir` may be a URI, as output_dir may. A run that was made of objects of your own classes
+    takes the class or the object again; without, the class is imported by its module. Keys and
+    `overrides` may change whatever does not change the result (workers, address, logging ...) and
+    `steps`, to train longer; a schedule over the run is then stretched from here on, and the bits
+    are those of no undisturbed run. Raises CheckpointError where another key differs from the
+    checkpoint's, ConfigError where a class cannot be found.
     """
-    folder = RunFolder.open(run_dir)
-    settings = load_config(folder.config_file, overrides)
-    if any(override.partition("=")[0].strip() == "output_dir" for override in overrides):
-        raise ConfigError(
-            f"output_dir: a run goes on in its own folder, {folder.location}; leave the override out"
-        )
-    return _go_on(settings, folder, listener or Quiet())
+    given = _objects(problem, solver, data)
+    return _raised(
+        runs.resume(run_dir, overrides, keys=given | dict(keys), listener=listener), str(run_dir)
+    )
 
 
+@with_keys
 def evaluate(
-    run_dir: str | Path, overrides: Sequence[str] = (), *, listener: Listener | None = None
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    problem: Problem | type[Problem] | None = None,
+    solver: Solver | type[Solver] | None = None,
+    data: Any = None,
+    listener: Listener | None = None,
+    **keys: Unpack[RunKeys],
 ) -> Result:
     """Evaluates the folder's newest checkpoint and writes nothing.
 
-    `run_dir` may be a URI. Overrides may change the protocol (`evaluation.episodes=1000`,
-    `problem.ways=20`, another data set) as long as x keeps its shape.
+    `run_dir` may be a URI. Objects and classes as for `resume`. Keys and `overrides` may change the
+    protocol (`evaluation={"episodes": 1000}`, `problem.ways=20`, other data) as long as x keeps its
+    shape.
+    """
+    given = _objects(problem, solver, data)
+    return _raised(
+        runs.evaluate(run_dir, overrides, keys=given | dict(keys), listener=listener), str(run_dir)
+    )
+
+
+def load(
+    run_dir: str | Path,
+    *,
+    problem: Problem | type[Problem] | None = None,
+    solver: Solver | type[Solver] | None = None,
+    data: Any = None,
+) -> Result:
+    """The result that the run in a folder has so far: x of its newest checkpoint and, where the run
+    is finished, its metrics. Computes nothing and writes nothing.
+
+    Objects and classes as for `resume`. Raises ConfigError where the folder is no run's,
+    CheckpointError where it has no readable checkpoint.
     """
     folder = RunFolder.open(run_dir)
-    settings = load_config(folder.config_file, overrides)
-    listener = listener or Quiet()
-    if settings.seeds == 1:
-        return evaluate_one(settings, folder, listener)
-    return run_seeds(settings, folder, listener, evaluates=True)
+    settings = load_config(folder.config_file, (), _objects(problem, solver, data))
+    return loaded(settings, folder)
 
 
-def _continued(settings: Config, listener: Listener) -> Result | None:
-    """What --auto-resume comes to where the run was begun before; None where it is to be begun."""
-    if settings.output_dir is None:
-        raise ConfigError(
-            "output_dir: missing; --auto-resume finds the run again by it. Give a folder or a URI, as in output_dir=DIR"
-        )
-    folder = RunFolder.find(settings.output_dir)
-    if folder is None:
-        return None
-    check_continues(settings, folder)
-    result = finished(settings, folder)
-    if result is None:
-        return _go_on(settings, folder, listener)
-    listener.note(f"run folder: {folder.location}, where this run is finished")
-    return result
+@with_keys
+def check(
+    config: Source | Problem,
+    solver: Solver | Sequence[str] | None = None,
+    *,
+    data: Any = None,
+    overrides: Sequence[str] = (),
+    tasks: int = 2,
+    settle_steps: int = 200,
+    directions: int = 3,
+    run_dir: str | Path | None = None,
+    at_step: int | None = None,
+    say: Say = _nothing,
+    **keys: Unpack[RunKeys],
+) -> Report:
+    """Compares the solver's hypergradient with the implicit one and with finite differences, in
+    float64 on a small cut of the problem; writes nothing.
 
+    The first arguments and `keys` are those of `train`; the others those of `bomemeta check`. x is
+    the start's, or that of `run_dir`'s last checkpoint; `at_step` is the step that the solver takes
+    it for. Returns the report: `print(*report.lines(), sep="\\n")`.
+    """
+    from bomemeta.hypercheck import check as compare
 
-def _go_on(settings: Config, folder: RunFolder, listener: Listener) -> Result:
-    return (
-        resume_one(settings, folder, listener)
-        if settings.seeds == 1
-        else run_seeds(settings, folder, listener)
+    return compare(
+        settings_of(config, solver, data, overrides, keys),
+        tasks=tasks,
+        settle_steps=settle_steps,
+        directions=directions,
+        run_dir=run_dir,
+        at_step=at_step,
+        say=say,
     )
+
+
+def settings_of(
+    config: Source | Problem,
+    solver: Solver | Sequence[str] | None,
+    data: Any,
+    overrides: Sequence[str],
+    keys: Mapping[str, Any],
+) -> Config:
+    """The checked config of a call. Raises ConfigError where an argument is none of what is wanted."""
+    if isinstance(solver, Sequence):
+        overrides = [*_texts(solver), *overrides]
+        solver = None
+    if isinstance(config, Problem):
+        source: Source = {"problem": config}
+    elif isinstance(config, str | Path | Mapping | Config):
+        source = config
+    else:
+        got = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        raise ConfigError(
+            f"got {got}, wanted a problem (an object of a class that derives from bomemeta.Problem), "
+            "a config's file or its name, or a mapping"
+        )
+    given = _objects(None, solver, data)
+    for key, value in given.items():
+        if isinstance(value, type):
+            raise ConfigError(
+                f"{key}: got the class {value.__name__}, wanted an object: {value.__name__}(...)"
+            )
+    return load_config(source, overrides, given | dict(keys))
+
+
+def _objects(problem: Any, solver: Any, data: Any) -> dict[str, Any]:
+    """The sections that objects or classes stand for, without those that are None."""
+    for name, value, base in (("problem", problem, Problem), ("solver", solver, Solver)):
+        cls = value if isinstance(value, type) else type(value)
+        if value is not None and not issubclass(cls, base):
+            raise ConfigError(
+                f"{name}: got an object of {cls.__name__}, wanted one whose class derives from "
+                f"bomemeta.{base.__name__}"
+            )
+    given = {"problem": problem, "solver": solver, "data": data}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _texts(overrides: Sequence[Any]) -> list[str]:
+    if isinstance(overrides, str) or not all(isinstance(each, str) for each in overrides):
+        raise ConfigError(
+            f"got {overrides!r}, wanted a solver, or a list of key=value texts as in ['steps=100']"
+        )
+    return list(overrides)
+
+
+def _raised(result: Result, location: str | None) -> Result:
+    """The result of a run that came to its end; raises the signal that stopped another."""
+    if not result.interrupted:
+        return result
+    how = (
+        f"bomemeta.resume({location!r}) resumes it"
+        if location is not None
+        else "nothing was kept: output_dir=DIR keeps a run that can be resumed"
+    )
+    text = f"interrupted after {result.steps} steps; {how}"
+    if result.signal == signal.SIGTERM:
+        # The code that shells give a process which SIGTERM ended, and the text for who catches it.
+        error = SystemExit(128 + signal.SIGTERM)
+        error.add_note(text)
+        raise error
+    raise KeyboardInterrupt(text)

@@ -4,58 +4,58 @@ imports none of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from bomemeta.config import Config, load_config
-from bomemeta.core.problem import Problem, SharedProblem, stream_length
+from bomemeta.config import Config
+from bomemeta.copies import copy_of
+from bomemeta.core.problem import Problem, stream_length
 from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import Solver
 from bomemeta.distributed.transport import Transport, WorkerFactory
-from bomemeta.distributed.worker import Computing, ShardWorker, variant_of
-from bomemeta.errors import ClusterError, ConfigError
-from bomemeta.imports import Import, execute_imports, read_imports
+from bomemeta.distributed.worker import ShardWorker, variant_of
+from bomemeta.errors import BomemetaError, ClusterError, ConfigError
+from bomemeta.imports import Imports
+from bomemeta.sections import SECTIONS, label
 
 
 def build_problem(config: Config) -> Problem:
-    """The config's problem with its data, ready to be asked for tasks.
+    """The config's problem with its data, ready to be asked for tasks: a copy, so that the config's
+    own object stays as it was given.
 
     Raises ConfigError where the two do not fit together, DataError where the data is missing or too
     small.
     """
-    problem: Problem = config.problem.build()
+    problem: Problem = copy_of(config.problem, "problem")
+    name = label(problem)
     if problem.needs_data and config.data is None:
         raise ConfigError(
-            f"data: missing; problem {config.problem.name} wants a `data:` section with a `dataset:`"
+            f"data: missing; problem {name} wants a `data:` section with a `dataset:`, or from Python data=..."
         )
     if not problem.needs_data and config.data is not None:
-        raise ConfigError(
-            f"data: problem {config.problem.name} reads no data set; take the section out"
-        )
-    data = config.data.build() if config.data is not None else None
+        raise ConfigError(f"data: problem {name} reads no data set; take the section out")
+    data = copy_of(config.data, "data")
     if data is not None:
         data.prepare()
     problem.attach(seed=mixed_seed(config.seed), dtype=getattr(torch, config.dtype), data=data)
     length = stream_length(problem)
     if config.steps is None and length is None:
         raise ConfigError(
-            f"steps: missing; problem {config.problem.name} has no end of its own. Give a number, as in steps=1000"
+            f"steps: missing; problem {name} has no end of its own. Give a number, as in steps=1000"
         )
     if length is not None and config.steps is not None and config.steps > length:
         raise ConfigError(
-            f"steps: got {config.steps}; the stream of problem {config.problem.name} ends after {length}. Leave it out"
+            f"steps: got {config.steps}; the stream of problem {name} ends after {length}. Leave it out"
         )
-    computing_of(config, problem)
     return problem
 
 
 def build_solver(config: Config, problem: Problem) -> Solver:
     """The config's solver. Raises ConfigError where it cannot solve that problem."""
-    solver: Solver = config.solver.build()
+    solver: Solver = config.solver
     solver.check(problem)
     return solver
 
@@ -68,7 +68,7 @@ def open_transport(
 
     Raises ConfigError or ClusterError where the device or the workers cannot be had.
     """
-    factory = factory or BuildWorker(config.to_dict(), tuple(read_imports(config.imports)))
+    factory = factory or BuildWorker.of(config)
     if config.workers == 0:
         from bomemeta.distributed.serial import SerialTransport
 
@@ -82,6 +82,7 @@ def open_transport(
             f"device: cpu with gpus_per_worker: {config.gpus_per_worker:g}; take one of the two out"
         )
     try:
+        from bomemeta.distributed.by_value import send_modules_by_value, why_not_sent
         from bomemeta.distributed.cluster import RayOptions
         from bomemeta.distributed.ray_transport import RayTransport
     except ImportError as error:
@@ -103,7 +104,17 @@ def open_transport(
         reduce=config.reduce,
         backup_after=config.backup_after,
     )
-    return RayTransport(factory, options, say)
+    objects = {key: getattr(config, key) for key in SECTIONS}
+    send_modules_by_value(objects)
+    try:
+        return RayTransport(factory, options, say)
+    except BomemetaError:
+        raise
+    except Exception as error:
+        reason = why_not_sent(objects)
+        if reason is None:
+            raise
+        raise ConfigError(reason) from error
 
 
 def worker_range(config: Config) -> tuple[int, int]:
@@ -124,45 +135,24 @@ def worker_range(config: Config) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class BuildWorker:
-    """Makes a worker in whatever process it is called in; carries the config as plain values and
-    user files as text.
-    """
+    """Makes a worker in whatever process it is called in. The config's objects travel by value."""
 
-    config: Mapping[str, Any]
-    imports: tuple[Import, ...]
+    imports: Imports  # first: whoever unpickles it has the modules that the objects may need
+    config: Config
+
+    @classmethod
+    def of(cls, config: Config) -> BuildWorker:
+        """Raises ConfigError where a file of `imports:` cannot be read."""
+        return cls(Imports.of(config.imports), config)
 
     def __call__(self, device: str) -> ShardWorker:
-        execute_imports(self.imports)
-        # The files have just been executed, and need not exist on this machine.
-        config = load_config({**self.config, "imports": []})
-        problem = build_problem(config)
+        problem = build_problem(self.config)
         return ShardWorker(
             lambda changes: variant_of(problem, changes),
-            config.task_map,
+            self.config.task_map,
             device,
-            _loads_ahead(config, device),
-            computing_of(config, problem),
+            _loads_ahead(self.config, device),
         )
-
-
-def computing_of(config: Config, problem: Problem) -> Computing:
-    """How a worker of this config computes. Raises ConfigError where the problem cannot be computed
-    so.
-    """
-    if config.micro_batch is not None and (
-        not isinstance(problem, SharedProblem)
-        or type(problem).micro_batches is SharedProblem.micro_batches
-    ):
-        raise ConfigError(
-            f"micro_batch: {type(problem).__name__} does not say how its samples are taken apart (a SharedProblem's `micro_batches`); "
-            "take it out"
-        )
-    if config.compute_dtype is not None and config.dtype != "float32":
-        raise ConfigError(
-            f"compute_dtype: got {config.compute_dtype} with dtype: {config.dtype}; x, y and sums are then in float32: set dtype=float32"
-        )
-    dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
-    return Computing(dtype, config.micro_batch)
 
 
 def _loads_ahead(config: Config, device: str) -> bool:

@@ -11,10 +11,10 @@ import importlib
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bomemeta.errors import ConfigError
 
@@ -78,6 +78,26 @@ def execute_imports(imports: Iterable[Import]) -> None:
             _import_installed(entry.module)
         else:
             _execute(entry.module, entry.source, entry.file or entry.module)
+
+
+class Imports:
+    """The files and modules of `imports:`, ready to travel: who unpickles this has executed them."""
+
+    def __init__(self, entries: tuple[Import, ...]) -> None:
+        self._entries = entries
+
+    @classmethod
+    def of(cls, entries: Sequence[str]) -> Imports:
+        """Raises ConfigError as `read_imports` does."""
+        return cls(tuple(read_imports(entries)))
+
+    def __reduce__(self) -> tuple[Callable[..., Imports], tuple[Any, ...]]:
+        return _unpickled, (self._entries,)
+
+
+def _unpickled(entries: tuple[Import, ...]) -> Imports:
+    execute_imports(entries)
+    return Imports(entries)
 
 
 def load_imports(entries: Sequence[str]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from bomemeta.config import SECTIONS, config_fields, field_schema
-from bomemeta.validation import phrase
+from bomemeta.core.arguments import MISSING, Field, fields_of
+from bomemeta.sections import SECTIONS, plain, schema_of
+from bomemeta.validation import Wishes, phrase
 
 # The words of the command line, and the config's section that each fills.
 _SECTION_OF = {"solvers": "solver", "problems": "problem", "datasets": "data"}
@@ -40,9 +40,9 @@ def keys_of(kind: str, name: str) -> list[str]:
     section = _SECTION_OF[kind]
     spec = SECTIONS[section]
     cls = spec.registry.get(name)
-    schema = field_schema(cls, spec).json_schema()
+    schema = schema_of(cls, spec).json_schema(schema_generator=Wishes)
     rows = []
-    for field in config_fields(cls):
+    for field in fields_of(cls):
         wanted = phrase(schema["properties"][field.name], schema) or "any"
         rows.append((f"{field.name}:", _default(field), wanted))
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
@@ -62,13 +62,9 @@ def _first_line(cls: type[Any]) -> str:
     return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
+def _default(field: Field) -> str:
     """As YAML has it, which for these values is as JSON has it; empty for a key that must be given."""
-    if field.default is not dataclasses.MISSING:
-        return _yaml(field.default)
-    if field.default_factory is not dataclasses.MISSING:
-        return _yaml(field.default_factory())
-    return "<must be given>"
+    return "<must be given>" if field.default is MISSING else _yaml(plain(field.default))
 
 
 def _yaml(value: Any) -> str:

@@ -59,6 +59,14 @@ class Registry:
             f"{name!r} is not a {self.kind}. {hint} A file of your own that registers one belongs in the config's `imports:` list"
         )
 
+    def name_of(self, cls: type[Any]) -> str | None:
+        """The name that the class is registered under; None where it is not."""
+        same = (cls.__module__, cls.__qualname__)
+        for name, known in self._classes.items():
+            if (known.__module__, known.__qualname__) == same:
+                return name
+        return None
+
     def names(self) -> list[str]:
         """All registered names, sorted."""
         self._load()

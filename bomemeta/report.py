@@ -46,9 +46,11 @@ _SHOWN = {
 class Listener(Protocol):
     """Hears what happens while a run goes on. Steps are counted from 0."""
 
-    def start(self, run_dir: Path | str, first_step: int, steps: int, every_steps: int) -> None:
-        """Called once before `first_step`; `run_dir` is a path or, as text, a URI; `steps` is the
-        run's whole number, `every_steps` is `log.every_steps`.
+    def start(
+        self, run_dir: Path | str | None, first_step: int, steps: int, every_steps: int
+    ) -> None:
+        """Called once before `first_step`; `run_dir` is a path or, as text, a URI, or None where
+        nothing is kept; `steps` is the run's whole number, `every_steps` is `log.every_steps`.
         """
         ...
 
@@ -74,7 +76,9 @@ class Listener(Protocol):
 class Quiet:
     """Hears nothing: the default of the Python interface."""
 
-    def start(self, run_dir: Path | str, first_step: int, steps: int, every_steps: int) -> None: ...
+    def start(
+        self, run_dir: Path | str | None, first_step: int, steps: int, every_steps: int
+    ) -> None: ...
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -95,9 +99,12 @@ class TerminalListener:
         self._steps, self._every_steps, self._seconds = 0, 1, 0.0
         self.run_dir: Path | str | None = None  # None: no run has begun
 
-    def start(self, run_dir: Path | str, first_step: int, steps: int, every_steps: int) -> None:
+    def start(
+        self, run_dir: Path | str | None, first_step: int, steps: int, every_steps: int
+    ) -> None:
         self._steps, self._every_steps, self.run_dir = steps, every_steps, run_dir
-        self._print(f"run folder: {run_dir}")
+        if run_dir is not None:
+            self._print(f"run folder: {run_dir}")
         if first_step > 0:
             self._print(f"going on at step {first_step} of {steps}")
         if self._console.is_terminal:
@@ -148,7 +155,7 @@ class Outcome(Protocol):
     """What `show_result` reads of a `bomemeta.api.Result`."""
 
     @property
-    def run_dir(self) -> Path: ...
+    def run_dir(self) -> Path | None: ...
     @property
     def uri(self) -> str | None: ...
     @property
@@ -174,8 +181,10 @@ def result_lines(result: Outcome) -> list[str]:
         rows.append((name.replace("_", " "), _value(name, value, interval)))
     rows += [
         ("upper sha256", result.upper_sha256),
-        ("run folder", str(result.uri or result.run_dir)),
     ]
+    location = result.uri or result.run_dir
+    if location is not None:
+        rows.append(("run folder", str(location)))
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows] + [
         f"note: {note}" for note in result.notes

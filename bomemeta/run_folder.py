@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class RunFolder:
 
     path: Path
     mirror: Mirror | None = None
+    kept: bool = True  # False: it is removed when the run ends
 
     @property
     def location(self) -> Path | str:
@@ -91,6 +93,15 @@ class RunFolder:
                 folder.path.rmdir()
                 raise
         return folder
+
+    @classmethod
+    @contextlib.contextmanager
+    def passing(cls, config: Config) -> Iterator[RunFolder]:
+        """A temporary folder with the config in it, for as long as the block lasts."""
+        with tempfile.TemporaryDirectory(prefix="bomemeta-", ignore_cleanup_errors=True) as path:
+            folder = cls(Path(path).resolve(), kept=False)
+            folder.write_config(config)
+            yield folder
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from bomemeta.assembly import open_transport, worker_range
-from bomemeta.config import Config, load_config
+from bomemeta.config import Config
 from bomemeta.distributed.transport import ShardCall
-from bomemeta.imports import Import, execute_imports, is_file_entry, read_imports
+from bomemeta.imports import Imports, is_file_entry
 from bomemeta.intervals import half_width
 from bomemeta.report import Listener, Quiet
 from bomemeta.run_folder import RunFolder
@@ -33,7 +33,7 @@ from bomemeta.storage import below
 NEVER_S = 1e9
 
 
-class Job(NamedTuple):
+class SeedRequest(NamedTuple):
     """What a worker is asked for one seed: exactly one of training, going on and evaluating."""
 
     seed: int
@@ -48,41 +48,37 @@ class Answer(NamedTuple):
     upper_sha256: str
     notes: list[str]
     interrupted: bool
+    signal: int | None
 
 
 @dataclass(frozen=True)
 class BuildSeedWorker:
-    """Makes a worker for seeds in whatever process it is called in; carries the config as plain
-    values and user files as text.
+    """Makes a worker for seeds in whatever process it is called in. The config's objects travel by
+    value, and user files as text.
     """
 
-    config: Mapping[str, Any]
-    imports: tuple[Import, ...]
+    imports: Imports
+    config: Config
 
     def __call__(self, device: str) -> SeedWorker:
-        execute_imports(self.imports)
         # Imported files have just been executed from their text, and need not exist here. Where
         # they do, a seed's folder can be used alone.
-        files = [entry for entry in self.config["imports"] if is_file_entry(entry)]
+        files = [entry for entry in self.config.imports if is_file_entry(entry)]
         here = all(Path(entry).is_file() for entry in files)
-        return SeedWorker({**self.config, "imports": self.config["imports"] if here else []})
+        return SeedWorker(self.config if here else self.config.model_copy(update={"imports": []}))
 
 
 class SeedWorker:
     """Runs one seed per call."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
 
-    def execute(self, request: Job, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Answer]:
-        own = {
-            **self._config,
-            "seed": request.seed,
-            "seeds": 1,
-            "workers": 0,
-            "output_dir": request.location,
-        }
-        settings = load_config(own)
+    def execute(
+        self, request: SeedRequest, broadcast: np.ndarray, *states: np.ndarray
+    ) -> tuple[Answer]:
+        own = {"seed": request.seed, "seeds": 1, "workers": 0, "output_dir": request.location}
+        settings = self._config.model_copy(update=own)
         if request.evaluates:
             result = evaluate_one(settings, RunFolder.open(request.location), Quiet())
         elif (
@@ -100,6 +96,7 @@ class SeedWorker:
                 result.upper_sha256,
                 notes,
                 result.interrupted,
+                result.signal,
             ),
         )
 
@@ -120,15 +117,16 @@ def run_seeds(
 
 def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool) -> Result:
     started = time.perf_counter()
-    listener.note(f"run folder: {folder.location}")
+    if folder.kept:
+        listener.note(f"run folder: {folder.location}")
     if not evaluates:
         folder.write_config(config)
     jobs = [
-        Job(seed, str(below(folder.location, f"seed-{seed}")), evaluates)
+        SeedRequest(seed, str(below(folder.location, f"seed-{seed}")), evaluates)
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     answers: list[Answer] = []
-    factory = BuildSeedWorker(config.to_dict(), tuple(read_imports(config.imports)))
+    factory = BuildSeedWorker(Imports.of(config.imports), config)
     at_once = max(worker_range(config)[1], 1)
     patient = config.model_copy(update={"step_timeout_s": NEVER_S})
     with closing(open_transport(patient, listener.note, factory)) as transport:
@@ -146,7 +144,7 @@ def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool)
     notes = [note for answer in answers for note in answer.notes]
     uri = folder.mirror.uri if folder.mirror is not None else None
     result = Result(
-        folder.path,
+        folder.path if folder.kept else None,
         min(answer.steps for answer in answers),
         metrics,
         {},
@@ -154,6 +152,7 @@ def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool)
         interrupted,
         notes,
         uri,
+        next((answer.signal for answer in answers if answer.interrupted), None),
     )
     if not (interrupted or evaluates):
         runs = [

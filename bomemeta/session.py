@@ -45,13 +45,15 @@ from bomemeta.signals import stop_on_signal
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. `metrics` are the final figures, `upper` is x on the CPU, `upper_sha256`
+    """The result of a run. `metrics` are the final ones, `upper` is x on the CPU, `upper_sha256`
     identifies its bits.
 
-    `uri`: where output_dir is one, the place of everything; `run_dir` was a temporary copy of it.
+    `run_dir` is the run's folder, None where nothing was kept. `uri`: where output_dir is one, the
+    location of everything; `run_dir` was a temporary copy of it. `signal`: the number of the signal
+    that interrupted the run.
     """
 
-    run_dir: Path
+    run_dir: Path | None
     steps: int
     metrics: dict[str, float]
     upper: dict[str, Tensor]
@@ -59,15 +61,22 @@ class Result:
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
     uri: str | None = None
+    signal: int | None = None
 
 
-def train_one(settings: Config, name: str, listener: Listener) -> Result:
-    """Trains from scratch in a new folder. Raises before anything is written where problem and
-    solver cannot be had.
+def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
+    """Trains from scratch in a new folder: output_dir, or runs/NAME; without either nothing is kept.
+
+    Raises before anything is written where problem and solver cannot be had.
     """
     problem = build_problem(settings)
     solver = build_solver(settings, problem)
-    folder = RunFolder.create(settings.output_dir, name, settings)
+    if settings.output_dir is None and name is None:
+        quiet = settings.log.model_copy(update={"tensorboard": False})  # nobody would see it
+        settings = settings.model_copy(update={"log": quiet})
+        with RunFolder.passing(settings) as passing:
+            return _Session(settings, passing, listener).run(problem, solver, None)
+    folder = RunFolder.create(settings.output_dir, name or "run", settings)
     try:
         with folder.held(listener.note):
             return _Session(settings, folder, listener).run(problem, solver, None)
@@ -113,32 +122,47 @@ def check_continues(settings: Config, folder: RunFolder) -> None:
 
 
 def finished(settings: Config, folder: RunFolder) -> Result | None:
-    """What the folder's run came to, where it is the config's and has ended; else None."""
+    """The result of the folder's run, where it is the config's and has ended; else None."""
     if not folder.result_file.is_file():
         return None
     record = json.loads(folder.result_file.read_text(encoding="utf-8"))
     if differing_keys(record["config"], settings):  # it ended before it was taken further
         return None
-    upper: dict[str, Tensor] = {}
     notes: list[str] = record["notes"]
-    if (last := _where_it_was(folder)) is not None and upper_sha256(
-        last.checkpoint.upper
-    ) == record["upper_sha256"]:
-        upper = last.checkpoint.upper
-    elif settings.seeds == 1:
-        notes = [*notes, f"the final x is not in {folder.location} any more"]
+    last = _where_it_was(folder)
+    if last is None or upper_sha256(last.checkpoint.upper) != record["upper_sha256"]:
+        if settings.seeds == 1:
+            notes = [*notes, f"the final x is not in {folder.location} any more"]
+        last = None
     if record["config"]["evaluation"] != settings.to_dict()["evaluation"]:
         notes = [
             *notes,
             f"measured with another `evaluation:` than this config's; `bomemeta eval {folder.location}` measures again",
         ]
-    metrics = {
-        name: math.nan if value is None else value for name, value in record["metrics"].items()
-    }
+    upper = last.checkpoint.upper if last is not None else {}
+    return _read(folder, record["steps"], record["metrics"], upper, record["upper_sha256"], notes)
+
+
+def loaded(settings: Config, folder: RunFolder) -> Result:
+    """The result of the folder's run as far as it has come; `metrics` is empty before its end."""
+    if (result := finished(settings, folder)) is not None:
+        return result
+    last = load_latest(folder.checkpoints)
+    upper = last.checkpoint.upper
+    return _read(folder, last.checkpoint.step, {}, upper, upper_sha256(upper), last.notes)
+
+
+def _read(
+    folder: RunFolder,
+    steps: int,
+    metrics: Mapping[str, float | None],
+    upper: dict[str, Tensor],
+    digest: str,
+    notes: list[str],
+) -> Result:
+    found = {name: math.nan if value is None else value for name, value in metrics.items()}
     uri = folder.mirror.uri if folder.mirror is not None else None
-    return Result(
-        folder.path, record["steps"], metrics, upper, record["upper_sha256"], False, notes, uri
-    )
+    return Result(folder.path, steps, found, upper, digest, False, notes, uri)
 
 
 def _where_it_was(folder: RunFolder) -> Loaded | None:
@@ -181,7 +205,8 @@ class _Session:
         started = time.perf_counter()
         first_step = self._saved_step = saved.step if saved is not None else 0
         steps = engine.run_length(self._config, problem)
-        self._listener.start(self._folder.location, first_step, steps, self._config.log.every_steps)
+        location = self._folder.location if self._folder.kept else None
+        self._listener.start(location, first_step, steps, self._config.log.every_steps)
         with (
             torch_threads(self._config.threads),
             closing(self),
@@ -216,7 +241,7 @@ class _Session:
             interrupted = state.step < steps
             metrics = {} if interrupted else engine.final_metrics(job, state, self.note)
             self._listener.close()
-            result = self._result(state, metrics, interrupted)
+            result = self._result(state, metrics, stop.signal if interrupted else None, interrupted)
             if not interrupted:
                 seconds = time.perf_counter() - started
                 for name, content in problem.artefacts(state.history, metrics).items():
@@ -233,9 +258,7 @@ class _Session:
         ):
             job = Job(self._config, problem, solver, transport)
             state = self._state(job, saved)
-            return self._result(
-                state, engine.final_metrics(job, state, self.note), interrupted=False
-            )
+            return self._result(state, engine.final_metrics(job, state, self.note))
 
     def close(self) -> None:
         self._listener.close()
@@ -304,18 +327,29 @@ class _Session:
         self._listener.note(text)
 
     def _diverged(self, error: DivergenceError) -> str:
+        advice = "Try smaller solver.upper_lr, lower_lr or inner_lr in a new run"
+        if not self._folder.kept:
+            return (
+                f"{error}. {advice}; output_dir=DIR keeps checkpoints and the metrics of each step"
+            )
         last = checkpoints.latest(self._folder.checkpoints)
         good = f"{self._folder.location}/checkpoints/{last.name}" if last is not None else None
         return (
-            f"{error}. The last good checkpoint is {good}. Try smaller solver.upper_lr, lower_lr or "
-            f"inner_lr in a new run; metrics.jsonl in {self._folder.location} shows which loss grew first"
+            f"{error}. The last good checkpoint is {good}. {advice}; "
+            f"metrics.jsonl in {self._folder.location} shows which loss grew first"
         )
 
-    def _result(self, state: State, metrics: dict[str, float], interrupted: bool) -> Result:
+    def _result(
+        self,
+        state: State,
+        metrics: dict[str, float],
+        signal: int | None = None,
+        interrupted: bool = False,
+    ) -> Result:
         upper = {name: tensor.clone() for name, tensor in state.upper.params.items()}
         uri = self._folder.mirror.uri if self._folder.mirror is not None else None
         return Result(
-            self._folder.path,
+            self._folder.path if self._folder.kept else None,
             state.step,
             metrics,
             upper,
@@ -323,6 +357,7 @@ class _Session:
             interrupted,
             list(self._notes),
             uri,
+            signal,
         )
 
     def _record(

@@ -21,6 +21,7 @@ class Stop(Generic[S]):
 
     def __init__(self) -> None:
         self.asked = threading.Event()
+        self.signal: int | None = None  # the first one that asked
         self.kept: S | None = None
 
     def __call__(self) -> bool:
@@ -50,6 +51,7 @@ def stop_on_signal(say: Callable[[str], None], save: Callable[[S], None]) -> Ite
     def ask(number: int, frame: Any) -> None:
         if number == signal.SIGINT and stop.asked.is_set():
             raise KeyboardInterrupt
+        stop.signal = stop.signal or number
         stop.asked.set()
         if number == signal.SIGINT:
             say("stopping after this step, with a checkpoint (once more to stop at once)")
@@ -58,6 +60,7 @@ def stop_on_signal(say: Callable[[str], None], save: Callable[[S], None]) -> Ite
         saved = False  # `uv run` and Ray both pass a SIGTERM on, so it may come twice
         while number := os.read(reader, 1)[0]:
             if number == signal.SIGTERM and not saved:
+                stop.signal = stop.signal or number
                 stop.asked.set()
                 _save(stop.kept, say, save)
                 saved = True

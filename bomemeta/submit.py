@@ -256,7 +256,7 @@ def _check_carried(path: Path, overrides: Sequence[str], settings: Config, uploa
                 f"imports: {entry} is not sent: it is outside of {upload.folder}, or excluded"
             )
     for key in ("root", "path"):
-        location = settings.data.fields.get(key) if settings.data is not None else None
+        location = getattr(settings.data, key, None)
         if (
             isinstance(location, str)
             and not Path(location).expanduser().is_absolute()

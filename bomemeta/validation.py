@@ -9,8 +9,16 @@ import json
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from bomemeta.document import KeyPath, describe
+
+
+class Wishes(GenerateJsonSchema):
+    """JSON schemas that ask for nothing where a type is the user's own class."""
+
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> JsonSchemaValue:
+        return {}
 
 
 class ConfigIssue(NamedTuple):
@@ -32,7 +40,7 @@ def check(
         # for a path.
         return schema.validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        wishes = schema.json_schema()
+        wishes = schema.json_schema(schema_generator=Wishes)
         for item in error.errors():
             path = _trimmed(item["loc"], values, keep_last=item["type"] == "missing")
             dotted = ".".join(str(part) for part in above + path)

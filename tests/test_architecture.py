@@ -60,6 +60,7 @@ NEVER = {
 }
 WITH_RAY = {
     "distributed/actor.py",
+    "distributed/by_value.py",
     "distributed/cluster.py",
     "distributed/collective.py",
     "distributed/fleet.py",

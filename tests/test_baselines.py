@@ -31,7 +31,7 @@ from bomemeta.solvers.amigo_cg import AmigoCG
 from bomemeta.solvers.amigo_gd import AmigoGD
 from bomemeta.solvers.f2sa import F2SA
 from bomemeta.solvers.itd import ITD
-from bomemeta.solvers.sl_bamm import SlBAMM
+from bomemeta.solvers.sl_bamm import SLBAMM
 from bomemeta.solvers.soba import SOBA
 from bomemeta.solvers.stocbio import StocBiO
 from bomemeta.solvers.vpbgd import VPBGD
@@ -340,8 +340,8 @@ def state(bench: Bench) -> list[Tensor]:
     return [bench.x(), *(bench.y(task) for task in tasks), *(aux(bench, task) for task in tasks)]
 
 
-def of_sl_bamm(**changes: Any) -> SlBAMM:
-    return SlBAMM(schedule="constant", mu=0.0, lower_lr=0.2, aux_lr=0.3, upper_lr=0.05, **changes)
+def of_sl_bamm(**changes: Any) -> SLBAMM:
+    return SLBAMM(schedule="constant", mu=0.0, lower_lr=0.2, aux_lr=0.3, upper_lr=0.05, **changes)
 
 
 SINGLE = {"inner_lr": 0.2, "upper_lr": 0.05}

@@ -434,3 +434,9 @@ def test_a_part_of_on_device_that_runs_over_its_box_is_recorded(tmp_path: Path) 
     result = run("on_device", *arguments)
     assert "over its time box" in result["parts"]["steps"]["ended"]
     assert json.loads(out.read_text()) == result
+
+
+def test_the_costs_in_the_docs_are_the_counted_ones() -> None:
+    from benchmarks.solver_costs import table
+
+    assert "\n".join(table()) in (ROOT / "docs" / "solvers.md").read_text(encoding="utf-8")

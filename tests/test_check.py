@@ -441,7 +441,7 @@ def test_x_of_a_run(config: str, tmp_path: Path) -> None:
     report = check(config, run_dir=folder, directions=0)
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
     assert (report.verdict, report.numbers["step"]) == ("OK", 2)
-    problem: Analytic = load_config(config).problem.build()
+    problem: Analytic = load_config(config).problem
     problem.attach(seed=0, dtype=torch.float64)
     a, b, t = (problem._data[name][0] for name in ("A", "B", "t"))
     x = trained.upper["x"].double()

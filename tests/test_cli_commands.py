@@ -41,8 +41,8 @@ class Ended:
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """Stands in for `bomemeta.api`; `calls` holds what it was asked, `ends` says how a run ends."""
-    module = types.ModuleType("bomemeta.api")
+    """Stands in for `bomemeta.runs`; `calls` holds what it was asked, `ends` says how a run ends."""
+    module = types.ModuleType("bomemeta.runs")
     fake: Any = module
     fake.calls = []
     fake.ends = Ended
@@ -64,8 +64,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
     for name in ("train", "resume", "evaluate"):
         setattr(module, name, command(name))
-    monkeypatch.setitem(sys.modules, "bomemeta.api", module)
-    monkeypatch.setattr(bomemeta, "api", module, raising=False)
+    monkeypatch.setitem(sys.modules, "bomemeta.runs", module)
+    monkeypatch.setattr(bomemeta, "runs", module, raising=False)
     return module
 
 

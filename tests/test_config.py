@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field
 
 from bomemeta.config import Config, differing_keys, load_config
+from bomemeta.core.arguments import values_of
 from bomemeta.errors import ConfigError
 from bomemeta.registry import datasets, problems, solvers
 
@@ -48,12 +49,16 @@ class FakeData:
     rotations: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherData(FakeData): ...
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     for registry, cls in ((solvers, FakeSolver), (problems, FakeProblem), (datasets, FakeData)):
         monkeypatch.setattr(registry, "_loaded", True)
         monkeypatch.setattr(registry, "_classes", {"fake": cls})
-    monkeypatch.setitem(datasets._classes, "learn2learn/fake", FakeData)
+    monkeypatch.setitem(datasets._classes, "learn2learn/fake", OtherData)
 
 
 @pytest.fixture(autouse=True)
@@ -94,11 +99,11 @@ def test_defaults_are_filled_in_and_sections_build_their_class(write: Any) -> No
     assert config.steps == 10
     assert config.shards == 2
     assert config.evaluation.episodes == 600
-    assert config.solver.build() == FakeSolver(inner_steps=3)
-    assert config.problem.build() == FakeProblem(ways=5)
+    assert config.solver == FakeSolver(inner_steps=3)
+    assert config.problem == FakeProblem(ways=5)
     assert config.data is not None
-    assert config.data.name == "learn2learn/fake"
-    assert config.solver.fields == {
+    assert config.to_dict()["data"]["dataset"] == "learn2learn/fake"
+    assert values_of(config.solver) == {
         "inner_steps": 3, "upper_lr": 0.1, "barrier": "global", "betas": (0.9, 0.999), "decay": None,
     }  # fmt: skip
 
@@ -116,17 +121,15 @@ def test_round_trips_through_dict_json_yaml_and_pickle(write: Any) -> None:
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.1e-2", ".1e-2", "+1e-3", "0.001"])
 def test_numbers_that_yaml_1_1_reads_as_text_are_numbers(write: Any, text: str) -> None:
-    assert load_config(write(GOOD), [f"solver.upper_lr={text}"]).solver.fields["upper_lr"] == 0.001
+    assert load_config(write(GOOD), [f"solver.upper_lr={text}"]).solver.upper_lr == 0.001
     assert (
-        load_config(write(GOOD.replace("inner_steps: 3", f"upper_lr: {text}"))).solver.fields[
-            "upper_lr"
-        ]
+        load_config(write(GOOD.replace("inner_steps: 3", f"upper_lr: {text}"))).solver.upper_lr
         == 0.001
     )
 
 
 def test_an_integer_is_a_float_and_keeps_that_type(write: Any) -> None:
-    value = load_config(write(GOOD), ["solver.upper_lr=1"]).solver.fields["upper_lr"]
+    value = load_config(write(GOOD), ["solver.upper_lr=1"]).solver.upper_lr
     assert type(value) is float
 
 
@@ -210,7 +213,7 @@ def test_another_class_takes_the_keys_that_it_has_too(write: Any) -> None:
 
     path = write(GOOD.replace("inner_steps: 3", "inner_steps: 3\n  upper_lr: 0.25"))
     config = load_config(path, ["solver.name=fake_other"])
-    assert config.solver.fields == {"upper_lr": 0.25, "momentum": 0.9}
+    assert values_of(config.solver) == {"upper_lr": 0.25, "momentum": 0.9}
     assert message_of(path, "solver.name=fake_other", "solver.inner_steps=4").startswith(
         "override 'solver.inner_steps=4': "
     )
@@ -363,7 +366,7 @@ def test_imports_start_at_the_config_and_register_before_names_are_looked_up(
     monkeypatch.chdir(tmp_path / "elsewhere")
     config = load_config(write(text))
     assert config.imports == [str(tmp_path / "my-solver.py")]
-    assert config.solver.build().power == 2.0
+    assert config.solver.power == 2.0
     assert load_config(config.to_dict()) == config
     assert config.result_keys()["imports"] == ["my-solver.py"]
     kernel = sys.modules["bomemeta_user.my_solver"].kernel
@@ -431,7 +434,15 @@ def test_a_class_whose_fields_cannot_be_keys_is_refused(write: Any) -> None:
     class Odd:
         thing: Config | NoDataclass
 
+    @dataclass
+    class Lost:
+        thing: int
+
     Odd.__annotations__["thing"] = NoDataclass
-    solvers._classes.update(plain=NoDataclass, odd=Odd)
-    assert "is not a dataclass" in message_of(write(GOOD), "solver={name: plain}")
-    assert "cannot be a config key" in message_of(write(GOOD), "solver={name: odd}")
+    Lost.__annotations__["thing"] = "Nowhere"
+    solvers._classes.update(odd=Odd, lost=Lost)
+    assert "solver.thing is missing; wanted a value" in message_of(
+        write(GOOD), "solver={name: odd}"
+    )
+    assert "solver.thing: got 3" in message_of(write(GOOD), "solver={name: odd, thing: 3}")
+    assert "cannot be a config key" in message_of(write(GOOD), "solver={name: lost}")

@@ -22,7 +22,7 @@ __all__ = ["one_thread"]  # a fixture that pytest uses for this file too
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = rendered_glyphs(tmp_path_factory)
-    glyphs.GlyphEpisodes(root=str(path)).prepare()
+    glyphs.Glyphs(root=str(path)).prepare()
     return path
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_cache_in_a_read_only_folder_is_rendered_in_memory(
             glyphs, "render", return_value=rendered
         ) as render,  # the real one takes seconds
     ):
-        source = glyphs.GlyphEpisodes(root=str(tmp_path))
+        source = glyphs.Glyphs(root=str(tmp_path))
         source.prepare()
         source.prepare()
     assert render.call_count == 1
@@ -138,7 +138,7 @@ def test_queries_show_other_faces_than_the_support(folder: Path) -> None:
 
 
 def test_shots_must_leave_a_face(folder: Path) -> None:
-    source = glyphs.GlyphEpisodes(root=str(folder))
+    source = glyphs.Glyphs(root=str(folder))
     source.check("test", EpisodeSpec(5, 7, 50))
     with pytest.raises(DataError, match="has 8 faces; the support takes 8"):
         source.check("test", EpisodeSpec(5, 8, 1))
@@ -172,4 +172,4 @@ def test_zero_perturbation_is_the_glyph_itself(folder: Path) -> None:
 
 def test_neither_trivial_nor_impossible(folder: Path) -> None:
     # Measured 0.53 over 600 episodes; 100 episodes have a standard error of about 0.015.
-    assert 0.45 < nearest_neighbour_accuracy(glyphs.GlyphEpisodes(root=str(folder))) < 0.60
+    assert 0.45 < nearest_neighbour_accuracy(glyphs.Glyphs(root=str(folder))) < 0.60

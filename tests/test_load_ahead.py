@@ -217,4 +217,4 @@ def test_auto_is_on_where_a_gpu_computes(keys: list[str], device: str, on: bool)
 def test_it_is_no_part_of_a_runs_identity() -> None:
     one, other = (load_config(JOB, [f"load_ahead={value}"]) for value in ("true", "false"))
     assert one.result_keys() == other.result_keys()
-    assert BuildWorker(one.to_dict(), ())("cpu")._ahead is not None
+    assert BuildWorker.of(one)("cpu")._ahead is not None

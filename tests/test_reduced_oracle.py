@@ -23,7 +23,7 @@ from bomemeta.solvers.bome import BOME
 from bomemeta.solvers.f2sa import F2SA
 from bomemeta.solvers.itd import ITD
 from bomemeta.solvers.lancbio import LancBiO
-from bomemeta.solvers.sl_bamm import SlBAMM
+from bomemeta.solvers.sl_bamm import SLBAMM
 from bomemeta.solvers.soba import SOBA
 from bomemeta.solvers.stocbio import StocBiO
 from bomemeta.solvers.subbio import SubBiO
@@ -45,11 +45,11 @@ SOLVERS = {
         barrier="per_task",
         diagnose_every=0,
     ),
-    "sl_bamm": SlBAMM(schedule="constant", mu=0.1, lower_lr=0.1, upper_lr=0.05),
-    "sl_bamm_cauchy": SlBAMM(
+    "sl_bamm": SLBAMM(schedule="constant", mu=0.1, lower_lr=0.1, upper_lr=0.05),
+    "sl_bamm_cauchy": SLBAMM(
         schedule="constant", mu=0.1, lower_lr=0.1, upper_lr=0.05, aux_step="cauchy"
     ),
-    "sl_bamm_gauss": SlBAMM(
+    "sl_bamm_gauss": SLBAMM(
         schedule="constant",
         mu=0.1,
         lower_lr=0.1,

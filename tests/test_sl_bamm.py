@@ -19,7 +19,7 @@ from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.errors import ConfigError
 from bomemeta.problems.analytic import Analytic
 from bomemeta.problems.few_shot import FewShot
-from bomemeta.solvers.sl_bamm import SlBAMM, cauchy_step, psi
+from bomemeta.solvers.sl_bamm import SLBAMM, cauchy_step, psi
 
 CONSTANT = {"schedule": "constant", "mu": 0.3, "lower_lr": 0.2, "aux_lr": 0.3, "upper_lr": 0.05}
 
@@ -114,7 +114,7 @@ def test_t1_relative_errors_of_the_papers_schedule():
     The third of them, 9.09e-06 at step 6000, is reached by configs/analytic_bamm_convex.yaml: 10 s
     that would show nothing new here.
     """
-    bench = Bench(attached(Analytic(case="bamm_convex", dim_upper=100)), SlBAMM(), 3000)
+    bench = Bench(attached(Analytic(case="bamm_convex", dim_upper=100)), SLBAMM(), 3000)
     errors = {}
     while bench.step < bench.steps:
         bench.advance()
@@ -129,7 +129,7 @@ def test_t1_relative_errors_of_the_papers_schedule():
 def test_t2_solution_moves_with_mu(mu, steps, wanted):
     problem = attached(Analytic(case="bamm_sensitive", dim_upper=2))
     bench = Bench(
-        problem, SlBAMM(schedule="constant", mu=mu, lower_lr=0.5, upper_lr=0.05 * mu), steps
+        problem, SLBAMM(schedule="constant", mu=mu, lower_lr=0.5, upper_lr=0.05 * mu), steps
     )
     bench.finish()
     torch.testing.assert_close(
@@ -148,7 +148,7 @@ def test_t2_solution_moves_with_mu(mu, steps, wanted):
 )
 def test_t4_strongly_convex_lower_level_needs_no_mu(order, aux_step):
     problem = attached(Saddle())
-    bench = Bench(problem, SlBAMM(**CONSTANT | {"mu": 0.0}, order=order, aux_step=aux_step), 900)
+    bench = Bench(problem, SLBAMM(**CONSTANT | {"mu": 0.0}, order=order, aux_step=aux_step), 900)
     metrics = bench.finish()
     # 1e-9: the slowest mode contracts by 0.97 a step
     torch.testing.assert_close(bench.x(), problem.solution(), atol=1e-9, rtol=0)
@@ -163,7 +163,7 @@ def test_t4_strongly_convex_lower_level_needs_no_mu(order, aux_step):
 def test_gauss_seidel_reaches_the_same_point(case):
     problem = attached(Analytic(case=case, tasks=2 if case == "quadratic" else 1, condition=4.0))
     a, b = (
-        Bench(problem, SlBAMM(**CONSTANT | {"upper_lr": 0.03}, order=order), 600)
+        Bench(problem, SLBAMM(**CONSTANT | {"upper_lr": 0.03}, order=order), 600)
         for order in ("jacobi", "gauss_seidel")
     )
     a.finish(), b.finish()
@@ -178,7 +178,7 @@ def test_quadratic_reaches_its_solution():
     # the lower level's contraction of 0.25
     bench = Bench(
         problem,
-        SlBAMM(**CONSTANT | {"mu": 0.0, "lower_lr": 1.0, "upper_lr": 0.02}, aux_step="cauchy"),
+        SLBAMM(**CONSTANT | {"mu": 0.0, "lower_lr": 1.0, "upper_lr": 0.02}, aux_step="cauchy"),
         700,
     )
     bench.finish()
@@ -255,7 +255,7 @@ def test_step_is_the_papers(case, solver, order):
     if case == "bamm_sensitive" and solver.get("mu") == 0:
         solver = solver | {"mu": 0.2}  # with mu = 0 nothing holds y_2: the Hessian is singular
     problem = attached(Analytic(case=case, tasks=3 if case == "quadratic" else 1))
-    bench = Bench(problem, SlBAMM(**solver, order=order), 20)
+    bench = Bench(problem, SLBAMM(**solver, order=order), 20)
     generator = torch.Generator().manual_seed(5)
     bench.upper.params["x"].copy_(torch.randn(3, generator=generator, dtype=torch.float64))
     bench.advance()
@@ -278,22 +278,22 @@ def test_step_is_the_papers(case, solver, order):
 
 def test_schedules_are_the_papers():
     for name, (for_aux, for_upper) in {"s1": (2, 7), "s2": (1, 5), "s3": (0, 3)}.items():
-        solver = SlBAMM(schedule=name)
+        solver = SLBAMM(schedule=name)
         for step in (0, 999):
             k, mu = step + 1, 0.9 * (step + 1) ** -0.1
             assert solver.rates(step) == pytest.approx(
                 (mu, 0.1, 0.1 * k ** (-1 / 80) * mu**for_aux, 0.1 * k ** (-3 / 80) * mu**for_upper)
             )
-    given = SlBAMM(p=3.0, aux_lr=0.7, upper_lr=0.2).rates(7)
+    given = SLBAMM(p=3.0, aux_lr=0.7, upper_lr=0.2).rates(7)
     assert given == pytest.approx((0.45, 0.1, 0.7, 0.2))
-    assert SlBAMM(schedule="constant", upper_lr=0.2, lower_lr=0.4).rates(7) == (0.9, 0.4, 0.4, 0.2)
+    assert SLBAMM(schedule="constant", upper_lr=0.2, lower_lr=0.4).rates(7) == (0.9, 0.4, 0.4, 0.2)
 
 
 def test_rates_that_move_nothing_are_refused():
     with pytest.raises(ConfigError, match=r"solver\.mu: got 0.*schedule=constant"):
-        SlBAMM(mu=0.0)
+        SLBAMM(mu=0.0)
     with pytest.raises(ConfigError, match=r"solver\.upper_lr"):
-        SlBAMM(schedule="constant")
+        SLBAMM(schedule="constant")
 
 
 @pytest.mark.parametrize("name", ["quadratic", "prototype"])
@@ -378,7 +378,7 @@ def test_cauchy_steps_solve_for_v_while_x_and_y_rest():
         "upper_lr": 1e-12,
         "aux_step": "cauchy",
     }
-    bench = Bench(problem, SlBAMM(**still), 60)
+    bench = Bench(problem, SLBAMM(**still), 60)
     data, y = problem._data, torch.zeros(2, 4, dtype=torch.float64)
     solution = torch.linalg.solve(data["A"], y - data["t"])
     energies = []
@@ -399,7 +399,7 @@ def test_direction_at_convergence_is_the_hypergradient(mu):
     finds in one step: psi is quadratic.
     """
     problem = attached(Analytic(case="quadratic", tasks=3))
-    solver = SlBAMM(schedule="constant", mu=mu, lower_lr=1.0, upper_lr=1e-9, aux_step="cauchy")
+    solver = SLBAMM(schedule="constant", mu=mu, lower_lr=1.0, upper_lr=1e-9, aux_step="cauchy")
     bench = Bench(problem, solver, 250)
     bench.finish()
     before = bench.x()
@@ -439,7 +439,7 @@ def test_repeating_every_task_changes_nothing(order):
         name: tensor.repeat(2, *[1] * (tensor.dim() - 1)) for name, tensor in problem._data.items()
     }
     a, b = (
-        Bench(p, SlBAMM(**CONSTANT, order=order, aux_step="cauchy"), 30) for p in (problem, twice)
+        Bench(p, SLBAMM(**CONSTANT, order=order, aux_step="cauchy"), 30) for p in (problem, twice)
     )
     last_a, last_b = a.finish(), b.finish()
     torch.testing.assert_close(a.x(), b.x())
@@ -450,20 +450,20 @@ def test_repeating_every_task_changes_nothing(order):
 
 def test_number_of_shards_changes_rounding_only():
     problem = attached(Analytic(case="quadratic", tasks=5))
-    a, b = (Bench(problem, SlBAMM(**CONSTANT), 30, shards=shards) for shards in (1, 3))
+    a, b = (Bench(problem, SLBAMM(**CONSTANT), 30, shards=shards) for shards in (1, 3))
     a.finish(), b.finish()
     torch.testing.assert_close((a.x(), aux(a, 4)), (b.x(), aux(b, 4)))
 
 
 def test_projections_are_respected():
     problem = attached(Saddle(upper_box=0.4, lower_box=0.05))
-    bench = Bench(problem, SlBAMM(**CONSTANT), 60)
+    bench = Bench(problem, SLBAMM(**CONSTANT), 60)
     for _ in range(bench.steps):
         bench.advance()
         assert bench.x().abs().max() <= 0.4
         assert bench.y().abs().max() <= 0.05
     # and both are at work: without them x and y would be further out
-    free = Bench(attached(Saddle()), SlBAMM(**CONSTANT), 60)
+    free = Bench(attached(Saddle()), SLBAMM(**CONSTANT), 60)
     free.finish()
     assert (bench.x().abs().max(), bench.y().abs().max()) == (0.4, 0.05)
     assert free.x().abs().max() > 1
@@ -472,13 +472,13 @@ def test_projections_are_respected():
 
 def test_tasks_met_for_the_first_time_start_with_v_zero():
     problem = attached(Analytic(case="quadratic", tasks=4))
-    bench = Bench(problem, SlBAMM(**CONSTANT), 3)
+    bench = Bench(problem, SLBAMM(**CONSTANT), 3)
     bench.advance([0, 1])
     bench.upper = bench.solver.start(
         problem.init_upper(torch.Generator().manual_seed(0)), 3
     )  # x as it was
     bench.advance([1, 3])
-    fresh = Bench(problem, SlBAMM(**CONSTANT), 3)
+    fresh = Bench(problem, SLBAMM(**CONSTANT), 3)
     fresh.advance([3])
     torch.testing.assert_close((bench.y(3), aux(bench, 3)), (fresh.y(3), aux(fresh, 3)))
     assert not torch.equal(aux(bench, 1), aux(bench, 3))
@@ -509,7 +509,7 @@ def test_resumed_run_has_the_same_bits(tmp_path):
     ],
 )
 def test_cost_of_a_step(change, gradients, products):
-    bench = Bench(attached(Analytic(case="quadratic", tasks=3)), SlBAMM(**CONSTANT | change), 2)
+    bench = Bench(attached(Analytic(case="quadratic", tasks=3)), SLBAMM(**CONSTANT | change), 2)
     for _ in range(2):
         metrics = bench.advance().metrics
         assert (metrics["gradient_evaluations"], metrics["hessian_products"]) == (
@@ -519,7 +519,7 @@ def test_cost_of_a_step(change, gradients, products):
 
 
 def test_cost_of_fresh_episodes():
-    solver = SlBAMM(**CONSTANT, adapt_steps=4, aux_steps=3)
+    solver = SLBAMM(**CONSTANT, adapt_steps=4, aux_steps=3)
     metrics = Bench(attached(FewShot(ways=3, queries=2, width=4)), solver, 1).advance().metrics
     assert (metrics["gradient_evaluations"], metrics["hessian_products"]) == (4 + 4, 3)
 
@@ -530,7 +530,7 @@ def test_episodes_learn(mu, fixed_tasks):
     problem = attached(
         FewShot(ways=3, queries=3, width=8, fixed_tasks=fixed_tasks), dtype=torch.float32
     )
-    solver = SlBAMM(
+    solver = SLBAMM(
         schedule="constant",
         mu=mu,
         lower_lr=0.2,
@@ -554,9 +554,9 @@ def test_direction_of_fresh_episodes_is_the_hypergradient():
 
     def objective(upper):
         oracle = LocalOracle(problem, upper, problem.load(ids, 0, "train"), "loop", False)
-        return float(oracle.upper(SlBAMM(lower_lr=0.2).adapt(oracle, 300)).value.mean())
+        return float(oracle.upper(SLBAMM(lower_lr=0.2).adapt(oracle, 300)).value.mean())
 
-    solver = SlBAMM(
+    solver = SLBAMM(
         schedule="constant", mu=0.0, lower_lr=0.2, upper_lr=1.0, adapt_steps=300, aux_steps=60
     )
     bench = Bench(problem, solver, 1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bomemeta.data import archives, image_sets
-from bomemeta.data.image_sets import Cifar10Subset, Cifar100, Digits, MiniImagenetImages
+from bomemeta.data.image_sets import Cifar10Subset, Cifar100, Digits, MiniImagenet
 from bomemeta.data.labelled import Examples, LabelledArrays
 from bomemeta.data.streams import Stream, StreamSpec, build_stream, image_shape, rotated
 from bomemeta.errors import ConfigError, DataError
@@ -301,7 +301,7 @@ def test_mini_imagenet_joins_the_three_splits(
     splits = {"train": Split([0, 5]), "validation": Split([0]), "test": Split([2, 3])}
     monkeypatch.setattr(image_sets, "load_learn2learn", lambda benchmark, folder: splits)
     monkeypatch.setattr(image_sets, "MINI_TEST_PER_CLASS", 1)
-    data = MiniImagenetImages(root=str(tmp_path), trust_pickles=True)
+    data = MiniImagenet(root=str(tmp_path), trust_pickles=True)
     assert (data.classes, data.image_shape) == (5, (3, 84, 84))
     train, test = data.examples("train"), data.examples("test")
     assert train.labels.bincount().tolist() == [2] * 5
@@ -321,13 +321,13 @@ def test_mini_imagenet_joins_the_three_splits(
     [
         (Cifar10Subset, r"cifar10_subset\.npz does not exist"),
         (Cifar100, "torchvision finds no whole CIFAR-100 in .*bomemeta data prepare cifar100"),
-        (MiniImagenetImages, "data.trust_pickles: true"),
+        (MiniImagenet, "data.trust_pickles: true"),
     ],
 )
 def test_missing_files_say_how_to_get_them(kind: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=words):
         kind(root=str(tmp_path)).prepare()
-    if kind is MiniImagenetImages:
+    if kind is MiniImagenet:
         with pytest.raises(
             DataError,
             match=r"has no mini-imagenet-cache-train\.pkl.*bomemeta data prepare learn2learn/mini-imagenet",

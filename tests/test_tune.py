@@ -32,6 +32,7 @@ from bomemeta.checkpoint import upper_sha256
 from bomemeta.config import load_config
 from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.metrics import RunFolder, read_metrics
+from bomemeta.sections import label
 from bomemeta.tune.space import KINDS, Domain, flat, read_space
 from bomemeta.tune.spec import TuneSettings, load_search
 from bomemeta.validation import phrase
@@ -255,7 +256,7 @@ def test_another_solver_takes_the_base_files_keys_alone() -> None:
     config = search.trial_config({"solver.name": "soba"})
     # upper_lr is in the file; inner_steps is bome's alone, and bome's default inner_lr does not
     # come along.
-    assert (config.solver.name, config.solver.fields["upper_lr"]) == ("soba", 0.03)
+    assert (label(config.solver), config.solver.upper_lr) == ("soba", 0.03)
     assert config == load_config({**BASE, "imports": search.base["imports"]}, ["solver.name=soba"])
 
 

@@ -43,10 +43,10 @@ def train(
         raise typer.Exit(_supervised(config, overrides or (), auto_resume, restarts))
     again = "the same command" if auto_resume else None
     with reported():
-        from bomemeta import api
+        from bomemeta import runs
 
         run_and_show(
-            lambda listener: api.train(
+            lambda listener: runs.train(
                 config, overrides or (), auto_resume=auto_resume, listener=listener
             ),
             again,
@@ -78,9 +78,9 @@ def resume(run_dir: RunDir, overrides: Overrides = None) -> None:
     Keys that cannot change the result may be set, such as workers=4 or log.every_steps=5.
     """
     with reported():
-        from bomemeta import api
+        from bomemeta import runs
 
-        run_and_show(lambda listener: api.resume(run_dir, overrides or (), listener=listener))
+        run_and_show(lambda listener: runs.resume(run_dir, overrides or (), listener=listener))
 
 
 @app.command("eval")
@@ -90,9 +90,9 @@ def evaluate(run_dir: RunDir, overrides: Overrides = None) -> None:
     Keys that cannot change training may be set, as in evaluation.episodes=2000.
     """
     with reported():
-        from bomemeta import api
+        from bomemeta import runs
 
-        run_and_show(lambda listener: api.evaluate(run_dir, overrides or (), listener=listener))
+        run_and_show(lambda listener: runs.evaluate(run_dir, overrides or (), listener=listener))
 
 
 @app.command()

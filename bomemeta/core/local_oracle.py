@@ -11,6 +11,7 @@ cheap:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,17 +39,14 @@ from bomemeta.core.problem import (
     StreamProblem,
 )
 from bomemeta.core.spans import ENCODE, INNER_LOOP, LOSSES, PULL_BACK, SECOND_ORDER, span
-from bomemeta.core.task_map import TaskMap, map_tasks
 from bomemeta.core.tree import Params
+
+TaskMap = Literal["loop", "vmap"]
 
 
 class LocalOracle(Oracle):
     """Answers for a stack of tasks in this process. `differentiable=False` encodes without a graph:
     cheaper, and nothing in x is then available.
-
-    `compute_dtype`: what `encode`, the losses and their derivatives are computed in, by torch's
-    autocast; x, y, what `encode` returned and all answers keep the problem's type. Closed forms in y
-    do too.
     """
 
     def __init__(
@@ -58,10 +56,9 @@ class LocalOracle(Oracle):
         batch: Batch,
         task_map: TaskMap,
         differentiable: bool = True,
-        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(problem, len(next(iter(batch.values()))))
-        self.batch, self._compute_dtype = batch, compute_dtype
+        self.batch = batch
         # What follows an encode is small by design (heads on features): vmap on every device.
         # Blocks of a shared problem are few and large.
         self._loss_map: TaskMap = (
@@ -81,13 +78,13 @@ class LocalOracle(Oracle):
             # for.
             self._encoding = (
                 problem.encode_tasks(self._leaves, batch, differentiable)
-                if task_map == "loop" and compute_dtype is None
+                if task_map == "loop"
                 else None
             )
             if self._encoding is not None:
                 self._graph: Encoded = {}
             elif self._encodes:
-                self._graph = self._computed(
+                self._graph = map_tasks(
                     lambda data: problem.encode(self._leaves, data), (batch,), self.tasks, task_map
                 )
             else:
@@ -98,9 +95,7 @@ class LocalOracle(Oracle):
 
     def init_lower(self) -> Params:
         with torch.no_grad():
-            return tree.detached(
-                self._over_tasks(self.problem.init_lower, self.encoded, lowered=False)
-            )
+            return tree.detached(self._over_tasks(self.problem.init_lower, self.encoded))
 
     def gradients(self, *asked: tuple[Loss, Params]) -> list[Gradient]:
         with span(INNER_LOOP):
@@ -328,35 +323,15 @@ class LocalOracle(Oracle):
         encoded: Encoded,
         *stacks: Params,
         batch: Batch | None = None,
-        lowered: bool = True,
     ) -> Params:
-        """`function` of each task of `batch`; None: of every task of the stack. `lowered`: in
-        `compute_dtype`.
-        """
+        """`function` of each task of `batch`; None: of every task of the stack."""
         batch = self.batch if batch is None else batch
         tasks = len(next(iter(batch.values())))
-        mapped = self._computed if lowered else map_tasks
         if self._encodes:
-            return mapped(function, (encoded, *stacks, batch), tasks, self._loss_map)
-        return mapped(
+            return map_tasks(function, (encoded, *stacks, batch), tasks, self._loss_map)
+        return map_tasks(
             lambda *rest: function(encoded, *rest), (*stacks, batch), tasks, self._loss_map
         )
-
-    def _computed(
-        self, function: Callable[..., Params], stacks: tuple[Params, ...], tasks: int, how: TaskMap
-    ) -> Params:
-        """`map_tasks` in `compute_dtype`; what it returns is in the problem's type."""
-        if self._compute_dtype is None:
-            return map_tasks(function, stacks, tasks, how)
-        device = next(iter(self._leaves.values())).device.type
-        # Its cache of lowered weights would outlive the graph that it was made in.
-        with torch.autocast(device, self._compute_dtype, cache_enabled=False):
-            found = map_tasks(function, stacks, tasks, how)
-        like = self.problem.dtype
-        return {
-            name: tensor.to(like) if tensor.is_floating_point() else tensor
-            for name, tensor in found.items()
-        }
 
     def _in_x(self, cotangent: tuple[Tensor, ...]) -> Params:
         """The gradient in x from that in `_encoded_leaves`."""
@@ -387,6 +362,23 @@ class LocalOracle(Oracle):
             materialize_grads=True,
         )
         return dict(zip(self._leaves, grads, strict=True))
+
+
+def map_tasks(
+    function: Callable[..., Params], stacks: tuple[Params, ...], tasks: int, how: TaskMap
+) -> Params:
+    """`function` of each task's slice of the stacks; results stacked.
+
+    `loop` keeps each task's work inside the CPU's cache, `vmap` is one wide call. Both treat the
+    tasks apart (BatchNorm statistics).
+    """
+    if how == "vmap":
+        return torch.vmap(function)(*stacks)
+    results = [
+        function(*({name: tensor[i] for name, tensor in stack.items()} for stack in stacks))
+        for i in range(tasks)
+    ]
+    return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
 def _rows(stack: Params, rows: Tensor) -> Params:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bomemeta.core.arguments import Recorded
 from bomemeta.core.tree import Params
 from bomemeta.errors import ConfigError
 
@@ -64,7 +65,7 @@ _BELONGS = dict.fromkeys(
 ) | {"num_blocks": "SharedProblem"}
 
 
-class Problem:
+class Problem(Recorded):
     """Base class of all problems. A subclass must define `init_upper`, `load`, `init_lower`,
     `upper_loss` and `lower_loss`.
 
@@ -211,12 +212,6 @@ class Problem:
         """
         return dict(means)
 
-    def reported(self, upper: Params) -> dict[str, Any]:
-        """What of x is to be read under `final` in result.json, by name: plain values. Default:
-        nothing beside x itself, where it is small.
-        """
-        return {}
-
     def artefacts(
         self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
     ) -> dict[str, bytes]:
@@ -252,23 +247,6 @@ class SharedProblem(Problem):
     def num_tasks(self) -> int:
         """The blocks, for code that is written once for tasks and blocks."""
         return self.num_blocks
-
-    # Whether `load` draws other samples for every step of training.
-    minibatches: bool = False
-    # Whether every inner step of a step has samples of its own; without, they see the step's.
-    inner_batches: bool = False
-
-    def load_inner(self, task_ids: Sequence[int], step: int, inner: int) -> Batch:
-        """As `load` for training, the samples of inner step `inner` of this step, counted from 0;
-        asked for where `inner_batches`.
-        """
-        raise must_define(self, "load_inner")
-
-    def micro_batches(self, batch: Batch, size: int) -> list[Batch]:
-        """A stack of blocks in parts of at most `size` samples a block, whose f and g add up to the
-        whole's; asked for by the config's `micro_batch`.
-        """
-        raise must_define(self, "micro_batches")
 
 
 class StreamProblem(SharedProblem):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from bomemeta.core.arguments import Recorded
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.problem import Problem, must_define
 from bomemeta.core.tree import Params
@@ -89,7 +90,7 @@ class StepResult(NamedTuple):
     metrics: dict[str, float]
 
 
-class Solver:
+class Solver(Recorded):
     """Base class of all solvers: frozen dataclasses registered in `bomemeta.registry.solvers`,
     their fields being the keys of the config's `solver:` section. A subclass must define `start`,
     `step` and `adapt`.

@@ -96,7 +96,7 @@ THINNER, THICKER = (
 
 
 @dataclass(frozen=True)
-class Glyphs:
+class Rendered:
     """All classes of all splits, rendered and not yet perturbed."""
 
     images: Tensor  # uint8 [rows, STORED_PX, STORED_PX], ink 255; the rows of a class are its faces
@@ -105,7 +105,7 @@ class Glyphs:
 
 @datasets.register("glyphs")
 @dataclass(frozen=True, kw_only=True)
-class GlyphEpisodes:
+class Glyphs:
     """Letter shapes from matplotlib's fonts, nothing to download.
 
     `root`: folder of the rendered cache; by default `BOMEMETA_CACHE`, or else `~/.cache/bomemeta`.
@@ -221,7 +221,7 @@ def cache_path(folder: Path) -> Path:
 
 
 @functools.cache
-def _glyphs(folder: Path) -> Glyphs:
+def _glyphs(folder: Path) -> Rendered:
     """The glyphs from `folder`'s cache, rendered where it has none; written there if it can be."""
     import matplotlib
 
@@ -246,7 +246,7 @@ def _glyphs(folder: Path) -> Glyphs:
             f"U+{c:04X} {unicodedata.name(chr(c))}" for c in arrays["code_point"][of_split].tolist()
         ]
         splits[split] = ClassRows(start[of_split], count[of_split], names)
-    return Glyphs(torch.from_numpy(arrays["images"]), splits)
+    return Rendered(torch.from_numpy(arrays["images"]), splits)
 
 
 def render(fonts: Path) -> dict[str, NDArray[Any]]:

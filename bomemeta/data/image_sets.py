@@ -105,7 +105,7 @@ class Cifar100(_ImageSet):
 
 @datasets.register("mini_imagenet")
 @dataclass(frozen=True, kw_only=True)
-class MiniImagenetImages(_ImageSet):
+class MiniImagenet(_ImageSet):
     """All 100 classes of mini-ImageNet for streams: 500 training and 100 test images of each, from
     learn2learn's three files.
 

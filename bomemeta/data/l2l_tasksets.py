@@ -129,7 +129,7 @@ class LearnToLearnEpisodes:
 
 @datasets.register("learn2learn/mini-imagenet")
 @dataclass(frozen=True, kw_only=True)
-class MiniImagenet(LearnToLearnEpisodes):
+class L2LMiniImagenet(LearnToLearnEpisodes):
     """100 ImageNet classes of 600 images (Vinyals et al. 2016; the split of Ravi and Larochelle
     2017: 64 / 16 / 20 classes).
     """
@@ -143,7 +143,7 @@ class MiniImagenet(LearnToLearnEpisodes):
 
 @datasets.register("learn2learn/tiered-imagenet")
 @dataclass(frozen=True, kw_only=True)
-class TieredImagenet(LearnToLearnEpisodes):
+class L2LTieredImagenet(LearnToLearnEpisodes):
     """608 ImageNet classes split by category (Ren et al. 2018): 351 / 97 / 160 classes. 12 GB."""
 
     benchmark = "tiered-imagenet"
@@ -158,7 +158,7 @@ class TieredImagenet(LearnToLearnEpisodes):
 
 @datasets.register("learn2learn/fc100")
 @dataclass(frozen=True, kw_only=True)
-class FC100(LearnToLearnEpisodes):
+class L2LFC100(LearnToLearnEpisodes):
     """CIFAR-100 split by superclass (Oreshkin et al. 2018): 60 / 20 / 20 classes of 600 images."""
 
     benchmark = "fc100"
@@ -169,7 +169,7 @@ class FC100(LearnToLearnEpisodes):
 
 @datasets.register("learn2learn/cifarfs")
 @dataclass(frozen=True, kw_only=True)
-class CifarFS(LearnToLearnEpisodes):
+class L2LCifarFS(LearnToLearnEpisodes):
     """CIFAR-100 split at random (Bertinetto et al. 2019): 64 / 16 / 20 classes of 600 images."""
 
     benchmark = "cifarfs"
@@ -180,7 +180,7 @@ class CifarFS(LearnToLearnEpisodes):
 
 @datasets.register("learn2learn/omniglot")
 @dataclass(frozen=True, kw_only=True)
-class Omniglot(LearnToLearnEpisodes):
+class L2LOmniglot(LearnToLearnEpisodes):
     """Omniglot with learn2learn's random split of 1,100 / 100 / 423 characters. The published split
     is `omniglot`'s.
     """

@@ -45,7 +45,7 @@ class Characters:
 
 @datasets.register("omniglot")
 @dataclass(frozen=True, kw_only=True)
-class OmniglotEpisodes:
+class Omniglot:
     """Omniglot's 1,623 hand-written characters. `root`: the folder that holds `omniglot28.npz`; by
     default `BOMEMETA_DATA`.
     """

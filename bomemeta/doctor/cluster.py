@@ -22,7 +22,6 @@ from bomemeta.config import Config
 from bomemeta.doctor import machine
 from bomemeta.doctor.places import Node, Place
 from bomemeta.errors import ClusterError, ConfigError
-from bomemeta.imports import read_imports
 
 PATIENCE_S = (
     180.0  # for all of it; a worker's process takes about 20 s to start, load torch and its data
@@ -36,7 +35,7 @@ def ask(config: Config, patience_s: float = PATIENCE_S) -> Place:
     """
     address = config.address or os.environ["RAY_ADDRESS"]
     paths = [os.path.abspath(path) for path in sys.path]
-    factory = BuildWorker(config.to_dict(), tuple(read_imports(config.imports)))
+    factory = BuildWorker.of(config)
     question = {
         "address": address,
         "factory": base64.b64encode(pickle.dumps(factory)).decode(),

@@ -11,6 +11,7 @@ from bomemeta.config import Config
 from bomemeta.doctor.dry import Dry, Line, Plan
 from bomemeta.doctor.places import Node, Place, Workers, spread
 from bomemeta.doctor.report import Finding, Level, number, size
+from bomemeta.sections import label
 
 # Ray kills workers from here on (its memory_usage_threshold); without Ray the system is not far
 # from doing so.
@@ -95,7 +96,7 @@ def memory(
 
 def inner_steps(config: Config, needs: Memory) -> list[Finding]:
     """Whether memory grows with T, as in methods that differentiate through the inner loop."""
-    steps = config.solver.fields.get("inner_steps")
+    steps = getattr(config.solver, "inner_steps", None)
     if needs.inner_steps is None or not isinstance(steps, int):
         return []
     grown = needs.inner_steps.each * steps
@@ -107,7 +108,7 @@ def inner_steps(config: Config, needs: Memory) -> list[Finding]:
                 f"memory does not grow much with solver.inner_steps: {size(grown)} of a task's step for T = {steps}",
             )
         ]
-    text = f"{config.solver.name} holds {size(needs.inner_steps.each)} more for each inner step in a task: {size(grown)} for T = {steps}"
+    text = f"{label(config.solver)} holds {size(needs.inner_steps.each)} more for each inner step in a task: {size(grown)} for T = {steps}"
     return [
         Finding(
             "NOTE",

@@ -14,6 +14,7 @@ import torch
 
 from bomemeta.assembly import build_problem, build_solver, torch_threads
 from bomemeta.config import Config, load_config
+from bomemeta.copies import copy_of
 from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.doctor import bundles, data, machine, memory, places, storage, traffic
 from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, Plan, line_through, plan_of
@@ -21,6 +22,7 @@ from bomemeta.doctor.memory import Memory
 from bomemeta.doctor.places import Place, Workers
 from bomemeta.doctor.report import Finding, Report, number
 from bomemeta.errors import BomemetaError, ConfigError, DataError, DivergenceError
+from bomemeta.sections import label
 
 Say = Callable[[str], None]
 
@@ -44,7 +46,7 @@ def examine(
     report.
     """
     settings = load_config(config, overrides)
-    name = Path(config).stem if isinstance(config, str | Path) else settings.problem.name
+    name = Path(config).stem if isinstance(config, str | Path) else label(settings.problem)
     found = _devices(settings)
     place = _place(settings, say)
     figures: dict[str, Any] = {}
@@ -141,9 +143,9 @@ def _no_data(config: Config, error: DataError) -> list[Finding]:
     found: list[Finding] = []
     if config.data is not None:
         with suppress(BomemetaError):
-            source = config.data.build()
+            source = copy_of(config.data, "data")
             source.prepare()
-            found = data.shortages(config.problem.build(), source)
+            found = data.shortages(config.problem, source)
     return found or [Finding("PROBLEM", "data", str(error))]
 
 
@@ -160,7 +162,7 @@ def _dry(
         dries = _few(run, problem, plan)
         measured = _measure(run, dries, plan, process, say)
     except DivergenceError as error:
-        text = f"{config.solver.name} diverges in its first steps: {error}"
+        text = f"{label(config.solver)} diverges in its first steps: {error}"
         found.append(
             Finding(
                 "PROBLEM",
@@ -208,7 +210,7 @@ def _dry(
     found += memory.states(config, plan, place, workers, dry, problem.num_tasks, shared)
     found += traffic.traffic(config, plan, place, workers, dry)
     found += traffic.times(config, place, workers, times, dry.tasks, steps, run.device)
-    text = f"{config.solver.name} takes problem {config.problem.name}; whether its direction is right, `bomemeta check` says"
+    text = f"{label(config.solver)} takes problem {label(config.problem)}; whether its direction is right, `bomemeta check` says"
     found.append(Finding("OK", "solver", text))
     figures |= {
         "plan": plan._asdict(),

@@ -4,7 +4,6 @@ verdict.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
 from bomemeta.checkpoint import load_latest
 from bomemeta.config import Config, load_config
+from bomemeta.core.arguments import replaced
 from bomemeta.core.problem import SharedProblem
 from bomemeta.core.randomness import generator, mixed_seed
 from bomemeta.core.solver import Run, Solver
@@ -37,6 +37,7 @@ from bomemeta.hypercheck.verdict import (
     undecidable,
 )
 from bomemeta.metrics import RunFolder
+from bomemeta.sections import label
 
 Say = Callable[[str], None]
 
@@ -88,7 +89,7 @@ def check(
 
 def _report(job: Job, cut: Subproblem, settle_steps: int, directions: int, say: Say) -> Report:
     solver, seed = job.solver, mixed_seed(job.config.seed)
-    say(f"the direction of {job.config.solver.name} at a fixed x")
+    say(f"the direction of {label(job.config.solver)} at a fixed x")
     settled = settle(solver, cut.upper, cut.whole, settle_steps)
     say("the reference: y*, A v = grad_y f, eigenvalues of A")
     reasons = [settled.failure] if settled.failure else []
@@ -168,7 +169,7 @@ def _trials(
         trial = Trial(waiting.pop(0), None)
         tried.append(trial.changes)
         try:
-            other: Solver = dataclasses.replace(solver, **trial.changes)  # type: ignore[type-var]
+            other: Solver = replaced(solver, trial.changes)
         except (ConfigError, ValueError):  # what the class itself refuses
             continue
         say(f"once more with {trial.keys}")
@@ -255,7 +256,7 @@ def _rows(
     rows = [
         (
             "checked",
-            f"{job.config.solver.name} on {job.config.problem.name}: {cut.tasks} {what}, {numbers} numbers in x, step {cut.step}",
+            f"{label(job.config.solver)} on {label(job.config.problem)}: {cut.tasks} {what}, {numbers} numbers in x, step {cut.step}",
         )
     ]
     if settled.direction is not None:

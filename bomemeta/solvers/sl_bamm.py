@@ -52,7 +52,7 @@ class Rates(NamedTuple):
 
 @solvers.register("sl_bamm")
 @dataclass(frozen=True, kw_only=True)
-class SlBAMM(Solver):
+class SLBAMM(Solver):
     """Single-loop solver for lower levels that need not be strongly convex (sl-BAMM, Liu et al.,
     ICML 2023).
 
@@ -158,7 +158,7 @@ def psi(mu: float) -> Psi:
 
 
 def jacobi(
-    solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates
+    solver: SLBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates
 ) -> KernelResult:
     """Kernel for tasks that persist: all three directions at the old (y, v)."""
     y, v = _state(oracle, lower)
@@ -172,7 +172,7 @@ def jacobi(
 
 
 def gauss_seidel(
-    solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates
+    solver: SLBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates
 ) -> KernelResult:
     """Kernel for tasks that persist: y moves, then v at the new y, then d_x is taken at both. More
     evaluations than `jacobi`.
@@ -199,7 +199,7 @@ def gauss_seidel(
 
 
 def episode(
-    solver: SlBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates
+    solver: SLBAMM, oracle: Oracle, lower: LowerGroups | None, *, rates: Rates
 ) -> KernelResult:
     """Kernel for fresh tasks: y on g, v from 0 at that y, and d_x at both."""
     y = solver.adapt(oracle, None)

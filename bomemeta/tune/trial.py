@@ -204,7 +204,7 @@ def _take_checkpoint(directory: Path, folder: RunFolder, settings: Config) -> di
         for difference in differing_keys(saved.config, settings)
         if not difference.key.startswith("solver.")
     ]
-    if foreign or saved.config["solver"]["name"] != settings.solver.name:
+    if foreign or _solver_of(saved.config) != _solver_of(settings.to_dict()):
         keys = ", ".join(difference.key for difference in foreign) or "solver.name"
         raise SearchError(
             f"{keys}: changed while the trial ran; a scheduler may change numbers of the solver alone"
@@ -216,6 +216,11 @@ def _take_checkpoint(directory: Path, folder: RunFolder, settings: Config) -> di
     )
     reported: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
     return reported
+
+
+def _solver_of(config: Mapping[str, Any]) -> Any:
+    solver = config["solver"]
+    return solver.get("name", solver.get("class"))
 
 
 @dataclass
@@ -239,7 +244,9 @@ class _Reporter(Quiet):
         """What was reported with the checkpoint that the run goes on from."""
         self.figures, self.lineage = dict(reported["figures"]), list(reported["lineage"])
 
-    def start(self, run_dir: Path | str, first_step: int, steps: int, every_steps: int) -> None:
+    def start(
+        self, run_dir: Path | str | None, first_step: int, steps: int, every_steps: int
+    ) -> None:
         self.steps, self.done = steps, first_step
         if not self.lineage or self.lineage[-1]["values"] != self.values:
             self.lineage.append({"from_step": first_step, "values": self.values})

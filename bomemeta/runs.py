@@ -1,0 +1,117 @@
+"""A run from a checked config, in the folder that it names: trained, resumed, evaluated.
+
+The command line, Ray Tune and the Python interface (`api.py`) call these. A run that a signal
+stopped returns with `interrupted`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bomemeta.assembly import build_problem, build_solver
+from bomemeta.config import Config, Source, load_config
+from bomemeta.errors import ConfigError
+from bomemeta.report import Listener, Quiet
+from bomemeta.run_folder import RunFolder
+from bomemeta.sections import label
+from bomemeta.seeds import run_seeds
+from bomemeta.session import Result, check_continues, evaluate_one, finished, resume_one, train_one
+
+__all__ = ["Result", "evaluate", "name_of", "resume", "train"]
+
+
+def train(
+    config: Source,
+    overrides: Sequence[str] = (),
+    *,
+    auto_resume: bool = False,
+    listener: Listener | None = None,
+) -> Result:
+    """As `bomemeta.train`, in runs/NAME where the config names no output_dir."""
+    settings = load_config(config, overrides)
+    return train_config(settings, name_of(config, settings), auto_resume, listener or Quiet())
+
+
+def train_config(
+    settings: Config, name: str | None, auto_resume: bool, listener: Listener
+) -> Result:
+    """Trains from scratch in a new folder, then evaluates; all seeds where there are several.
+
+    Without an output_dir the folder is runs/NAME; without a `name` too, nothing is kept.
+    """
+    if auto_resume and (result := _continued(settings, listener)) is not None:
+        return result
+    if settings.seeds == 1:
+        return train_one(settings, name, listener)
+    build_solver(settings, build_problem(settings))  # what is wrong is said before a folder is made
+    if settings.output_dir is None and name is None:
+        with RunFolder.passing(settings) as folder:
+            return run_seeds(settings, folder, listener)
+    folder = RunFolder.create(settings.output_dir, name or "run", settings)
+    return run_seeds(settings, folder, listener)
+
+
+def name_of(config: object, settings: Config) -> str:
+    """What a run's default folder is called after: the config's file, or the problem."""
+    return Path(config).stem if isinstance(config, str | Path) else label(settings.problem)
+
+
+def resume(
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    keys: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """As `bomemeta.resume`."""
+    folder = RunFolder.open(run_dir)
+    settings = load_config(folder.config_file, overrides, keys)
+    named = [override.partition("=")[0].strip() for override in overrides]
+    if "output_dir" in [*named, *(keys or ())]:
+        raise ConfigError(
+            f"output_dir: a run goes on in its own folder, {folder.location}; leave the override out"
+        )
+    return _go_on(settings, folder, listener or Quiet())
+
+
+def evaluate(
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    keys: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """As `bomemeta.evaluate`."""
+    folder = RunFolder.open(run_dir)
+    settings = load_config(folder.config_file, overrides, keys)
+    listener = listener or Quiet()
+    if settings.seeds == 1:
+        return evaluate_one(settings, folder, listener)
+    return run_seeds(settings, folder, listener, evaluates=True)
+
+
+def _continued(settings: Config, listener: Listener) -> Result | None:
+    """The result of --auto-resume where the run was begun before; None where it is to be begun."""
+    if settings.output_dir is None:
+        raise ConfigError(
+            "output_dir: missing; --auto-resume finds the run again by it. Give a folder or a URI, as in output_dir=DIR"
+        )
+    folder = RunFolder.find(settings.output_dir)
+    if folder is None:
+        return None
+    check_continues(settings, folder)
+    result = finished(settings, folder)
+    if result is None:
+        return _go_on(settings, folder, listener)
+    listener.note(f"run folder: {folder.location}, where this run is finished")
+    return result
+
+
+def _go_on(settings: Config, folder: RunFolder, listener: Listener) -> Result:
+    return (
+        resume_one(settings, folder, listener)
+        if settings.seeds == 1
+        else run_seeds(settings, folder, listener)
+    )
