@@ -23,6 +23,7 @@ from bomemeta.assembly import build_problem, build_solver, open_transport, torch
 from bomemeta.checkpoint import Checkpoint, Loaded, check_same_run, load_latest, upper_sha256
 from bomemeta.checkpoint_content import check_fits, tasks_after_a_step
 from bomemeta.config import Config, differing_keys
+from bomemeta.contract import check_at_start
 from bomemeta.core.problem import start_memory
 from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates
@@ -71,6 +72,7 @@ def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
     """
     problem = build_problem(settings)
     solver = build_solver(settings, problem)
+    check_at_start(problem, vmap=settings.task_map == "vmap")
     if settings.output_dir is None and name is None:
         quiet = settings.log.model_copy(update={"tensorboard": False})  # nobody would see it
         settings = settings.model_copy(update={"log": quiet})
@@ -103,6 +105,7 @@ def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Resul
             )
         problem = build_problem(settings)
         solver = build_solver(settings, problem)
+        check_at_start(problem, vmap=settings.task_map == "vmap")
         folder.write_config(settings)
         return _Session(settings, folder, listener).run(problem, solver, saved)
 

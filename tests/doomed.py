@@ -63,7 +63,8 @@ class DoomedAnalytic(Analytic):
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
         if (
-            self.group_folder is not None
+            step > 0  # the driver asks for a task of step 0 before there are workers
+            and self.group_folder is not None
             and (group := ray.get_runtime_context().get_placement_group_id()) is not None
         ):
             # Toy tasks are done before a second worker is there.

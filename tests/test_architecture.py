@@ -31,6 +31,7 @@ ROOMS = {
         "bomemeta.extras",
     },
     "nets": {"torch", "bomemeta.nets"},
+    "contract": {"torch", "numpy", "bomemeta.core", "bomemeta.contract", "bomemeta.errors"},
 }
 NEVER = {
     "problems": {
