@@ -81,7 +81,7 @@ class _Check(Asker):
 
     def run(self, data: Any, seed: int, dtype: torch.dtype) -> None:
         self.definition()
-        if "dtype" not in vars(self.problem):
+        if not self.problem.attached:
             self.problem = copy.copy(self.problem)
             self.call("attach", seed=seed, dtype=dtype, data=data)
         ids = self.task_ids()

@@ -324,7 +324,9 @@ class LocalOracle(Oracle):
         *stacks: Params,
         batch: Batch | None = None,
     ) -> Params:
-        """`function` of each task of `batch`; None: of every task of the stack."""
+        """`function(encoded, *stacks, batch)` of each task of `batch`, None: of every task of the
+        stack; results stacked.
+        """
         batch = self.batch if batch is None else batch
         tasks = len(next(iter(batch.values())))
         if self._encodes:
@@ -332,6 +334,18 @@ class LocalOracle(Oracle):
         return map_tasks(
             lambda *rest: function(encoded, *rest), (*stacks, batch), tasks, self._loss_map
         )
+
+    def over_tasks(self, function: Callable[..., Params], *stacks: Params) -> Params:
+        """`function(encoded, *stacks, batch)` of each task of the stack; results stacked."""
+        return self._over_tasks(function, self.encoded, *stacks)
+
+    def in_upper(self, stack: Encoded) -> Params:
+        """The gradient in x, summed over the tasks, from each task's gradient in what `encode`
+        returned (in x itself, where there is no `encode`).
+        """
+        if self._encodes:
+            return self._in_x(tuple(stack[name] for name in self.encoded))
+        return {name: rows.sum(0) for name, rows in stack.items()}
 
     def _in_x(self, cotangent: tuple[Tensor, ...]) -> Params:
         """The gradient in x from that in `_encoded_leaves`."""

@@ -117,6 +117,11 @@ class Problem(Recorded):
         self.seed, self.dtype, self.data = seed, dtype, data
         self.setup()
 
+    @property
+    def attached(self) -> bool:
+        """Whether the problem belongs to a run and can be asked for tasks."""
+        return "dtype" in vars(self)
+
     def setup(self) -> None:
         """Builds what follows from the fields (a network's skeleton, constant matrices). Default:
         nothing.
@@ -166,6 +171,25 @@ class Problem(Recorded):
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         """g_i, shape [], for one task."""
         raise must_define(self, "lower_loss")
+
+    # What solvers of MAML's family ask of a problem whose y starts from x: `init_lower` then makes
+    # y of `encoded`, differentiably.
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The entries of y that are its head, for ANIL, which adapts them alone. Default: none."""
+        return ()
+
+    def adaptation(
+        self, encoded: Encoded, lower: Params, batch: Batch, names: tuple[str, ...]
+    ) -> Callable[[Params], Tensor]:
+        """What is descended from y = `lower`, as a function of y's entries `names`; the others stay
+        as they are. For one task.
+
+        Default: `lower_loss`. A problem may leave out a term that only holds y near x, and compute
+        here, once, what does not depend on these entries.
+        """
+        return lambda part: self.lower_loss(encoded, {**lower, **part}, batch)
 
     # Closed forms on a whole STACK. Each is optional: where it gives None (the default), the oracle
     # takes what is above, with autograd.

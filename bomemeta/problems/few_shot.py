@@ -8,9 +8,9 @@ near x (the proximal lower problem of iMAML)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -29,6 +29,8 @@ from bomemeta.registry import problems
 
 # The third number of an episode's key: what one split draws says nothing about another's.
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+NETWORK_HEAD = ("head.weight", "head.bias")  # form network: x's entries that are not the backbone's
 
 
 @problems.register("few_shot")
@@ -51,10 +53,6 @@ class FewShot(Problem):
 
     needs_data = True
     meta_tests = True
-    head_names: ClassVar[tuple[str, ...]] = (
-        "head.weight",
-        "head.bias",
-    )  # form network: x's entries that are not the backbone's
 
     form: Literal["head", "network"] = "head"
     head: Literal["prototype", "ridge", "span"] = "prototype"
@@ -187,7 +185,7 @@ class FewShot(Problem):
     def init_lower(self, encoded: Encoded, batch: Batch) -> Params:
         if self.form == "network":
             # A solver may carry entries of its own in x: they are no part of the network.
-            return {name: encoded[name] for name in (*self._backbone_names, *self.head_names)}
+            return {name: encoded[name] for name in (*self._backbone_names, *NETWORK_HEAD)}
         if self.head == "prototype":
             return {"head": encoded["prior"]}
         return {"head": encoded["support"].new_zeros(encoded["support"].shape[1], self.ways)}
@@ -285,8 +283,32 @@ class FewShot(Problem):
             return encoded["query"] @ lower["head"]
         return self.logits(lower, self.query_features(lower, batch))
 
-    # The parts of the network form's network, for one task; solvers that adapt the network
-    # themselves use them too.
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return NETWORK_HEAD if self.form == "network" else ("head",)
+
+    def adaptation(
+        self, encoded: Encoded, lower: Params, batch: Batch, names: tuple[str, ...]
+    ) -> Callable[[Params], Tensor]:
+        """Network form: the support set's cross-entropy, without the proximal term, on features
+        that are computed once where only the head adapts.
+        """
+        if self.form != "network":
+            return super().adaptation(encoded, lower, batch, names)
+        labels = batch["support_labels"]
+        if set(names) <= set(NETWORK_HEAD):
+            features = self.support_features(lower, batch)
+            return lambda part: functional.cross_entropy(
+                self.logits({**lower, **part}, features), labels
+            )
+
+        def loss(part: Params) -> Tensor:
+            y = {**lower, **part}
+            return functional.cross_entropy(self.logits(y, self.support_features(y, batch)), labels)
+
+        return loss
+
+    # The parts of the network form's network, for one task.
 
     def support_features(self, params: Params, batch: Batch) -> Tensor:
         """[n, d], BatchNorm statistics of the support set."""
@@ -300,7 +322,7 @@ class FewShot(Problem):
         return self._backbone(params, images, len(batch["support"]))[len(batch["support"]) :]
 
     def logits(self, params: Params, features: Tensor) -> Tensor:
-        """The head `head_names` on features."""
+        """The head on features."""
         return features @ params["head.weight"] + params["head.bias"]
 
     def _backbone(self, params: Params, images: Tensor, statistics_rows: int | None) -> Tensor:

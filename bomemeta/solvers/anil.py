@@ -1,43 +1,44 @@
-"""ANIL: MAML whose inner steps move the last layer alone; the backbone's features are computed
-once.
+"""ANIL: MAML whose inner steps move the last layer alone.
 
 Raghu, Raghu, Bengio, Vinyals, "Rapid Learning or Feature Reuse? Towards Understanding the
 Effectiveness of MAML", ICLR 2020.
 
-    x = (b, h),  h_i(x) = h after T gradient steps on CE(support_i; b, .)      d_i = d CE(queries_i; b, h_i(x)) / dx, through the steps
+    y = (b, h) from x,  h_i(x) = h after T gradient steps on g_i(b, .)      d_i = d f_i(b, h_i(x)) / dx, through the steps
 
-learn2learn's `MAML` on the head. Options and step: `learner_options.py`.
+Options and step: `learner_options.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from bomemeta.core.problem import Batch
+from bomemeta.core.problem import Problem
 from bomemeta.core.tree import Params
-from bomemeta.l2l import learn2learn
+from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
-from bomemeta.solvers.learner_options import LearnerOptions, Network, NetworkProblem
+from bomemeta.solvers.learner_options import LearnerOptions
 
 
 @solvers.register("anil")
 @dataclass(frozen=True, kw_only=True)
 class ANIL(LearnerOptions):
-    """ANIL through learn2learn (Raghu et al., ICLR 2020), second order: only the head adapts, on
-    features computed once.
+    """ANIL (Raghu et al., ICLR 2020), second order: only the head adapts, on features computed
+    once where the problem's `adaptation` does so, as few_shot's does.
 
-    For `problem: {name: few_shot, form: network}` with fresh episodes; `problem.regularisation`
-    plays no part. The support features take BatchNorm statistics of the support set, as in that
-    form, where learn2learn's own example takes support and queries together.
+    For every problem whose y starts from x and that names its head (`head_names`). Of few_shot's
+    network form it descends the support set's cross-entropy: `problem.regularisation` plays no
+    part. There the support features take BatchNorm statistics of the support set, where
+    learn2learn's own example takes support and queries together.
     """
 
-    def learner(self, problem: NetworkProblem, x: Params, task: Batch, follow: bool) -> Any:
-        with torch.set_grad_enabled(follow):
-            features = problem.support_features(x, task)
-        head = {name: x[name] for name in problem.head_names}
-        backbone = {name: tensor for name, tensor in x.items() if name not in head}
-        network = Network(head, backbone, lambda params: problem.logits(params, features))
-        return learn2learn().algorithms.MAML(network, self.inner_lr, first_order=not follow).clone()
+    def check_names(self, problem: Problem, upper: Params, lower: Params) -> None:
+        head, kind = problem.head_names, type(problem).__name__
+        if not head or not set(head) <= lower.keys():
+            raise ConfigError(
+                f"problem.name: head_names of {kind} is {tuple(head)}, and its y has {', '.join(lower)}; solver ANIL adapts the head "
+                "alone: let head_names name entries of y"
+            )
+
+    def adapts(self, problem: Problem, lower: Params) -> Iterable[str]:
+        return problem.head_names

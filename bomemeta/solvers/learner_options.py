@@ -1,212 +1,197 @@
-"""What MAML and its kin share: few-shot baselines that adapt a network to each episode with
-learn2learn's algorithms.
+"""What MAML and its kin share: every task's y starts from x, takes a few gradient steps, and x
+moves by what came of it.
 
-    y_i = x after `inner_steps` gradient steps of size `inner_lr` on CE(support_i; y)
-    x  <- x - upper_lr mean_i d_i,    d_i = grad_x CE(queries_i; y_i(x)) or what the algorithm puts in its place
+    y_i = y_0 after `inner_steps` gradient steps of size `inner_lr` on g_i,      y_0 = init_lower, made of x
+    x  <- x - upper_lr mean_i d_i,    d_i = d f_i(x, y_i(x)) / dx or what the algorithm puts in its place
 
-x is a whole network, `problem.form: network` of few_shot, and both losses are the plain
-cross-entropy: the proximal term of that problem's lower loss, and so `problem.regularisation`,
-plays no part. BatchNorm statistics are the problem's.
+Differentiation is `torch.func`'s. What a problem descends may leave out what only holds y near x,
+and may be computed once where the head alone adapts: `Problem.adaptation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Annotated, ClassVar, NamedTuple, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from bomemeta.core import tree
 from bomemeta.core.implicit import move_upper
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Oracle
-from bomemeta.core.problem import Batch, Problem, SharedProblem
+from bomemeta.core.problem import Batch, Encoded, Problem, SharedProblem
 from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import ConfigError
-from bomemeta.l2l import learn2learn
 from bomemeta.solvers.upper_options import UpperOptions
 
 Positive = Annotated[float, Field(gt=0)]
 Steps = Annotated[int, Field(ge=1)]
 
 
-@runtime_checkable
-class NetworkProblem(Protocol):
-    """What a problem must offer: its network in two parts, for one task. The parameters are entries
-    of x, or of y in their place.
-    """
+class Adapted(NamedTuple):
+    """One task's y after its steps."""
 
-    head_names: ClassVar[
-        tuple[str, ...]
-    ]  # the entries that `logits` reads; the others are the backbone's
-
-    def support_features(self, params: Params, batch: Batch) -> Tensor: ...
-
-    def query_features(self, params: Params, batch: Batch) -> Tensor: ...
-
-    def logits(self, params: Params, features: Tensor) -> Tensor: ...
-
-
-class Network(nn.Module):
-    """Parameters and what they compute, in the form that learn2learn's algorithms clone and update
-    (out of place).
-    """
-
-    def __init__(self, adapted: Params, fixed: Params, logits: Callable[[Params], Tensor]) -> None:
-        super().__init__()
-        self._names, self._fixed, self._logits = tuple(adapted), fixed, logits
-        self.entries = nn.ParameterList(adapted.values())
-
-    def params(self) -> Params:
-        """All of them, as they are after the updates so far."""
-        return {**self._fixed, **dict(zip(self._names, self.entries, strict=True))}
-
-    def forward(self) -> Tensor:
-        return self._logits(self.params())
+    lower: Params
+    loss: Callable[[], Tensor]  # what was descended, at y, [], without a graph
 
 
 class Direction(NamedTuple):
     """One task's part of a step."""
 
-    upper: Params  # d_i
-    upper_loss: Tensor  # CE of the queries at y_i
-    lower_loss: Tensor  # CE of the support set at y_i
+    in_encoded: Encoded  # d_i, up to the pull-back through `encode`
+    upper_loss: Tensor  # f_i at y_i, []
+    lower_loss: Tensor  # what was descended, at y_i, []
+    lower: Params  # y_i
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerOptions(UpperOptions):
-    """A solver that adapts a network to each fresh task through learn2learn and moves x by what
-    that says.
-
-    Tasks are done one after the other, whatever `task_map` says. As it stands here it is MAML; the
-    others change `learner` or `direction`.
+    """A solver that adapts y to each task from a start made of x, in every step anew, and moves x
+    by what that gives. As it stands here it is MAML; the others change parts of it.
     """
 
     inner_steps: Steps = 5
     inner_lr: Positive = 0.1
 
-    second_order: ClassVar[bool] = (
-        True  # whether d_i follows the dependence of the inner gradients on x
-    )
-    query_gradients: ClassVar[int] = 1  # per task
+    # whether d_i follows how the inner gradients depend on x
+    second_order: ClassVar[bool] = True
+    query_gradients: ClassVar[int] = 1  # of f, per task
+    # whether each entry of y has to have an entry of x of its name and shape
+    needs_pairs: ClassVar[bool] = False
 
     def check(self, problem: Problem) -> None:
-        name = type(self).__name__
+        name, kind = type(self).__name__, type(problem).__name__
         if isinstance(problem, SharedProblem):
             raise ConfigError(
-                f"problem.name: {type(problem).__name__} has one lower variable for all tasks; solver {name} adapts a network to each "
-                "task: use problem few_shot"
+                f"problem.name: {kind} has one lower variable for all its data; solver {name} adapts one to each task: take a problem "
+                "with tasks, as few_shot is"
             )
-        if not isinstance(problem, NetworkProblem):
+        if not problem.attached:
+            return
+        upper = problem.init_upper(torch.Generator().manual_seed(0))
+        batch = {name: rows[0] for name, rows in problem.load([0], 0, "train").items()}
+        with torch.enable_grad():
+            leaves = tree.leaves(upper)
+            lower = problem.init_lower(problem.encode(leaves, batch), batch)
+        if not any(tensor.requires_grad for tensor in lower.values()):
             raise ConfigError(
-                f"problem.name: {type(problem).__name__} offers no network; solver {name} adapts one to each task: use problem few_shot"
+                f"problem.name: y of {kind} does not start from x: init_lower makes nothing of it, and solver {name} learns where to "
+                "start. Let init_lower return values of `encoded`; of few_shot take problem.form=network or problem.head=prototype"
             )
-        if problem.encodes:
+        self.check_names(problem, upper, lower)
+
+    def check_names(self, problem: Problem, upper: Params, lower: Params) -> None:
+        """Raises ConfigError where entries of y are not called as this algorithm needs it."""
+        if self.needs_pairs and problem.encodes:
             raise ConfigError(
-                f"problem.form: solver {name} adapts a whole network that starts at x, and x is not one here: "
-                "set problem.form=network"
+                f"problem.name: the losses of {type(problem).__name__} see x through its encode alone; solver "
+                f"{type(self).__name__} wants y and x to have the same entries, and no encode. Of few_shot take problem.form=network"
             )
-        if problem.num_tasks is not None:
+        alone = [n for n, y in lower.items() if n not in upper or upper[n].shape != y.shape]
+        if self.needs_pairs and alone:
             raise ConfigError(
-                f"problem.fixed_tasks: got {problem.num_tasks} tasks whose y persist; solver {name} adapts from x anew in every step: "
-                "take it out"
+                f"problem.name: y of {type(problem).__name__} has {', '.join(alone)}, and x no entry of that name and shape; solver "
+                f"{type(self).__name__} wants one for each"
             )
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = run(episodes, self, upper.params, lower)
+        sums, lower = run(episodes, self, upper.params, lower, keeps=run.persistent)
         return StepResult(lower, move_upper(upper, sums, run))
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
-        """y of every task; evaluation differentiates it no further, so the steps are taken without
-        a graph of their own.
-        """
         here = cast(LocalOracle, oracle)  # `check` refused what is not asked on a worker
         steps = self.inner_steps if steps is None else steps
-        x = _parameters(here.x)
-        with torch.enable_grad():
-            each = [
-                self.adapted(here, x, task, steps, follow=False).params() for task in _tasks(here)
-            ]
-        return {name: torch.stack([params[name].detach() for params in each]) for name in each[0]}
+        start = start or oracle.init_lower()
 
-    def adapted(self, oracle: LocalOracle, x: Params, task: Batch, steps: int, follow: bool) -> Any:
-        """The learner after `steps` steps on one task's support set."""
-        learner = self.learner(cast(NetworkProblem, oracle.problem), x, task, follow)
+        def adapted(encoded: Encoded, lower: Params, batch: Batch) -> Params:
+            sizes = self.step_sizes(here.x, lower)
+            return self.adapted(here.problem, encoded, lower, batch, steps, sizes).lower
+
+        with torch.no_grad():  # of `torch.func`'s own gradients it takes nothing away
+            return tree.detached(here.over_tasks(adapted, start))
+
+    def adapts(self, problem: Problem, lower: Params) -> Iterable[str]:
+        """The entries of y that take steps."""
+        return lower
+
+    def step_sizes(self, upper: Params, lower: Params) -> dict[str, float | Tensor]:
+        """The inner step size of each entry of y."""
+        return dict.fromkeys(lower, self.inner_lr)
+
+    def adapted(
+        self,
+        problem: Problem,
+        encoded: Encoded,
+        lower: Params,
+        batch: Batch,
+        steps: int,
+        sizes: dict[str, float | Tensor],
+    ) -> Adapted:
+        """One task's y after `steps` steps from `lower`; differentiable in all that it is made of."""
+        part = {name: lower[name] for name in self.adapts(problem, lower)}
+        loss = problem.adaptation(encoded, lower, batch, tuple(part))
         for _ in range(steps):
-            learner.adapt(functional.cross_entropy(learner(), task["support_labels"]))
-        return learner
+            grads = torch.func.grad(loss)(part)
+            part = {name: tensor - sizes[name] * grads[name] for name, tensor in part.items()}
+            if type(problem).project_lower is not Problem.project_lower:  # it is for a stack
+                whole = {name: tensor[None] for name, tensor in {**lower, **part}.items()}
+                inside = problem.project_lower(whole)
+                part = {name: inside[name][0] for name in part}
 
-    def learner(self, problem: NetworkProblem, x: Params, task: Batch, follow: bool) -> Any:
-        """A clone by learn2learn with `Network.params` whose call gives the support set's logits.
+        def reached() -> Tensor:
+            with torch.no_grad():
+                return loss(part)
 
-        `follow`: whether y is to be differentiated in x; without, only its value matters.
-        """
-        network = Network(
-            x, {}, lambda params: problem.logits(params, problem.support_features(params, task))
-        )
-        return (
-            learn2learn()
-            .algorithms.MAML(network, self.inner_lr, first_order=not (follow and self.second_order))
-            .clone()
-        )
+        return Adapted({**lower, **part}, reached)
 
-    def direction(self, oracle: LocalOracle, x: Params, task: Batch) -> Direction:
-        """One task's d_i: the gradient in x of the queries' loss after adaptation."""
-        learner = self.adapted(oracle, x, task, self.inner_steps, follow=True)
-        loss = query_loss(oracle, learner.params(), task)
-        grads = torch.autograd.grad(loss, list(x.values()), materialize_grads=True)
-        return Direction(
-            dict(zip(x, grads, strict=True)), loss.detach(), support_loss(learner, task)
-        )
+    def direction(self, oracle: LocalOracle, encoded: Encoded, batch: Batch) -> Direction:
+        """One task's d_i: the gradient in x of f after adaptation."""
+        problem = oracle.problem
+
+        def outer(encoded: Encoded) -> tuple[Tensor, tuple[Tensor, Params]]:
+            start = problem.init_lower(encoded, batch)
+            sizes = self.step_sizes(encoded, start)
+            end = self.adapted(problem, encoded, start, batch, self.inner_steps, sizes)
+            return problem.upper_loss(encoded, end.lower, batch), (end.loss(), end.lower)
+
+        grads, (value, (loss, y)) = torch.func.grad_and_value(outer, has_aux=True)(encoded)
+        return Direction(grads, value, loss, y)
 
 
 def episodes(
     solver: LearnerOptions, oracle: LocalOracle, lower: LowerGroups | None
 ) -> KernelResult:
-    """Kernel for fresh tasks: adapt to each, add up the directions."""
-    x = _parameters(oracle.x)
-    parts = [solver.direction(oracle, x, task) for task in _tasks(oracle)]
-    total = parts[0].upper
-    for part in parts[1:]:
-        total = tree.axpy(1.0, part.upper, total)
+    """Kernel: adapt to each task from x, add up the directions. A y that persists is replaced: the
+    next step adapts from x again.
+    """
+
+    def one(encoded: Encoded, batch: Batch) -> Params:
+        found = solver.direction(oracle, encoded, batch)
+        return {
+            **{f"x/{name}": tensor.detach() for name, tensor in found.in_encoded.items()},
+            **{f"y/{name}": tensor.detach() for name, tensor in found.lower.items()},
+            "upper_loss": found.upper_loss.detach(),
+            "lower_loss": found.lower_loss.detach(),
+        }
+
+    found = oracle.over_tasks(one)
     products = solver.inner_steps if solver.second_order else 0
     sums = {
-        "direction": total,
-        "upper_loss": torch.stack([part.upper_loss for part in parts]).sum(),
-        "lower_loss": torch.stack([part.lower_loss for part in parts]).sum(),
+        "direction": oracle.in_upper(_named("x/", found)),
+        "upper_loss": found["upper_loss"].sum(),
+        "lower_loss": found["lower_loss"].sum(),
         "gradient_evaluations": torch.tensor(
             float((solver.inner_steps + solver.query_gradients) * oracle.tasks)
         ),
         "hessian_products": torch.tensor(float(products * oracle.tasks)),
     }
-    return KernelResult(sums, {})
+    return KernelResult(sums, {"y": _named("y/", found)})
 
 
-def query_loss(oracle: LocalOracle, params: Params, task: Batch) -> Tensor:
-    """CE of one task's queries under a whole network."""
-    problem = cast(NetworkProblem, oracle.problem)
-    return functional.cross_entropy(
-        problem.logits(params, problem.query_features(params, task)), task["query_labels"]
-    )
-
-
-def support_loss(learner: Any, task: Batch) -> Tensor:
-    """CE of one task's support set as the learner is now: a figure for the log."""
-    with torch.no_grad():
-        return functional.cross_entropy(learner(), task["support_labels"])
-
-
-def _parameters(x: Params) -> Params:
-    # nn.Parameter is what learn2learn's modules hold; leaves of their own, since x may have come
-    # without a graph.
-    return {name: nn.Parameter(tensor.detach()) for name, tensor in x.items()}
-
-
-def _tasks(oracle: LocalOracle) -> list[Batch]:
-    return [{name: tensor[i] for name, tensor in oracle.batch.items()} for i in range(oracle.tasks)]
+def _named(prefix: str, found: Params) -> Params:
+    return {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}

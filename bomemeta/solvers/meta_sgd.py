@@ -2,24 +2,22 @@
 
 Li, Zhou, Chen, Li, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", 2017.
 
-    x = (w, a),  y_i(x) = w after T steps  y <- y - a * grad CE(support_i; y)  (elementwise)      d_i = d CE(queries_i; y_i(x)) / dx
+    x = (w, a),  y_i(x) = w after T steps  y <- y - a * grad g_i(y)  (elementwise)      d_i = d f_i(y_i(x)) / dx
 
-learn2learn's `MetaSGD`. Options and step: `learner_options.py`.
+Options and step: `learner_options.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from bomemeta.core.problem import Batch
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
-from bomemeta.l2l import learn2learn
 from bomemeta.registry import solvers
-from bomemeta.solvers.learner_options import LearnerOptions, Network, NetworkProblem
+from bomemeta.solvers.learner_options import LearnerOptions
 
 STEP_SIZE = "step_size/"  # before a parameter's name: the entry of x that holds its step sizes
 
@@ -27,12 +25,16 @@ STEP_SIZE = "step_size/"  # before a parameter's name: the entry of x that holds
 @solvers.register("meta_sgd")
 @dataclass(frozen=True, kw_only=True)
 class MetaSGD(LearnerOptions):
-    """Meta-SGD through learn2learn (Li et al., 2017), second order: x also holds one step size per
-    parameter, all `inner_lr` at the start.
+    """Meta-SGD (Li et al., 2017), second order: x also holds one step size per parameter, all
+    `inner_lr` at the start.
 
-    For `problem: {name: few_shot, form: network}` with fresh episodes; `problem.regularisation`
-    plays no part. The step sizes may become negative, as in the paper; `upper_lr` is theirs too.
+    For every problem without an `encode` whose y starts from x and has entries of the same names
+    and shapes. Of few_shot's network form it descends the support set's cross-entropy:
+    `problem.regularisation` plays no part. The step sizes may become negative, as in the paper;
+    `upper_lr` is theirs too.
     """
+
+    needs_pairs = True
 
     def start(self, upper: Params, steps: int) -> UpperVariable:
         sizes = {
@@ -41,12 +43,5 @@ class MetaSGD(LearnerOptions):
         }
         return super().start({**upper, **sizes}, steps)
 
-    def learner(self, problem: NetworkProblem, x: Params, task: Batch, follow: bool) -> Any:
-        weights = {name: tensor for name, tensor in x.items() if not name.startswith(STEP_SIZE)}
-        network = Network(
-            weights,
-            {},
-            lambda params: problem.logits(params, problem.support_features(params, task)),
-        )
-        sizes = [x[STEP_SIZE + name] for name in weights]
-        return learn2learn().algorithms.MetaSGD(network, lrs=sizes, first_order=not follow).clone()
+    def step_sizes(self, upper: Params, lower: Params) -> dict[str, float | Tensor]:
+        return {name: upper[STEP_SIZE + name] for name in lower}

@@ -2,10 +2,9 @@
 
 Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018.
 
-    y_i = x after T gradient steps on CE(support_i)            d_i = x - y_i
+    y_i = x after T gradient steps on g_i            d_i = x - y_i
 
-learn2learn has no class for it; the steps are its `MAML(first_order=True)`'s. Options and step:
-`learner_options.py`.
+Options and step: `learner_options.py`.
 """
 
 from __future__ import annotations
@@ -14,35 +13,39 @@ from dataclasses import dataclass
 
 import torch
 
-from bomemeta.core import tree
 from bomemeta.core.local_oracle import LocalOracle
-from bomemeta.core.problem import Batch
-from bomemeta.core.tree import Params
+from bomemeta.core.problem import Batch, Encoded
 from bomemeta.registry import solvers
-from bomemeta.solvers.learner_options import Direction, LearnerOptions, query_loss, support_loss
+from bomemeta.solvers.learner_options import Direction, LearnerOptions
 
 
 @solvers.register("reptile")
 @dataclass(frozen=True, kw_only=True)
 class Reptile(LearnerOptions):
-    """Reptile with learn2learn's inner steps (Nichol et al., 2018): with `upper_lr` 1 and sgd, x
-    becomes the mean of the adapted networks.
+    """Reptile (Nichol et al., 2018): with `upper_lr` 1 and sgd, x becomes the mean of the adapted
+    y.
 
-    For `problem: {name: few_shot, form: network}` with fresh episodes; `problem.regularisation`
-    plays no part. It trains on the support sets alone, so training wants several `shots`, and the
-    queries are for the log. The inner steps are plain gradient steps; the authors' experiments take
-    Adam's.
+    For every problem without an `encode` whose y starts from x and has entries of the same names
+    and shapes; entries of x that y does not have stay. Of few_shot's network form it descends the
+    support set's cross-entropy: `problem.regularisation` plays no part. It trains on g alone, so
+    few-shot training wants several `shots`, and f is for the log. The inner steps are plain
+    gradient steps; the authors' experiments take Adam's.
     """
 
     second_order = False
     query_gradients = 0
+    needs_pairs = True
 
-    def direction(self, oracle: LocalOracle, x: Params, task: Batch) -> Direction:
-        learner = self.adapted(oracle, x, task, self.inner_steps, follow=False)
+    def direction(self, oracle: LocalOracle, encoded: Encoded, batch: Batch) -> Direction:
+        problem = oracle.problem
+        start = problem.init_lower(encoded, batch)
+        sizes = self.step_sizes(encoded, start)
+        end = self.adapted(problem, encoded, start, batch, self.inner_steps, sizes)
         with torch.no_grad():
-            params = learner.params()
+            away = {
+                name: tensor - end.lower[name] if name in end.lower else torch.zeros_like(tensor)
+                for name, tensor in encoded.items()
+            }
             return Direction(
-                tree.axpy(-1.0, params, x),
-                query_loss(oracle, params, task),
-                support_loss(learner, task),
+                away, problem.upper_loss(encoded, end.lower, batch), end.loss(), end.lower
             )
