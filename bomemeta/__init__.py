@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bomemeta.api import load as load
     from bomemeta.api import resume as resume
     from bomemeta.api import train as train
+    from bomemeta.contract import check_problem as check_problem
     from bomemeta.core.problem import Problem as Problem
     from bomemeta.core.problem import SharedProblem as SharedProblem
     from bomemeta.core.problem import StreamProblem as StreamProblem
@@ -79,6 +80,7 @@ __version__ = version("bomemeta")
 # Where each name comes from; tests/test_objects.py compares it with the registries.
 _NAMES = {
     "bomemeta.api": ["Result", "check", "evaluate", "load", "resume", "train"],
+    "bomemeta.contract": ["check_problem"],
     "bomemeta.core.problem": ["Problem", "SharedProblem", "StreamProblem"],
     "bomemeta.core.solver": ["Solver"],
     "bomemeta.data.episodes_from": ["EpisodesFrom"],

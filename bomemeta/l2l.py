@@ -21,4 +21,4 @@ def learn2learn() -> Any:
     """
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        return require("learn2learn", "learn2learn", "a data set or solver of learn2learn")
+        return require("learn2learn", "learn2learn", "a data set of learn2learn")

@@ -27,7 +27,6 @@ ROOMS = {
         "bomemeta.solvers",
         "bomemeta.registry",
         "bomemeta.errors",
-        "bomemeta.l2l",
         "bomemeta.extras",
     },
     "nets": {"torch", "bomemeta.nets"},
