@@ -4,8 +4,8 @@ imports none of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,9 @@ from bomemeta.distributed.transport import Transport, WorkerFactory
 from bomemeta.distributed.worker import ShardWorker, variant_of
 from bomemeta.errors import BomemetaError, ClusterError, ConfigError
 from bomemeta.imports import Imports
+from bomemeta.limits import check_counts, check_threads, within_memory
 from bomemeta.sections import SECTIONS, label
+from bomemeta.torch_settings import pin, pinned
 
 
 def build_problem(config: Config) -> Problem:
@@ -29,18 +31,21 @@ def build_problem(config: Config) -> Problem:
     Raises ConfigError where the two do not fit together, DataError where the data is missing or too
     small.
     """
-    problem: Problem = copy_of(config.problem, "problem")
-    name = label(problem)
-    if problem.needs_data and config.data is None:
-        raise ConfigError(
-            f"data: missing; problem {name} wants a `data:` section with a `dataset:`, or from Python data=..."
-        )
-    if not problem.needs_data and config.data is not None:
-        raise ConfigError(f"data: problem {name} reads no data set; take the section out")
-    data = copy_of(config.data, "data")
-    if data is not None:
-        data.prepare()
-    problem.attach(seed=mixed_seed(config.seed), dtype=getattr(torch, config.dtype), data=data)
+    values = config.to_dict()
+    check_counts(values)
+    with torch_threads(config.threads), within_memory(values, limited=True):
+        problem: Problem = copy_of(config.problem, "problem")
+        name = label(problem)
+        if problem.needs_data and config.data is None:
+            raise ConfigError(
+                f"data: missing; problem {name} wants a `data:` section with a `dataset:`, or from Python data=..."
+            )
+        if not problem.needs_data and config.data is not None:
+            raise ConfigError(f"data: problem {name} reads no data set; take the section out")
+        data = copy_of(config.data, "data")
+        if data is not None:
+            data.prepare()
+        problem.attach(seed=mixed_seed(config.seed), dtype=getattr(torch, config.dtype), data=data)
     length = stream_length(problem)
     if config.steps is None and length is None:
         raise ConfigError(
@@ -146,6 +151,7 @@ class BuildWorker:
         return cls(Imports.of(config.imports), config)
 
     def __call__(self, device: str) -> ShardWorker:
+        pin(self.config.threads)  # the user's files, which have just been executed, may set others
         problem = build_problem(self.config)
         return ShardWorker(
             lambda changes: variant_of(problem, changes),
@@ -170,14 +176,9 @@ def _serial_device(config: Config) -> str:
     return "cuda:0"
 
 
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """This process's torch threads, for as long as a run lasts: the driver adds and squares too,
-    and sums depend on their number.
+def torch_threads(threads: int) -> AbstractContextManager[None]:
+    """The settings of torch that a run has, for as long as it lasts: the driver adds and squares
+    too. Raises ConfigError where the machine has not so many threads.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    check_threads(threads)
+    return pinned(threads)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,9 +148,10 @@ def parse_metrics(content: bytes) -> list[dict[str, Any]]:
     for text in content.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        # Half a line; nested deeper, or a number longer, than Python reads.
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and type(line.get("step")) is int:
             lines.append(line)
     return lines
 
@@ -179,8 +181,8 @@ def _next_second(folder: Path) -> None:
     """Waits until a new event file comes after those in the folder: TensorBoard reads them in the
     order of their names, which begin with the second of their birth.
     """
-    newest = max(
-        (int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0
-    )
+    # Other files may have such a name too.
+    seconds = (path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*"))
+    newest = max((int(each) for each in seconds if re.fullmatch("[0-9]{1,12}", each)), default=0)
     while 0 <= newest - int(time.time()) < 2:  # a clock that was set back is not waited for
         time.sleep(0.02)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bomemeta.config import Config
 from bomemeta.errors import ConfigError, StorageError
 from bomemeta.files import naming, replace_text, unwritten, written_whole
+from bomemeta.paths import absolute
 from bomemeta.storage import Mirror, is_uri
+from bomemeta.yaml_text import dump
 
 # How long to wait for another process in the same run folder: longer than `ray job stop` takes to
 # end one.
@@ -76,7 +76,7 @@ class RunFolder:
                 if folder.mirror is not None and folder.mirror.names():
                     raise ConfigError(_taken(output_dir, output_dir))
             else:
-                path = Path(output_dir).expanduser()
+                path = absolute(output_dir, what="output_dir")
                 if not _claim(path):
                     raise ConfigError(_taken(path.resolve(), path))
                 folder = cls(path.resolve())
@@ -108,7 +108,7 @@ class RunFolder:
         """The folder of an earlier run. Raises ConfigError where it is not one."""
         if (folder := cls.find(path)) is not None:
             return folder
-        location = path if is_uri(path) else Path(path).expanduser().resolve()
+        location = path if is_uri(path) else absolute(path, what="run folder").resolve()
         runs = sorted(str(file.parent) for file in Path("runs").glob("*/config.yaml"))
         hint = (
             f"Runs here: {', '.join(runs)}"
@@ -120,7 +120,11 @@ class RunFolder:
     @classmethod
     def find(cls, path: str | Path) -> RunFolder | None:
         """The folder of an earlier run, or None where none has written its config."""
-        folder = cls.fetched(str(path)) if is_uri(path) else cls(Path(path).expanduser().resolve())
+        folder = (
+            cls.fetched(str(path))
+            if is_uri(path)
+            else cls(absolute(path, what="run folder").resolve())
+        )
         if folder.config_file.is_file():
             return folder
         if folder.mirror is None and folder.path.is_dir():
@@ -186,9 +190,7 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Every key with its value, so that the run does not depend on a later version's defaults."""
-        replace_text(
-            self.config_file, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-        )
+        replace_text(self.config_file, dump(config.to_dict()))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Replaces result.json; NaN and infinite numbers, which JSON does not have, become null."""

@@ -38,6 +38,7 @@ from bomemeta.errors import (
 )
 from bomemeta.extras import versions
 from bomemeta.health import HealthMonitor
+from bomemeta.limits import within_memory
 from bomemeta.metrics import MetricsLog
 from bomemeta.report import Listener
 from bomemeta.run_folder import RunFolder
@@ -212,6 +213,7 @@ class _Session:
         self._listener.start(location, first_step, steps, self._config.log.every_steps)
         with (
             torch_threads(self._config.threads),
+            within_memory(self._config.to_dict(), limited=False),
             closing(self),
             closing(open_transport(self._config, self.note)) as transport,
         ):
@@ -257,6 +259,7 @@ class _Session:
     def evaluate(self, problem: Any, solver: Any, saved: Checkpoint) -> Result:
         with (
             torch_threads(self._config.threads),
+            within_memory(self._config.to_dict(), limited=False),
             closing(open_transport(self._config, self.note)) as transport,
         ):
             job = Job(self._config, problem, solver, transport)

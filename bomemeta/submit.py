@@ -94,8 +94,10 @@ def prepare(
     upload = Upload(folder, _files(folder, excluded))
     path = find_config(config)
     settings = load_config(path, overrides)
-    output_dir = _lasting(settings.output_dir)
-    _check_carried(path, overrides, settings, upload)
+    # What is relative here is looked for in the job's copy of this folder.
+    typed = apply_overrides(read_document(path, as_typed=True), overrides, as_typed=True)
+    output_dir = _lasting(typed.data.get("output_dir"))
+    _check_carried(path, typed, settings, upload)
     _check_size(upload)
     if uv and not upload.has(folder / "pyproject.toml"):
         raise ConfigError(
@@ -237,14 +239,13 @@ def _lasting(output_dir: str | None) -> str:
     )
 
 
-def _check_carried(path: Path, overrides: Sequence[str], settings: Config, upload: Upload) -> None:
+def _check_carried(path: Path, document: Document, settings: Config, upload: Upload) -> None:
     """Raises ConfigError naming every file that the config reads and the job would not have."""
     wrong = []
     if not upload.has(path):
         wrong.append(
             f"{path} is not sent: it is outside of {upload.folder}, or excluded. Submit from a folder that holds it"
         )
-    document = apply_overrides(read_document(path), overrides)
     for entry in _entries(document):
         if Path(entry).expanduser().is_absolute() or entry.startswith("~"):
             wrong.append(
@@ -255,13 +256,13 @@ def _check_carried(path: Path, overrides: Sequence[str], settings: Config, uploa
             wrong.append(
                 f"imports: {entry} is not sent: it is outside of {upload.folder}, or excluded"
             )
+    section = document.data.get("data")
     for key in ("root", "path"):
-        location = getattr(settings.data, key, None)
-        if (
-            isinstance(location, str)
-            and not Path(location).expanduser().is_absolute()
-            and not upload.has(Path(location))
-        ):
+        location = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(location, str) or Path(location).expanduser().is_absolute():
+            continue
+        override = document.location(("data", key)).startswith("override")
+        if not upload.has((Path.cwd() if override else path.parent.resolve()) / location):
             wrong.append(
                 f"data.{key}: {location} is not sent: it is excluded, or not there. Give the absolute path that it has on the cluster"
             )

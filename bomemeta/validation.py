@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import difflib
 import json
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from bomemeta.document import KeyPath, describe
+from bomemeta.yaml_text import hint
+
+LARGEST = 2**63 - 1  # of torch's and numpy's integers
 
 
 class Wishes(GenerateJsonSchema):
@@ -38,7 +42,18 @@ def check(
     try:
         # As JSON, where strictness keeps types apart and still takes a list for a tuple and a text
         # for a path.
-        return schema.validate_json(json.dumps(values, default=str), strict=True)
+        as_json = json.dumps(values, default=_json)
+    except (TypeError, ValueError, RecursionError) as error:
+        # A value of a type that no config has, an integer of thousands of digits, a circle.
+        found.append(ConfigIssue(above, f"{_dotted(above) or 'config'}: {error}"))
+        return None
+    try:
+        checked = schema.validate_json(as_json, strict=True)
+        if (large := _too_large(values)) is not None:
+            got = f"{_dotted(above + large)}: got {describe(_value(values, large))}"
+            found.append(ConfigIssue(above + large, f"{got}, wanted at most {LARGEST}"))
+            return None
+        return checked
     except ValidationError as error:
         wishes = schema.json_schema(schema_generator=Wishes)
         for item in error.errors():
@@ -60,9 +75,42 @@ def check(
                     if item["type"] in ("value_error", "assertion_error")
                     else phrase(wish, wishes)
                 )
-                text = f"{dotted}: got {describe(_value(values, path))}, wanted {wanted or item['msg']}"
+                value = _value(values, path)
+                text = f"{dotted}: got {describe(value)}, wanted {wanted or item['msg']}"
+                if wanted is not None and (better := hint(value, wanted)) is not None:
+                    text += f". {better}"
             found.append(ConfigIssue(above + path, text))
         return None
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def _json(value: Any) -> Any:
+    """JSON of what Python code gives: paths, and numpy's numbers."""
+    if isinstance(value, PurePath):
+        return str(value)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return value.item()
+    raise TypeError(f"got {describe(value)}, wanted texts, numbers, true or false, lists, mappings")
+
+
+def _too_large(values: Any) -> KeyPath | None:
+    """Where an integer is that no array's size and no counter can be."""
+    if isinstance(values, bool) or (isinstance(values, int) and abs(values) <= LARGEST):
+        return None
+    if isinstance(values, int):
+        return ()
+    items: Any = ()
+    if isinstance(values, dict):
+        items = values.items()
+    elif isinstance(values, list):
+        items = enumerate(values)
+    for key, item in items:
+        if (path := _too_large(item)) is not None and key != "seed":  # all its bits count
+            return (key, *path)
+    return None
 
 
 def _nearest(key: str, valid: list[str], above: str) -> str:

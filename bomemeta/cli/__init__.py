@@ -5,7 +5,10 @@ Exit codes: 0 done, 1 the run failed, 2 the config or the command is wrong, 130 
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
-from bomemeta.cli import runs, searches, inquiries, examinations, profiles, comparisons, lists  # noqa: F401, I001  the commands, in the order in which help shows them
+import io
+import sys
+
+from bomemeta.cli import comparisons, examinations, inquiries, lists, profiles, runs, searches  # noqa: F401  the commands, in the order in which help shows them
 from bomemeta.cli.app import app
 
 __all__ = ["app", "main"]
@@ -13,4 +16,7 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """The entry point of the `bomemeta` command."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal of ASCII shows what it has not as \\xe9
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -4,8 +4,10 @@ nothing in a data file is executed.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bomemeta.errors import DataError
+from bomemeta.limits import available_memory, said
+from bomemeta.paths import absolute
 
 
 def data_folder(dataset: str, root: str | None, prepared: str | None = None) -> Path:
@@ -28,7 +32,7 @@ def data_folder(dataset: str, root: str | None, prepared: str | None = None) -> 
             f"{dataset}: no data folder is given. Set data.root in the config or BOMEMETA_DATA in the environment; "
             f"`bomemeta data prepare {prepared or dataset} --root FOLDER` fills one"
         )
-    return Path(chosen).expanduser()
+    return absolute(chosen, what="data.root" if root else "BOMEMETA_DATA")
 
 
 def find(dataset: str, file: str, root: str | None) -> Path:
@@ -46,24 +50,71 @@ def find(dataset: str, file: str, root: str | None) -> Path:
 
 
 def read(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The named arrays of an archive. Raises DataError where the file is damaged, holds pickles or
-    lacks one of them.
+    """The named arrays of an archive, in this machine's byte order.
+
+    Raises DataError where the file is damaged, encrypted, holds pickles, lacks one of them, or says
+    that one is larger than what is there or than what this machine has free. What an array declares
+    is compared with the bytes that are there before anything is read.
     """
     try:
-        # Opened here, because numpy leaves a file that is no archive open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-    ) as error:
+        with zipfile.ZipFile(path) as archive:
+            return {name: _member(archive, name) for name in names}
+    except DataError as error:
+        reason, cause = str(error), error.__cause__
+    # zipfile and numpy's headers fail in any of a dozen ways, which nobody lists.
+    except Exception as error:
+        reason, cause = f"{' '.join(str(error).split())[:200] or type(error).__name__}", error
+    raise DataError(
+        f"{path} is not a readable archive of the arrays {', '.join(names)}: {reason}. Delete it and get it again"
+    ) from cause
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """One array. Raises DataError, and whatever zipfile and numpy raise."""
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    entry = entries.get(f"{name}.npy") or entries.get(name)
+    if entry is None:
+        there = ", ".join(sorted(entries)[:8]) or "nothing"
+        raise DataError(f"it has no array {name}; there is {there}")
+    if entry.flag_bits & 1:
+        raise DataError(f"{name} is encrypted")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(
-            f"{path} is not a readable archive of the arrays {', '.join(names)}: {error}. Delete it and get it again"
-        ) from error
+            f"{name} is compressed by method {entry.compress_type}; numpy's savez and savez_compressed write 0 and 8"
+        )
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise DataError(f"{name} is of version {version[0]}.{version[1]} of numpy's format")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+            if version == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            else:  # version 3 differs in the names of fields, which no array here has
+                shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        if dtype.hasobject:
+            raise DataError(f"{name} holds Python objects, which only a pickle can: it is not read")
+        if not all(type(length) is int and length >= 0 for length in shape):
+            raise DataError(f"{name} has the shape {shape}")
+        size = math.prod(shape) * dtype.itemsize
+        there_are = entry.file_size - file.tell()
+        if size != there_are:
+            raise DataError(
+                f"{name} says that it is {dtype} {list(shape)}, {said(size)}, and {there_are} bytes follow"
+            )
+        memory = available_memory()
+        if memory is not None and size > memory:
+            raise DataError(
+                f"{name} is {dtype} {list(shape)}, {said(size)}; this machine has {said(memory)} free"
+            )
+        content = bytearray(
+            file.read(size + 1)
+        )  # to the end: only there zipfile compares the checksum
+    if len(content) != size:
+        raise DataError(f"{name} ends early")
+    array = np.frombuffer(content, dtype, math.prod(shape)) if size else np.zeros(0, dtype)
+    array = array.reshape(shape, order="F" if fortran else "C")
+    return np.ascontiguousarray(array.astype(dtype.newbyteorder("="), copy=False)).reshape(shape)
 
 
 def write(path: Path, arrays: dict[str, NDArray[Any]], *, compress: bool) -> None:

@@ -61,9 +61,7 @@ def output(config: Config, name: str, place: Place, needs: Needs | None) -> list
             )
         ]
     found = []
-    if JOB_COPY in str(Path.cwd()) and (
-        given is None or not Path(given).expanduser().is_absolute()
-    ):
+    if JOB_COPY in str(path):
         text = f"output_dir {path} lies in the job's copy of the working directory, which vanishes with the job"
         found.append(
             Finding("PROBLEM", "output", text, "Give an absolute output_dir on storage that stays")

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bomemeta.errors import BomemetaError, ConfigError
 from bomemeta.storage import Store, below
 from bomemeta.tune.places import REPORT_FILE, trial_run
 from bomemeta.tune.spec import Search
+from bomemeta.yaml_text import dump
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def _best_text(search: Search, best: Row) -> str:
         lines.append(
             "# This file has the last ones, so `bomemeta train` with it does not repeat the trial."
         )
-    return "\n".join(lines) + "\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return "\n".join(lines) + "\n" + dump(config)
 
 
 def _heading(search: Search) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from ray import tune as ray_tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.variant_generator import generate_variants
@@ -35,6 +34,7 @@ from bomemeta.tune.schedulers import Halving, population
 from bomemeta.tune.space import Domain, flat
 from bomemeta.tune.spec import ASIDE, Search, load_search, written
 from bomemeta.tune.trial import make_trainable
+from bomemeta.yaml_text import parse
 
 # PBT takes checkpoints of trials that go on meanwhile; else the one before the last is for a last
 # one that was cut short.
@@ -221,7 +221,10 @@ class _Folder(NamedTuple):
             raise ConfigError(
                 f"output_dir: {location} exists and is not a search's folder; a search never overwrites anything. Choose another"
             )
-        changed = _changed(yaml.safe_load(there), search.to_dict())
+        changed = _changed(
+            parse(there.decode(errors="replace"), f"{location}/search.yaml")[1] or {},
+            search.to_dict(),
+        )
         if changed:
             raise ConfigError(
                 f"{location} holds another search, with other {', '.join(changed)}. Set these back to go on, or choose another output_dir"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from bomemeta.config import Config, load_config
@@ -24,8 +23,10 @@ from bomemeta.document import (
     read_document,
 )
 from bomemeta.errors import ConfigError
+from bomemeta.paths import made_absolute
 from bomemeta.tune.space import Domain, flat, read_space
 from bomemeta.validation import ConfigIssue, check
+from bomemeta.yaml_text import dump
 
 _Positive = Annotated[int, Field(ge=1)]
 
@@ -34,8 +35,6 @@ _FIXED = {
     "steps": "a scheduler compares trials of one length; set it in `overrides`",
     "imports": "it says what there is, not what is tried; set it in the base config",
 }
-# Where a relative path in these keys starts must not depend on the process that reads it.
-_PLACES = ("root", "path")
 
 
 class _Record(BaseModel):
@@ -184,14 +183,12 @@ def portable(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A config's values with absolute paths: imports from the config's folder, data from the
     current one, as `train` has it.
     """
-    data = values.get("data")
-    if isinstance(data, Mapping):
-        locations = {
-            key: str(Path(data[key]).expanduser().resolve())
-            for key in _PLACES
-            if isinstance(data.get(key), str)
-        }
-        values = {**values, "data": {**data, **locations}}
+    values = (
+        {**values, "data": dict(data)}
+        if isinstance(data := values.get("data"), dict)
+        else {**values}
+    )
+    made_absolute(values, folder)
     return {**values, "imports": absolute_imports(values.get("imports") or [], folder)}
 
 
@@ -291,4 +288,4 @@ def _everything(document: Document, found: list[ConfigIssue]) -> ConfigError:
 
 def written(search: Search) -> str:
     """The search as YAML, for its folder."""
-    return yaml.safe_dump(search.to_dict(), sort_keys=False, allow_unicode=True)
+    return dump(search.to_dict())
