@@ -19,7 +19,7 @@ from unittest import mock
 import ray.exceptions as errors
 
 # Modules of bomemeta.distributed that know Ray or the clock.
-PATCHED = ("actor", "cluster", "fleet", "leaders", "ray_round", "ray_transport", "slots")
+PATCHED = ("actor", "capacity", "cluster", "fleet", "ray_round", "ray_transport", "slots")
 CALL_S, JITTER, BUILD_S = 1.0, 0.2, 5.0
 PER_NODE = 16
 

@@ -97,7 +97,7 @@ class Settings(_Record):
     backup_after: Annotated[Annotated[float, Field(gt=1)] | None, _ASIDE] = None
     load_ahead: Annotated[bool | Literal["auto"], _ASIDE] = "auto"
     step_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
-    start_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 180.0
+    start_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
     max_replacements: Annotated[_NotNegative, _ASIDE] = 100
     output_dir: Annotated[str | None, _ASIDE] = None
     evaluation: Annotated[Evaluation, _ASIDE] = Evaluation()

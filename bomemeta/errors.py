@@ -26,6 +26,10 @@ class ClusterError(BomemetaError):
     """The Ray cluster cannot hold what was asked, or lost more than it could replace."""
 
 
+class ClusterLost(ClusterError):
+    """What the run ran on is gone, or did not come up: the same command is worth another try."""
+
+
 class LowerStateLost(BomemetaError):
     """Lower state that lived on a node which is gone. The remedy is the last checkpoint, not
     another try.

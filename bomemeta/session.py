@@ -30,7 +30,6 @@ from bomemeta.core.solver import LowerStates
 from bomemeta.document import read_document
 from bomemeta.engine import Job, State
 from bomemeta.errors import (
-    BomemetaError,
     CheckpointError,
     ConfigError,
     DivergenceError,
@@ -83,7 +82,7 @@ def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
     try:
         with folder.held(listener.note):
             return _Session(settings, folder, listener).run(problem, solver, None)
-    except BomemetaError:
+    except Exception:  # of a library too
         if (
             checkpoints.latest(folder.checkpoints) is None
         ):  # it never began: the next try may have this folder

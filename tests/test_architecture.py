@@ -61,9 +61,11 @@ NEVER = {
 WITH_RAY = {
     "distributed/actor.py",
     "distributed/by_value.py",
+    "distributed/capacity.py",
     "distributed/cluster.py",
     "distributed/collective.py",
     "distributed/fleet.py",
+    "distributed/losses.py",
     "distributed/process_group.py",
     "distributed/ray_round.py",
     "distributed/ray_transport.py",

@@ -31,7 +31,7 @@ def test_deaths_cost_little():
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("deaths", [0.0, 0.02])
+@pytest.mark.parametrize("deaths", [0.0, 0.1])
 @pytest.mark.parametrize("backup_after", [None, 2.0])
 def test_every_call_is_answered_once(shards, deaths, backup_after):
     with stubbed(20, deaths, backup_after=backup_after) as transport:

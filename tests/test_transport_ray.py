@@ -1,5 +1,7 @@
 """The ray transport on a real cluster with real kills, held against the serial transport."""
 
+import ctypes
+import dataclasses
 import os
 import random
 import signal
@@ -19,15 +21,17 @@ import torch
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayActorError, TaskCancelledError
 
-from bomemeta.distributed import cluster
+import bomemeta
+from bomemeta.distributed import cluster, ray_round
 from bomemeta.distributed.actor import actor_class
 from bomemeta.distributed.fleet import Fleet
+from bomemeta.distributed.losses import WorkerUnavailable
 from bomemeta.distributed.ray_round import RayRound
 from bomemeta.distributed.ray_transport import RayOptions, RayTransport
 from bomemeta.distributed.serial import SerialTransport
-from bomemeta.distributed.slots import Phase, WorkerUnavailable
+from bomemeta.distributed.slots import Phase
 from bomemeta.distributed.transport import ShardCall
-from bomemeta.errors import ClusterError, ConfigError, DivergenceError
+from bomemeta.errors import ClusterError, ClusterLost, ConfigError, DivergenceError
 
 SMALL = 0.1  # CPUs of a test's worker: several transports share the module's cluster
 
@@ -41,6 +45,11 @@ class Order(NamedTuple):
     sleep_s: float = 0.0
     trouble: str = ""
     once: str = ""
+    times: int = 1
+
+
+def lines_in(path: str) -> int:
+    return len(Path(path).read_text().splitlines()) if Path(path).exists() else 0
 
 
 class Toy:
@@ -48,9 +57,10 @@ class Toy:
         self.device = device
 
     def execute(self, order: Order, broadcast: np.ndarray, *states: np.ndarray):
-        if order.trouble and not (order.once and Path(order.once).exists()):
+        if order.trouble and not (order.once and lines_in(order.once) >= order.times):
             if order.once:
-                Path(order.once).touch()
+                with open(order.once, "a") as file:
+                    print(os.getpid(), file=file)
             make_trouble(order.trouble)
         time.sleep(order.sleep_s)
         total = (torch.tensor(broadcast) * order.scale).sum().numpy()
@@ -69,6 +79,8 @@ def make_trouble(trouble: str) -> None:
         raise DivergenceError("step 3: the loss is nan")
     if trouble == "none":  # `once` is marked all the same
         return
+    if trouble == "crash":
+        ctypes.string_at(0)
     os.kill(os.getpid(), {"die": signal.SIGKILL, "stop": signal.SIGSTOP}[trouble])
     time.sleep(60)
 
@@ -375,10 +387,67 @@ def test_a_hung_worker_is_killed_and_its_late_answer_is_not_used(single, tmp_pat
     assert any(f"(pid {pid}) did not answer within 3 s in shard 0" in line for line in EVENTS)
 
 
-def test_a_shard_that_always_kills_is_named(home):
-    with pytest.raises(ClusterError, match="shard 1 took 3 workers down"):
-        home.run(X, [ShardCall(Order()), ShardCall(Order(trouble="die"))])
+def test_a_shard_that_always_crashes_is_named(home):
+    with pytest.raises(ClusterError, match=r"shard 1 took 3 workers down .* crashed \(Seg") as told:
+        home.run(X, [ShardCall(Order()), ShardCall(Order(trouble="crash"))])
+    assert not isinstance(told.value, ClusterLost)  # the same command fails again
     assert len(home.run(X, [ShardCall(Order())]).replies) == 1
+
+
+def test_kills_from_outside_are_no_fault_of_the_shard(home, tmp_path):
+    killed = Order(trouble="die", once=str(tmp_path / "mark"), times=4)
+    assert len(home.run(X, [ShardCall(Order()), ShardCall(killed)]).replies) == 2
+    assert lines_in(killed.once) == 4
+
+
+def test_a_shard_that_is_always_killed_is_named_in_the_end(home, monkeypatch):
+    monkeypatch.setattr(ray_round, "MAX_KILLS", 2)
+    with pytest.raises(ClusterError, match="shard 0 took 2 workers down"):
+        home.run(X, [ShardCall(Order(trouble="die"))])
+
+
+def test_losses_count_until_a_round_is_finished(home, monkeypatch, tmp_path):
+    options = dataclasses.replace(home._options, max_replacements=1)
+    monkeypatch.setattr(home._fleet, "options", options)
+    for number in range(2):
+        once = Order(trouble="die", once=str(tmp_path / f"mark {number}"))
+        assert len(home.run(X, [ShardCall(once)]).replies) == 1
+    with pytest.raises(ClusterLost, match="2 workers were lost in the same round"):
+        home.run(X, [ShardCall(Order(trouble="die", once=str(tmp_path / "2"), times=2))])
+
+
+def test_a_slow_start_of_ray_is_tried_again_and_ends_in_an_error_of_ours(monkeypatch):
+    tries, events = [], []
+
+    def slow(**options):
+        tries.append(options)
+        if len(tries) < 3:
+            raise Exception("The current node timed out during startup.")  # as Ray has it
+
+    monkeypatch.setattr(cluster.ray, "init", slow)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    with pytest.raises(ClusterLost, match=r"Ray did not start .* timed out during startup"):
+        cluster._start(RayOptions(workers=1), events.append, time.monotonic() + 60)
+    monkeypatch.setattr(cluster, "QUICK_S", 0.0)
+    tries.clear()
+    cluster._start(RayOptions(workers=1), events.append, time.monotonic() + 60, num_cpus=1)
+    assert [options["num_cpus"] for options in tries] == [1, 1, 1]
+    assert len(events) == 2
+    assert "it is tried again" in events[0]
+
+
+def test_the_folder_of_a_run_that_never_began_may_be_used_again(monkeypatch, tmp_path):
+    def slow(**options):
+        raise Exception("The current node timed out during startup.")
+
+    config = {"problem": {"name": "analytic"}, "solver": {"name": "bome"}, "steps": 2}
+    overrides = ["address=local", f"output_dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.ray, "init", slow)
+        patch.setattr(cluster.ray, "shutdown", lambda: None)
+        with pytest.raises(ClusterLost, match="timed out during startup"):
+            bomemeta.train(config, [*overrides, "workers=1"])
+    assert bomemeta.train(config, overrides).steps == 2
 
 
 def test_the_workers_exception_keeps_its_type_and_is_immediate(home):

@@ -7,16 +7,20 @@ import pickle
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from bomemeta.distributed.losses import crash_in
 from bomemeta.distributed.summation import added
 from bomemeta.distributed.transport import checked_returns
 from bomemeta.errors import ClusterError
 
+# How long another node is asked how a worker there ended.
+CRASH_ANSWER_S = 5.0
 # How a call's answer is cut into objects: no share; reply and share as one, for the driver; the
 # share for itself, to stay in the cluster.
 Form = Literal["plain", "whole", "apart"]
@@ -57,6 +61,28 @@ def kill_on_its_node(process: Process) -> list[Any]:
     there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
     killer = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(kill_process)
     return [killer.remote(process)]
+
+
+def crash_of(pid: int) -> str | None:
+    """How a worker of this node crashed by a fault of its own, if it did: Ray's words for that and
+    for a kill from outside are the same, but a crash leaves words in the worker's own log.
+    """
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    found = (crash_in(log) for log in logs.glob(f"worker-*-{pid}.err"))
+    return next((how for how in found if how is not None), None)
+
+
+def crash_on(node_id: str, pid: int) -> str | None:
+    """`crash_of` by a task on that node; None too where it does not answer soon."""
+    if node_id == ray.get_runtime_context().get_node_id():
+        return crash_of(pid)
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    asked = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(crash_of)
+    try:
+        found: str | None = ray.get(asked.remote(pid), timeout=CRASH_ANSWER_S)
+    except ray.exceptions.RayError:
+        return None
+    return found
 
 
 def actor_class(cpus: float, gpus: float, strategy: str | None) -> Any:

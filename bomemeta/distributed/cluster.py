@@ -7,34 +7,33 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import ray
 from ray._private import ray_constants, services
 
-from bomemeta.errors import ClusterError, ConfigError
+from bomemeta.errors import ClusterError, ClusterLost, ConfigError
 
 # A worker may share its core with three others: enough to try three workers on a laptop, not enough
 # to stall it.
 MAX_OVERSUBSCRIPTION = 4
 
-# Ray counts the resources of actors that were just killed as taken for a moment (measured: below 1
-# s).
-CAPACITY_PATIENCE_S = 10.0
-
 # Where shards are added up: on the driver, by the workers in a tree, or (one shared lower variable)
 # by all workers among themselves.
 Reduce = Literal["driver", "tree", "collective"]
 
+# A start of Ray's that fails sooner than that was not slow.
+QUICK_S = 5.0
 PROBE_TIMEOUT_S = (
     10.0  # for one TCP connection: longer than any network takes that could carry a step
 )
@@ -62,9 +61,11 @@ class RayOptions:
     gpus_per_worker: float = 0.0
     address: str | None = None
     step_timeout_s: float = 300.0  # a call without an answer for this long means a hung worker
-    start_timeout_s: float = 180.0  # placing an actor, importing torch, building the worker
+    start_timeout_s: float = (
+        300.0  # starting Ray, placing an actor, importing torch, building the worker
+    )
     max_replacements: int = (
-        100  # per transport: beyond it the machine is ill and the run should stop
+        100  # in one round: beyond it the machine is ill and the run should stop
     )
     reduce: Reduce = "driver"
     backup_after: float | None = (
@@ -112,16 +113,16 @@ def joined(options: RayOptions) -> Iterator[None]:
     """A cluster that is there already, and stays when we leave.
 
     Raises:
-        ClusterError: no such cluster, or it refuses us.
+        ClusterLost: no such cluster, or it refuses us.
     """
     connected_before = ray.is_initialized()
     if not connected_before:
         try:
             _probe(options.address or os.environ["RAY_ADDRESS"])
             ray.init(address=options.address)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises bare ones too, as where a node is slow to start
             address = options.address or os.environ["RAY_ADDRESS"]
-            raise ClusterError(
+            raise ClusterLost(
                 f"no Ray cluster could be joined at {address}: {error}. Check the address, and that RAY_AUTH_MODE and "
                 "the token are the same on both sides; or leave the address out to start a cluster on this machine"
             ) from error
@@ -145,15 +146,19 @@ def _probe(address: str) -> None:
 
 
 @contextmanager
-def local(options: RayOptions, on_event: Callable[[str], None]) -> Iterator[None]:
+def local(
+    options: RayOptions, on_event: Callable[[str], None], deadline: float | None = None
+) -> Iterator[None]:
     """A cluster of this machine, for this process: loopback only, token authentication, no
     dashboard, no statistics.
 
     The thread that enters must stay alive until it leaves: Linux kills Ray's processes when the
-    *thread* that started them ends (PR_SET_PDEATHSIG).
+    *thread* that started them ends (PR_SET_PDEATHSIG). What does not start is tried again until
+    `deadline` (monotonic seconds; None: `start_timeout_s` from now).
 
     Raises:
-        ClusterError: more workers than this machine can hold, or Ray does not start.
+        ClusterError: more workers than this machine can hold.
+        ClusterLost: Ray does not start.
     """
     global _limit
     cores = len(os.sched_getaffinity(0))
@@ -173,27 +178,70 @@ def local(options: RayOptions, on_event: Callable[[str], None]) -> Iterator[None
         )
     with _local_settings():
         _make_token()
-        try:
-            ray.init(
-                address="local",
-                num_cpus=max(cores, math.ceil(wanted)),
-                # GPUs are never oversubscribed: Ray counts those that are there.
-                num_gpus=None if options.gpus_per_worker else 0,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-                _system_config={"max_direct_call_object_size": SENT_DIRECTLY},
-            )
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ClusterError(
-                f"Ray did not start on this machine: {error}. workers=0 runs without Ray"
-            ) from error
+        _start(
+            options,
+            on_event,
+            time.monotonic() + options.start_timeout_s if deadline is None else deadline,
+            num_cpus=max(cores, math.ceil(wanted)),
+            # GPUs are never oversubscribed: Ray counts those that are there.
+            num_gpus=None if options.gpus_per_worker else 0,
+        )
         try:
             _limit = SENT_DIRECTLY
             yield
         finally:
             _limit = RAYS_LIMIT
             ray.shutdown()
+
+
+def _start(
+    options: RayOptions, on_event: Callable[[str], None], deadline: float, **resources: int | None
+) -> None:
+    """Ray's own patience with a slow machine ends after 30 s, in a bare exception; ours at the
+    deadline.
+    """
+    while True:
+        before, begun = _children(), time.monotonic()
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                _system_config={"max_direct_call_object_size": SENT_DIRECTLY},
+                **resources,
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            for pid in _children() - before:  # of the cluster that did not come up
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            reason = str(error).strip().partition("\n")[0]
+            # What fails at once fails again; and so does what has no time for as long a try.
+            took_s = time.monotonic() - begun
+            if took_s < QUICK_S or time.monotonic() + took_s > deadline:
+                raise ClusterLost(
+                    f"Ray did not start on this machine within start_timeout_s = {options.start_timeout_s:g} s: {reason} "
+                    "workers=0 runs without Ray"
+                ) from error
+            on_event(f"Ray did not start in {took_s:.0f} s ({reason}); it is tried again")
+
+
+def _children() -> set[int]:
+    """This process's children that are Ray's."""
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread that has just ended
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return {pid for pid in found if b"ray" in _command_of(pid)}
+
+
+def _command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def outgoing(array: np.ndarray, calls: int) -> Any:
@@ -260,110 +308,6 @@ def _make_token() -> None:
         raise ClusterError(
             f"Ray's token file {path} cannot be written: {error}. Set RAY_AUTH_TOKEN to a secret of your own"
         ) from error
-
-
-class _Capacity(NamedTuple):
-    at_all: int  # workers that fit on the nodes that there are
-    now: int  # that fit beside what runs there
-    where: str
-
-
-def room(options: RayOptions) -> int:
-    """How many workers of this kind could be started now, beside those that run."""
-    return _capacity(options).now
-
-
-def check_capacity(options: RayOptions, say: Callable[[str], None] = lambda line: None) -> None:
-    """Raises ClusterError where the cluster has no room for the workers; Ray itself would wait for
-    ever.
-
-    Where their number follows the cluster, room for the least number is waited for, as nodes may
-    still come.
-    """
-    workers = options.workers if options.min_workers is None else options.min_workers
-    patience = options.start_timeout_s if options.elastic else CAPACITY_PATIENCE_S
-    deadline = time.monotonic() + patience
-    told = False
-    while (capacity := _capacity(options)).now < workers:
-        if (capacity.at_all < workers and not options.elastic) or time.monotonic() > deadline:
-            raise ClusterError(
-                f"{workers} workers of {options.cpus_per_worker:g} CPU and {options.gpus_per_worker:g} GPU each do not fit: "
-                f"{capacity.where}, room for {capacity.now} workers. Use fewer workers=, a smaller cpus_per_worker= or "
-                "gpus_per_worker=, or end what else runs there"
-            )
-        if not told and options.elastic:
-            say(f"waiting for room for {workers} workers: {capacity.where}")
-            told = True
-        time.sleep(0.2)
-
-
-def _capacity(options: RayOptions) -> _Capacity:
-    bundles = _placement_bundles()
-    if bundles is None:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        where, free = f"the cluster ({len(nodes)} nodes)", ray.available_resources()
-    else:
-        nodes = bundles
-        where, free = (
-            "the placement group of this trial",
-            {name: _sum(bundles, name) for name in ("CPU", "GPU")},
-        )
-    at_all = sum(_room(node, options) for node in nodes)
-    where = (
-        f"{where} has {_sum(nodes, 'CPU'):g} CPU and {_sum(nodes, 'GPU'):g} GPU, free are {free.get('CPU', 0.0):g} CPU and "
-        f"{free.get('GPU', 0.0):g} GPU"
-    )
-    return _Capacity(at_all, min(at_all, _room(free, options)), where)
-
-
-def ask_autoscaler(options: RayOptions, workers: int) -> None:
-    """Tells the cluster's autoscaler, where there is one, that so many workers are wanted; 0 takes
-    the request back.
-    """
-    from ray.autoscaler.sdk import request_resources
-
-    wanted = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
-    bundle = {name: math.ceil(amount) for name, amount in wanted.items() if amount > 0}
-    request_resources(bundles=[bundle] * workers if bundle else [])
-
-
-def _room(resources: Mapping[str, float], options: RayOptions) -> int:
-    """How many workers fit; `options.workers` where they ask for nothing."""
-    wanted = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
-    # 1e-9: three workers of 0.1 fit in 0.3, which is a little less in floating point.
-    fits = [
-        int(resources.get(name, 0.0) / amount + 1e-9)
-        for name, amount in wanted.items()
-        if amount > 0
-    ]
-    return min(fits, default=options.workers)
-
-
-def _sum(resources: Sequence[Mapping[str, float]], name: str) -> float:
-    return sum(one.get(name, 0.0) for one in resources)
-
-
-def scheduling_strategy() -> str | None:
-    """SPREAD puts workers on different nodes; in a placement group (Ray Tune) the group has decided
-    already.
-
-    Only None stays in the group: with "DEFAULT" Ray places an actor outside of it, where a trial's
-    workers wait for ever.
-    """
-    return "SPREAD" if _placement_bundles() is None else None
-
-
-def _placement_bundles() -> list[dict[str, float]] | None:
-    """What is left of the placement group that our actors will be placed in, or None outside of
-    one.
-    """
-    group = ray.util.get_current_placement_group()
-    if group is None or not ray.get_runtime_context().should_capture_child_tasks_in_placement_group:
-        return None
-    first, *rest = group.bundle_specs
-    # The first bundle is where this driver runs.
-    own = ray.get_runtime_context().get_assigned_resources()
-    return [{name: amount - own.get(name, 0.0) for name, amount in first.items()}, *rest]
 
 
 def importable_paths() -> list[str]:

@@ -23,21 +23,17 @@ import torch.distributed
 
 from bomemeta.distributed import cluster
 from bomemeta.distributed.fleet import Fleet
+from bomemeta.distributed.losses import WorkerLost, WorkerUnavailable, poison
 from bomemeta.distributed.process_group import GroupBroken, Member
-from bomemeta.distributed.slots import (
-    MAX_STRIKES,
-    Phase,
-    Slot,
-    WorkerLost,
-    WorkerUnavailable,
-    poison,
-)
+from bomemeta.distributed.slots import Phase, Slot
 from bomemeta.distributed.transport import JointRequest
 from bomemeta.errors import ClusterError
 
 dist: Any = torch.distributed  # whose stubs leave out what is used here
 # Members that are silent for this long after others have lost the group are taken to hang.
 GRACE_S = 5.0
+# A kernel that lost so many groups in a row is given up: each member's loss costs all of them.
+TRIES = 10
 
 
 class Collective:
@@ -71,7 +67,7 @@ class Collective:
         """
         shared = cluster.outgoing(broadcast, len(self._fleet.slots))
         loss: WorkerLost | None = None
-        for _ in range(MAX_STRIKES):
+        for _ in range(TRIES):
             slots = self._members(shards)
             try:
                 answer, loss = self._try(slots, request, shared)
@@ -83,7 +79,9 @@ class Collective:
             if loss is None:
                 return answer
         assert loss is not None
-        raise ClusterError(poison("a kernel of all workers together", loss, self._fleet.options))
+        raise ClusterError(
+            poison("a kernel of all workers together", TRIES, loss, self._fleet.options)
+        )
 
     def _members(self, shards: int) -> list[Slot]:
         """The workers that are there; waits for one."""

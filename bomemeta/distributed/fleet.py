@@ -7,15 +7,15 @@ and how a worker is lost.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import cloudpickle
 from ray.exceptions import (
-    ActorUnavailableError,
     GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
@@ -26,23 +26,28 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from bomemeta.distributed import cluster
-from bomemeta.distributed.actor import actor_class, birth_of, kill_on_its_node, kill_process
+from bomemeta.distributed import capacity, cluster
+from bomemeta.distributed.actor import (
+    actor_class,
+    birth_of,
+    crash_on,
+    kill_on_its_node,
+    kill_process,
+)
 from bomemeta.distributed.cluster import RayOptions
-from bomemeta.distributed.slots import (
+from bomemeta.distributed.losses import (
     LOGS,
     MAX_STRIKES,
-    Phase,
-    Slot,
+    WorkerCrashed,
     WorkerHung,
     WorkerLost,
     WorkerUnavailable,
     WorkerUnplaced,
-    last_line,
+    loss_of,
 )
-from bomemeta.distributed.soonest import Soonest
+from bomemeta.distributed.slots import Phase, Slot, Slots
 from bomemeta.distributed.transport import WorkerFactory
-from bomemeta.errors import ClusterError
+from bomemeta.errors import ClusterError, ClusterLost
 
 # Until Ray notices that a node is gone (measured: 13 s) it may place actors there; it is asked
 # again after this pause.
@@ -53,10 +58,14 @@ ROOM_EVERY_S = 2.0
 # A worker that could not be started is tried again after this, for as long as others do the work.
 GIVEN_UP_S = 60.0
 
+# What a worker has for its start at least, however long Ray itself took.
+LEAST_START_S = 30.0
+PID = re.compile(r"\bpid: (\d+)")  # in Ray's account of a dead actor
+
 EventSink = Callable[[str], None]
 
 
-class Fleet:
+class Fleet(Slots):
     """The slots of a transport. Driver's thread only, but for `start` and `end`.
 
     Attributes:
@@ -64,67 +73,30 @@ class Fleet:
     """
 
     def __init__(self, factory: WorkerFactory, options: RayOptions, on_event: EventSink) -> None:
+        super().__init__(options.workers)
         self.replacements = 0
         self.options = options
         self._factory = cloudpickle.dumps(factory)
         self._on_event = on_event
-        self.slots = [Slot(index) for index in range(options.workers)]
-        # What is looked up for every answer, so that no answer costs a walk over all slots.
-        self._phases: dict[Phase, dict[int, Slot]] = {phase: {} for phase in Phase}
-        self._phases[Phase.ABSENT] = {slot.index: slot for slot in self.slots}
-        self._watched: dict[Any, Slot] = {}  # by the first of the references
-        self._deadlines: Soonest[int] = Soonest()  # by slot, monotonic seconds
         self._forgotten: list[Any] = []  # references whose answer nobody wants
+        self._lost_since = 0  # since a round was finished
         self._looked_at = 0.0  # when the cluster was last asked for room
         self._asked_autoscaler = False
 
-    def in_phase(self, phase: Phase) -> dict[int, Slot]:
-        """The slots in a phase, by number, in the order in which they came to it. Changes as they
-        do.
+    def start(self, deadline: float) -> None:
+        """Begins to start the workers, which have time until `deadline` (monotonic seconds).
+
+        Raises ClusterError where the cluster has no room for them.
         """
-        return self._phases[phase]
-
-    @property
-    def waiting(self) -> bool:
-        """Whether there is anybody to wait for."""
-        return bool(self._watched)
-
-    def watch(self, slot: Slot, phase: Phase, refs: list[Any], within_s: float) -> None:
-        """The slot's actor is to answer within so many seconds."""
-        self._move(slot, phase)
-        slot.refs = refs
-        self._watched[refs[0]] = slot
-        self._deadlines.set(slot.index, time.monotonic() + within_s)
-
-    def hasten(self, slot: Slot, within_s: float) -> None:
-        """The slot's actor has so many seconds left at most."""
-        end = time.monotonic() + within_s
-        if slot.index in self._deadlines and end < self._deadlines[slot.index]:
-            self._deadlines.set(slot.index, end)
-
-    def rest(self, slot: Slot, phase: Phase) -> None:
-        """Nothing is expected of the slot: it is idle, or absent."""
-        self._move(slot, phase)
-        slot.refs = []
-
-    def _move(self, slot: Slot, phase: Phase) -> None:
-        if slot.refs:
-            self._watched.pop(slot.refs[0], None)
-        self._deadlines.drop(slot.index)
-        del self._phases[slot.phase][slot.index]
-        self._phases[phase][slot.index] = slot
-        slot.phase = phase
-
-    def start(self) -> None:
-        """Begins to start the workers. Raises ClusterError where the cluster has no room for them."""
         options = self.options
-        if options.elastic and cluster.room(options) < options.workers:
+        if options.elastic and capacity.room(options) < options.workers:
             self._asked_autoscaler = True
-            cluster.ask_autoscaler(options, options.workers)
-        cluster.check_capacity(options, self._on_event)
+            capacity.ask_autoscaler(options, options.workers)
+        capacity.check_capacity(options, self._on_event)
         self._looked_at = time.monotonic()
-        for slot in self.slots[: cluster.room(options)] if options.elastic else self.slots:
+        for slot in self.slots[: capacity.room(options)] if options.elastic else self.slots:
             self._begin_start(slot)
+            self.hasten(slot, max(deadline - time.monotonic(), LEAST_START_S))
 
     def grow(self) -> None:
         """Starts workers that are absent, where the cluster has room for them by now."""
@@ -136,41 +108,19 @@ class Fleet:
         if not absent or time.monotonic() - self._looked_at < ROOM_EVERY_S:
             return
         self._looked_at = time.monotonic()
-        for slot in absent[: cluster.room(self.options)]:
+        for slot in absent[: capacity.room(self.options)]:
             self._on_event(f"the cluster has room for {slot} now; it is starting")
             self._begin_start(slot)
 
-    def heard(self, until: float | None = None) -> Iterator[tuple[Slot, bool]]:
-        """Every slot that has an answer by now (False); where there is none, waits for the first,
-        or gives the first slot whose time is over (True). Nothing at `until` (monotonic seconds).
-
-        Each is to be dealt with before the next is taken. Raises ClusterError where there is nobody
-        to wait for.
-        """
-        earliest = self._deadlines.least()
-        if earliest is None:
-            self._wait_for_room()
-            return
-        end = earliest[0] if until is None else min(until, earliest[0])
-        refs = list(self._watched)
-        ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, end - time.monotonic()))
-        if ready and len(refs) > 1:
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        for ref in ready:
-            if (slot := self._watched.get(ref)) is not None:
-                yield slot, False
-        if not ready and end == earliest[0]:
-            yield self.slots[earliest[1]], True
-
-    def _wait_for_room(self) -> None:
+    def wait_for_room(self) -> None:
         if not self.options.elastic:
-            raise ClusterError("no worker is left; see the events above for how they were lost")
+            raise ClusterLost("no worker is left; see the events above for how they were lost")
         deadline = time.monotonic() + self.options.start_timeout_s
         self._on_event("no worker has room in the cluster; waiting for some")
         while not self.in_phase(Phase.STARTING):
             if time.monotonic() > deadline:
-                cluster.check_capacity(self.options)  # says what is wanted and what there is
-                raise ClusterError(
+                capacity.check_capacity(self.options)  # says what is wanted and what there is
+                raise ClusterLost(
                     f"no worker could be placed within start_timeout_s = {self.options.start_timeout_s:g} s"
                 )
             time.sleep(ROOM_EVERY_S)
@@ -185,15 +135,8 @@ class Fleet:
         if slot.phase is Phase.STARTING:
             try:
                 slot.process = self.get(slot, overdue)
-            except WorkerUnplaced as loss:
-                self._place_again(slot, loss)
-                return
             except WorkerLost as loss:
-                slot.failed_starts += 1
-                if overdue or slot.failed_starts == MAX_STRIKES:
-                    self._give_up(slot, loss)
-                else:
-                    self.replace(slot, loss, "while it started")
+                self._start_failed(slot, loss, overdue)
                 return
             slot.failed_starts = 0
         else:
@@ -209,6 +152,20 @@ class Fleet:
                 pass
         slot.unreached = 0
         self.rest(slot, Phase.IDLE)
+
+    def _start_failed(self, slot: Slot, loss: WorkerLost, overdue: bool) -> None:
+        if isinstance(loss, WorkerUnplaced):
+            self._place_again(slot, loss)
+            return
+        loss = self.judged(slot, loss)
+        slot.failed_starts += isinstance(loss, WorkerCrashed)
+        # Of the first try: all tries together have start_timeout_s.
+        left_s = self._deadlines[slot.index] - time.monotonic()
+        if overdue or left_s < 0 or slot.failed_starts == MAX_STRIKES:
+            self._give_up(slot, loss)
+        else:
+            self.replace(slot, loss, "while it started")
+            self.hasten(slot, left_s)
 
     def get(self, slot: Slot, overdue: bool) -> Any:
         """What the slot's actor answered.
@@ -231,36 +188,44 @@ class Fleet:
             raise
         except GetTimeoutError as error:
             raise WorkerHung("has an answer that does not arrive") from error
-        except ActorUnavailableError as error:
-            raise WorkerUnavailable(f"could not be reached ({last_line(error)})") from error
         except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-            # Ray has no class of its own for this; should the words change, it counts as a failed
-            # start.
-            lost = (
-                WorkerUnplaced
-                if slot.phase is Phase.STARTING and "never ran" in str(error)
-                else WorkerLost
-            )
-            raise lost(f"died ({last_line(error)})") from error
+            raise loss_of(error, slot.phase is Phase.STARTING) from error
         except RayError as error:
             raise ClusterError(f"Ray itself failed: {error}") from error
+
+    def judged(self, slot: Slot, loss: WorkerLost, far: bool = False) -> WorkerLost:
+        """The loss, or WorkerCrashed where the worker's log has a crash of its own. `far`: another
+        node is asked too, which may take seconds.
+        """
+        found = PID.search(str(loss.__cause__))
+        if type(loss) is not WorkerLost or found is None:
+            return loss
+        own = ray.get_runtime_context().get_node_id()
+        node = slot.process.node_id if slot.process is not None else own
+        how = crash_on(node, int(found[1])) if far or node == own else None
+        return loss if how is None else WorkerCrashed(f"crashed ({how})")
+
+    def progress(self) -> None:
+        """A round was finished: what was lost before it counts no more."""
+        self._lost_since = 0
 
     def replace(self, slot: Slot, loss: WorkerLost, when: str) -> None:
         """Kills what is left of the slot's worker and starts another; where there is no room for
         one now, as soon as there is.
 
-        Raises ClusterError after `max_replacements`.
+        Raises ClusterLost after `max_replacements` without a finished round.
         """
         what = f"{slot} {loss} {when}"
         node_id = slot.process.node_id if slot.process is not None else None
         self._kill(slot, isinstance(loss, WorkerHung))
         self.replacements += 1
-        if self.replacements > self.options.max_replacements:
-            raise ClusterError(
-                f"{self.replacements} workers were lost, max_replacements is {self.options.max_replacements}; the last: "
+        self._lost_since += 1
+        if self._lost_since > self.options.max_replacements:
+            raise ClusterLost(
+                f"{self._lost_since} workers were lost in the same round, max_replacements is {self.options.max_replacements}; the last: "
                 f"{what}. Look for what kills them (memory, a failing node) and resume from the last checkpoint"
             )
-        if self.options.elastic and cluster.room(self.options) < 1:
+        if self.options.elastic and capacity.room(self.options) < 1:
             self._on_event(f"{what}; a replacement starts when the cluster has room for it")
         else:
             self._on_event(f"{what}; a replacement is starting")
@@ -322,7 +287,7 @@ class Fleet:
                 slot.next_refs, slot.process = [], None
                 ray.kill(slot.actor, no_restart=True)
         if self._asked_autoscaler:
-            cluster.ask_autoscaler(self.options, 0)
+            capacity.ask_autoscaler(self.options, 0)
         own_node = ray.get_runtime_context().get_node_id()
         here = [process for process in processes if process.node_id == own_node]
         deadline = time.monotonic() + 2.0  # a sound worker is gone within 0.1 s of ray.kill
@@ -347,7 +312,7 @@ class Fleet:
     def _begin_start(self, slot: Slot) -> None:
         options = self.options
         made = actor_class(
-            options.cpus_per_worker, options.gpus_per_worker, cluster.scheduling_strategy()
+            options.cpus_per_worker, options.gpus_per_worker, capacity.scheduling_strategy()
         )
         slot.actor, slot.process = made.remote(), None
         slot.unreached = 0
@@ -362,7 +327,7 @@ class Fleet:
             return
         self._kill(slot, hung=False)
         time.sleep(UNPLACED_PAUSE_S)
-        if self.options.elastic and cluster.room(self.options) < 1:
+        if self.options.elastic and capacity.room(self.options) < 1:
             return
         self._begin_start(slot)
         self.hasten(slot, left_s)
@@ -371,7 +336,8 @@ class Fleet:
         self._kill(slot, isinstance(loss, WorkerHung))
         slot.failed_starts, slot.absent_until = 0, time.monotonic() + GIVEN_UP_S
         if len(self.in_phase(Phase.ABSENT)) == len(self.slots):
-            raise ClusterError(
+            error = ClusterError if isinstance(loss, WorkerCrashed) else ClusterLost
+            raise error(
                 f"no worker could be started; the last one {loss}. Free are {ray.available_resources().get('CPU', 0):g} "
                 f"CPU, a worker takes {self.options.cpus_per_worker:g}; start_timeout_s is "
                 f"{self.options.start_timeout_s:g}. {LOGS}"

@@ -16,18 +16,20 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.fleet import Fleet
-from bomemeta.distributed.plan import Plan
-from bomemeta.distributed.ready import Load, ReadyCalls
-from bomemeta.distributed.scheduler import Key, Scheduler
-from bomemeta.distributed.slots import (
+from bomemeta.distributed.losses import (
+    MAX_KILLS,
     MAX_STRIKES,
-    Phase,
-    Slot,
+    WorkerCrashed,
+    WorkerHung,
     WorkerLost,
     WorkerUnavailable,
     poison,
     state_lost,
 )
+from bomemeta.distributed.plan import Plan
+from bomemeta.distributed.ready import Load, ReadyCalls
+from bomemeta.distributed.scheduler import Key, Scheduler
+from bomemeta.distributed.slots import Phase, Slot
 from bomemeta.distributed.soonest import Soonest
 from bomemeta.distributed.summation import TreeSum
 from bomemeta.distributed.transport import ShardCall, ShardReply
@@ -68,7 +70,8 @@ class RayRound:
         self.plan = Plan(len(calls), merged=self._form == "apart")
         self.reduce_s, self.driver_bytes = 0.0, 0
         self._sum = TreeSum(len(calls))
-        self._strikes: Counter[int] = Counter()
+        self._strikes: Counter[int] = Counter()  # losses by the job's own fault, by job
+        self._kills: Counter[int] = Counter()  # others
         self._made_by: dict[int, int] = {}  # whose node a share is on, by job
         self._used: set[int] = set()
         self._keys = [Key(call.kind, len(calls), job) for job, call in enumerate(calls)]
@@ -282,11 +285,12 @@ class RayRound:
         self._let_go(slot)
         slot.job = -1
         if not isinstance(loss, WorkerUnavailable):
-            self._strikes[job] += 1
+            loss = self._blamed(slot, job, loss)
             self._scheduler.forget(slot.index)
-            if self._strikes[job] == MAX_STRIKES:
+            own, kills = self._strikes[job], self._kills[job]
+            if own >= MAX_STRIKES or kills == MAX_KILLS:
                 self._fleet.replace(slot, loss, f"in {what}")
-                raise ClusterError(poison(what, loss, self._options)) from None
+                raise ClusterError(poison(what, max(own, kills), loss, self._options)) from None
         if following >= 0:
             self.plan.again(following)
         if job not in self._at:
@@ -295,6 +299,19 @@ class RayRound:
             self._fleet.await_return(slot, loss, again)
         else:
             self._fleet.replace(slot, loss, again)
+
+    def _blamed(self, slot: Slot, job: int, loss: WorkerLost) -> WorkerLost:
+        """Counts the loss: a crash or a hang against the job, a kill from outside apart, since it is
+        no fault of what was computed. Other nodes are asked which of the two it was for every third
+        of a job's losses.
+        """
+        self._kills[job] += 1
+        far = self._kills[job] % MAX_STRIKES == 0
+        loss = self._fleet.judged(slot, loss, far)
+        if isinstance(loss, WorkerCrashed | WorkerHung):
+            self._kills[job] -= 1
+            self._strikes[job] += MAX_STRIKES if far else 1
+        return loss
 
     def _give_back(self, number: int) -> None:
         if not self._ready:

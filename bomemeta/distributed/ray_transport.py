@@ -25,9 +25,10 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 from bomemeta.distributed import cluster
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.fleet import EventSink, Fleet
+from bomemeta.distributed.losses import state_lost
 from bomemeta.distributed.ray_round import RayRound
 from bomemeta.distributed.scheduler import Scheduler
-from bomemeta.distributed.slots import Phase, state_lost
+from bomemeta.distributed.slots import Phase
 from bomemeta.distributed.transport import Handle, Round, ShardCall, WorkerFactory, nothing
 from bomemeta.errors import ClusterError, LowerStateLost
 
@@ -37,7 +38,8 @@ class RayTransport:
     constructor returns at once; the first `run` waits for a worker.
 
     Raises, in `run`, `fetch` or `wait_ready`:
-        ClusterError: no room for the workers, no worker starts, or more were lost than can be replaced.
+        ClusterError: no room for the workers, or a shard crashes every worker that tries it.
+        ClusterLost: no cluster, no worker starts, or more were lost than can be replaced.
         LowerStateLost: a handle's array was on a node that is gone.
     """
 
@@ -46,6 +48,8 @@ class RayTransport:
     ) -> None:
         self._options = options
         self._on_event = on_event
+        # One deadline over the cluster's start and the workers'.
+        self._start_by = time.monotonic() + options.start_timeout_s
         self._fleet = Fleet(factory, options, on_event)
         self._scheduler = Scheduler()
         self._collective: Any = None
@@ -63,7 +67,7 @@ class RayTransport:
         else:
             self._joined.enter_context(cluster.joined(options))
             try:
-                self._fleet.start()
+                self._fleet.start(self._start_by)
             except BaseException:
                 self._joined.close()
                 raise
@@ -126,6 +130,7 @@ class RayTransport:
             for slot in list(self._fleet.in_phase(Phase.BUSY).values()):
                 self._fleet.drain(slot)
             raise
+        self._fleet.progress()
         replies = [running.plan.answers[number] for number in range(len(calls))]
         compute_s = time.monotonic() - sent - running.reduce_s
         summed = total if any(call.summed for call in calls) else None
@@ -144,7 +149,9 @@ class RayTransport:
             )
 
             self._collective = Collective(self._fleet)
-        return self._collective.run(broadcast, request, shards)
+        answer = self._collective.run(broadcast, request, shards)
+        self._fleet.progress()
+        return answer
 
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:
         """See Transport.fetch; waits `step_timeout_s` at most."""
@@ -173,8 +180,8 @@ class RayTransport:
 
     def _keep_local(self) -> None:
         try:
-            with cluster.local(self._options, self._on_event):
-                self._fleet.start()
+            with cluster.local(self._options, self._on_event, self._start_by):
+                self._fleet.start(self._start_by)
                 self._opened.set()
                 self._closing.wait()
                 self._fleet.end()

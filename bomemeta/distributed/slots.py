@@ -1,5 +1,4 @@
-"""A worker's slot on the driver: the phases it goes through, the ways in which its worker is lost,
-and how they are told.
+"""A worker's slot on the driver, and the phases it goes through.
 
 The driver keeps one `Slot` per worker, in one of five phases:
 
@@ -8,23 +7,22 @@ The driver keeps one `Slot` per worker, in one of five phases:
         |                +--ping--> DRAINING |     DRAINING: still at a call whose answer nobody wants
         |                                    |
         +--died or overdue, in any phase: the actor is killed and the slot is STARTING with a new one
-        +--no room, did not start MAX_STRIKES times, or not in time: ABSENT, the others do the work until it is tried again
+        +--no room, crashed MAX_STRIKES times at its start, or not there in time: ABSENT, the others do the work until it
+           is tried again
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from ray.exceptions import ObjectLostError
+import ray
 
 from bomemeta.distributed.actor import Process
-from bomemeta.distributed.cluster import RayOptions
-
-# A shard that took this many workers down in a row, or a worker that died this often while it
-# started, is to blame itself.
-MAX_STRIKES = 3
+from bomemeta.distributed.soonest import Soonest
 
 
 class Phase(Enum):
@@ -60,41 +58,77 @@ class Slot:
         return f"worker {self.index}" + (f" (pid {self.process.pid})" if self.process else "")
 
 
-class WorkerLost(Exception):
-    """A worker's death, in words that follow the worker's name; never leaves the transport."""
-
-
-class WorkerUnavailable(WorkerLost):
-    """It could not be reached: its process may be well, and so may what it computes. No death."""
-
-
-class WorkerUnplaced(WorkerLost):
-    """Its actor was given up by Ray before it ran, as when it was placed on a node that had just
-    gone.
+class Slots:
+    """All slots. What is looked up for every answer is kept, so that no answer costs a walk over
+    them.
     """
 
+    def __init__(self, count: int) -> None:
+        self.slots = [Slot(index) for index in range(count)]
+        self._phases: dict[Phase, dict[int, Slot]] = {phase: {} for phase in Phase}
+        self._phases[Phase.ABSENT] = {slot.index: slot for slot in self.slots}
+        self._watched: dict[Any, Slot] = {}  # by the first of the references
+        self._deadlines: Soonest[int] = Soonest()  # by slot, monotonic seconds
 
-class WorkerHung(WorkerLost):
-    """Its process may still be there and must be killed."""
+    def in_phase(self, phase: Phase) -> dict[int, Slot]:
+        """The slots in a phase, by number, in the order in which they came to it. Changes as they
+        do.
+        """
+        return self._phases[phase]
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anybody to wait for."""
+        return bool(self._watched)
 
-LOGS = "Ray's logs of it are in logs/worker-* of its session directory (/tmp/ray/session_latest unless set otherwise)"
+    def watch(self, slot: Slot, phase: Phase, refs: list[Any], within_s: float) -> None:
+        """The slot's actor is to answer within so many seconds."""
+        self._move(slot, phase)
+        slot.refs = refs
+        self._watched[refs[0]] = slot
+        self._deadlines.set(slot.index, time.monotonic() + within_s)
 
+    def hasten(self, slot: Slot, within_s: float) -> None:
+        """The slot's actor has so many seconds left at most."""
+        end = time.monotonic() + within_s
+        if slot.index in self._deadlines and end < self._deadlines[slot.index]:
+            self._deadlines.set(slot.index, end)
 
-def poison(what: str, loss: WorkerLost, options: RayOptions) -> str:
-    return (
-        f"{what} took {MAX_STRIKES} workers down in a row; the last one {loss}. If memory ran out: use more shards, "
-        "so that each is smaller, or fewer workers. If it was a time-out: raise step_timeout_s "
-        f"(now {options.step_timeout_s:g}). If it crashed (segmentation fault): workers=0 runs it here, where a debugger "
-        f"can see it. {LOGS}"
-    )
+    def rest(self, slot: Slot, phase: Phase) -> None:
+        """Nothing is expected of the slot: it is idle, or absent."""
+        self._move(slot, phase)
+        slot.refs = []
 
+    def _move(self, slot: Slot, phase: Phase) -> None:
+        if slot.refs:
+            self._watched.pop(slot.refs[0], None)
+        self._deadlines.drop(slot.index)
+        del self._phases[slot.phase][slot.index]
+        self._phases[phase][slot.index] = slot
+        slot.phase = phase
 
-def state_lost(error: ObjectLostError) -> str:
-    return f"lower state was lost with its node ({error.object_ref_hex}); go on from the last checkpoint"
+    def heard(self, until: float | None = None) -> Iterator[tuple[Slot, bool]]:
+        """Every slot that has an answer by now (False); where there is none, waits for the first,
+        or gives the first slot whose time is over (True). Nothing at `until` (monotonic seconds).
 
+        Each is to be dealt with before the next is taken. Raises ClusterError where there is nobody
+        to wait for.
+        """
+        earliest = self._deadlines.least()
+        if earliest is None:
+            self.wait_for_room()
+            return
+        end = earliest[0] if until is None else min(until, earliest[0])
+        refs = list(self._watched)
+        ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, end - time.monotonic()))
+        if ready and len(refs) > 1:
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        for ref in ready:
+            if (slot := self._watched.get(ref)) is not None:
+                yield slot, False
+        if not ready and end == earliest[0]:
+            yield self.slots[earliest[1]], True
 
-def last_line(error: BaseException) -> str:
-    # Ray's messages are a screen long: the reason is in the last line, before advice of every kind.
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].split(" Some common causes")[0].rstrip(".")[:300]
+    def wait_for_room(self) -> None:
+        """Called where there is nobody to wait for."""
+        raise NotImplementedError

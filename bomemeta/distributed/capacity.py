@@ -1,0 +1,121 @@
+"""Whether the cluster has room for workers, and where they are placed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import ray
+
+from bomemeta.distributed.cluster import RayOptions
+from bomemeta.errors import ClusterError
+
+# Ray counts the resources of actors that were just killed as taken for a moment (measured: below 1
+# s).
+CAPACITY_PATIENCE_S = 10.0
+
+
+class _Capacity(NamedTuple):
+    at_all: int  # workers that fit on the nodes that there are
+    now: int  # that fit beside what runs there
+    where: str
+
+
+def room(options: RayOptions) -> int:
+    """How many workers of this kind could be started now, beside those that run."""
+    return _capacity(options).now
+
+
+def check_capacity(options: RayOptions, say: Callable[[str], None] = lambda line: None) -> None:
+    """Raises ClusterError where the cluster has no room for the workers; Ray itself would wait for
+    ever.
+
+    Where their number follows the cluster, room for the least number is waited for, as nodes may
+    still come.
+    """
+    workers = options.workers if options.min_workers is None else options.min_workers
+    patience = options.start_timeout_s if options.elastic else CAPACITY_PATIENCE_S
+    deadline = time.monotonic() + patience
+    told = False
+    while (capacity := _capacity(options)).now < workers:
+        if (capacity.at_all < workers and not options.elastic) or time.monotonic() > deadline:
+            raise ClusterError(
+                f"{workers} workers of {options.cpus_per_worker:g} CPU and {options.gpus_per_worker:g} GPU each do not fit: "
+                f"{capacity.where}, room for {capacity.now} workers. Use fewer workers=, a smaller cpus_per_worker= or "
+                "gpus_per_worker=, or end what else runs there"
+            )
+        if not told and options.elastic:
+            say(f"waiting for room for {workers} workers: {capacity.where}")
+            told = True
+        time.sleep(0.2)
+
+
+def _capacity(options: RayOptions) -> _Capacity:
+    bundles = _placement_bundles()
+    if bundles is None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        where, free = f"the cluster ({len(nodes)} nodes)", ray.available_resources()
+    else:
+        nodes = bundles
+        where, free = (
+            "the placement group of this trial",
+            {name: _sum(bundles, name) for name in ("CPU", "GPU")},
+        )
+    at_all = sum(_room(node, options) for node in nodes)
+    where = (
+        f"{where} has {_sum(nodes, 'CPU'):g} CPU and {_sum(nodes, 'GPU'):g} GPU, free are {free.get('CPU', 0.0):g} CPU and "
+        f"{free.get('GPU', 0.0):g} GPU"
+    )
+    return _Capacity(at_all, min(at_all, _room(free, options)), where)
+
+
+def ask_autoscaler(options: RayOptions, workers: int) -> None:
+    """Tells the cluster's autoscaler, where there is one, that so many workers are wanted; 0 takes
+    the request back.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
+    bundle = {name: math.ceil(amount) for name, amount in wanted.items() if amount > 0}
+    request_resources(bundles=[bundle] * workers if bundle else [])
+
+
+def _room(resources: Mapping[str, float], options: RayOptions) -> int:
+    """How many workers fit; `options.workers` where they ask for nothing."""
+    wanted = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
+    # 1e-9: three workers of 0.1 fit in 0.3, which is a little less in floating point.
+    fits = [
+        int(resources.get(name, 0.0) / amount + 1e-9)
+        for name, amount in wanted.items()
+        if amount > 0
+    ]
+    return min(fits, default=options.workers)
+
+
+def _sum(resources: Sequence[Mapping[str, float]], name: str) -> float:
+    return sum(one.get(name, 0.0) for one in resources)
+
+
+def scheduling_strategy() -> str | None:
+    """SPREAD puts workers on different nodes; in a placement group (Ray Tune) the group has decided
+    already.
+
+    Only None stays in the group: with "DEFAULT" Ray places an actor outside of it, where a trial's
+    workers wait for ever.
+    """
+    return "SPREAD" if _placement_bundles() is None else None
+
+
+def _placement_bundles() -> list[dict[str, float]] | None:
+    """What is left of the placement group that our actors will be placed in, or None outside of
+    one.
+    """
+    group = ray.util.get_current_placement_group()
+    if group is None or not ray.get_runtime_context().should_capture_child_tasks_in_placement_group:
+        return None
+    first, *rest = group.bundle_specs
+    # The first bundle is where this driver runs.
+    own = ray.get_runtime_context().get_assigned_resources()
+    return [{name: amount - own.get(name, 0.0) for name, amount in first.items()}, *rest]
