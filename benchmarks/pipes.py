@@ -90,6 +90,9 @@ class PipeTransport:
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:
         return list(handles)
 
+    def guard(self, save: Callable[[], None]) -> None:
+        pass
+
     def close(self) -> None:
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             pipe.send_bytes(b"")

@@ -194,7 +194,9 @@ class StubbedRay:
     def instead(self) -> Iterator[None]:
         """bomemeta.distributed takes this for Ray and its clock."""
         with mock.patch.dict("os.environ", {"RAY_ADDRESS": "stubbed"}):
-            patches = []
+            transport = importlib.import_module("bomemeta.distributed.ray_transport").RayTransport
+            # There is no head to watch.
+            patches = [mock.patch.object(transport, "_watch_head", lambda self: None)]
             for name in PATCHED:
                 try:
                     module = importlib.import_module(f"bomemeta.distributed.{name}")

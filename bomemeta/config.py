@@ -93,6 +93,7 @@ class Settings(_Record):
     cpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 0.0
     address: Annotated[str | None, _ASIDE] = None
+    address_wait_s: Annotated[float, Field(ge=0), _ASIDE] = 600.0  # with --restarts
     reduce: Annotated[Literal["driver", "tree", "collective"], _ASIDE] = "driver"
     backup_after: Annotated[Annotated[float, Field(gt=1)] | None, _ASIDE] = None
     load_ahead: Annotated[bool | Literal["auto"], _ASIDE] = "auto"

@@ -30,6 +30,10 @@ class ClusterLost(ClusterError):
     """What the run ran on is gone, or did not come up: the same command is worth another try."""
 
 
+class HeadLost(ClusterLost):
+    """The head of the Ray cluster is gone, and with it all that Ray could still do here."""
+
+
 class LowerStateLost(BomemetaError):
     """Lower state that lived on a node which is gone. The remedy is the last checkpoint, not
     another try.

@@ -230,6 +230,7 @@ class _Session:
                 self._save_kept(job, kept)
 
             with stop_on_signal(self._listener.note, save_kept) as stop:
+                transport.guard(lambda: stop.save_now(self.note, save_kept))
                 try:
                     engine.fit(
                         job,

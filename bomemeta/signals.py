@@ -31,6 +31,25 @@ class Stop(Generic[S]):
         """Takes a state that nobody changes any more."""
         self.kept = state
 
+    def save_now(
+        self,
+        say: Callable[[str], None],
+        save: Callable[[S], None],
+        why: str = "",
+        then: str = "",
+    ) -> None:
+        """Saves what is kept, from whatever thread, and says so or why not."""
+        if self.kept is None:  # no step has begun: the state is as it was loaded
+            return
+        try:
+            save(self.kept)
+        except (
+            Exception
+        ) as error:  # whatever it is, the loop saves at the end of its step, if it gets there
+            say(f"{why}the state before this step could not be saved: {error}")
+        else:
+            say(f"{why}the state before this step is saved{then}")
+
 
 @contextmanager
 def stop_on_signal(say: Callable[[str], None], save: Callable[[S], None]) -> Iterator[Stop[S]]:
@@ -62,7 +81,7 @@ def stop_on_signal(say: Callable[[str], None], save: Callable[[S], None]) -> Ite
             if number == signal.SIGTERM and not saved:
                 stop.signal = stop.signal or number
                 stop.asked.set()
-                _save(stop.kept, say, save)
+                stop.save_now(say, save, "SIGTERM: ", "; stopping after this step")
                 saved = True
 
     reader, writer = os.pipe()
@@ -82,16 +101,3 @@ def stop_on_signal(say: Callable[[str], None], save: Callable[[S], None]) -> Ite
         watcher.join()
         os.close(reader)
         os.close(writer)
-
-
-def _save(kept: S | None, say: Callable[[str], None], save: Callable[[S], None]) -> None:
-    if kept is None:  # no step has begun: the state is as it was loaded
-        return
-    try:
-        save(kept)
-    except (
-        Exception
-    ) as error:  # whatever it is, the loop saves at the end of its step, if it gets there
-        say(f"SIGTERM: the state before this step could not be saved: {error}")
-    else:
-        say("SIGTERM: the state before this step is saved; stopping after this step")

@@ -38,6 +38,7 @@ LARGEST_UPLOAD = 100 * 1024**2
 BIGGEST_SHOWN = 5
 # Of a driver that is killed, in a row without a new checkpoint in between.
 RESTARTS = 3
+TRY_AGAIN = 75  # as `bomemeta train` ends where the same command is worth another try
 # Between two looks at a job whose log has ended: the cluster needs a moment to note its end.
 PAUSE_S = 0.5
 
@@ -132,7 +133,7 @@ def prepare(
 
 def submit(submission: Submission, address: str, *, wait: bool, say: Say, show: Say) -> int:
     """Sends the job; with `wait` shows its log until it ends, and returns 0 where it was done, 1
-    where it failed, 130 where it was stopped.
+    where it failed, 75 where it is worth another try, 130 where it was stopped.
 
     Ctrl-C while waiting leaves the job alone. Raises ClusterError where there is no cluster at the
     address, or it refuses us.
@@ -172,7 +173,7 @@ def _submit(submission: Submission, address: str, wait: bool, say: Say, show: Sa
     say(
         f"failed: {job}: {str(info.message).strip().splitlines()[-1] if info.message else 'no reason was given'}"
     )
-    return 1
+    return TRY_AGAIN if info.driver_exit_code == TRY_AGAIN else 1
 
 
 @contextmanager

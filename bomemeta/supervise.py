@@ -1,5 +1,5 @@
 """`bomemeta train --auto-resume --restarts N`: the run as a child process, which is started again
-where a signal killed it.
+where a signal killed it, or where it lost its cluster.
 
 What kills a driver without a word (the system short of memory, a crash in a library, kill -9)
 cannot be handled by the driver. So this small process, which imports neither torch nor Ray, waits
@@ -12,13 +12,15 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bomemeta.document import apply_overrides, find_config, read_document
 from bomemeta.storage import is_uri
@@ -26,6 +28,9 @@ from bomemeta.storage import is_uri
 # Before a restart; doubled while no new checkpoint appears, up to the longest.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 INTERRUPTED = 130  # as the run itself ends when it is stopped
+TRY_AGAIN = 75  # as it ends where the same command is worth another try
+# Between two looks whether there is a cluster again; doubled up to the longest.
+FIRST_LOOK_S, LONGEST_LOOK_S, CONNECT_S = 1.0, 30.0, 5.0
 STOPS = {signal.SIGINT, signal.SIGTERM}
 # Who dies of these was asked to end by somebody: no accident, nothing to restart.
 ASKED = {signal.SIGHUP, signal.SIGQUIT, *STOPS}
@@ -33,6 +38,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SI_KERNEL = 0x80  # asm-generic/siginfo.h: not sent by a process; here, typed at the terminal
 LISTING = "import sys; from bomemeta.storage import Mirror; print(*Mirror(sys.argv[1]).names(), sep='\\n')"
 LISTING_S = 60.0
+
+# The key's default, which stands in config.py: it is not imported here, a test compares the two.
+ADDRESS_WAIT_S = 600.0
 
 Say = Callable[[str], None]
 
@@ -53,12 +61,38 @@ def place_of(config: str, overrides: Sequence[str]) -> str | None:
     return None if location is None else str(location)
 
 
-def supervise(command: Sequence[str], location: str | None, restarts: int, say: Say) -> int:
+class Cluster(NamedTuple):
+    """Where the run joins a cluster, and how long one is waited for that was lost."""
+
+    host: str
+    port: int
+    wait_s: float
+
+
+def cluster_of(config: str, overrides: Sequence[str]) -> Cluster | None:
+    """Of the config and RAY_ADDRESS; None where the run starts a cluster of its own."""
+    data = apply_overrides(read_document(find_config(config)), overrides).data
+    address = data.get("address") or os.environ.get("RAY_ADDRESS") or ""
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdigit() or not data.get("workers"):
+        return None
+    wait_s = data.get("address_wait_s", ADDRESS_WAIT_S)
+    return Cluster(host.strip("[]"), int(port), float(wait_s))
+
+
+def supervise(
+    command: Sequence[str],
+    location: str | None,
+    restarts: int,
+    say: Say,
+    cluster: Cluster | None = None,
+) -> int:
     """Runs the command to its end and returns its exit code, 128 + N where signal N ended it, as
     shells do.
 
     Where a signal killed it that nobody sent to stop it, it is started again; not more than
-    `restarts` times in a row without a new checkpoint in `location`. SIGTERM and SIGINT are passed
+    `restarts` times in a row without a new checkpoint in `location`. A run that ends with TRY_AGAIN,
+    as where its cluster is lost, counts as killed, and the cluster is waited for. SIGTERM and SIGINT are passed
     on, and the command's own end is waited for. It does not outlive this process.
     """
     seen: frozenset[str] | None = None
@@ -66,10 +100,14 @@ def supervise(command: Sequence[str], location: str | None, restarts: int, say: 
     with _held_back() as mask:
         while True:
             code, stopped = _run(command, mask)
-            if code >= 0:
+            if code >= 0 and (code != TRY_AGAIN or stopped):
                 return code
             killer = _name(-code)
-            if stopped or -code in ASKED:
+            how = (
+                "ended for want of its cluster or store" if code > 0 else f"was killed by {killer}"
+            )
+            end = code if code > 0 else 128 - code
+            if code < 0 and (stopped or -code in ASKED):
                 say(f"interrupted: the run was ended by {killer}; go on with the same command")
                 return 128 - code
             there = _checkpoints(location)
@@ -77,18 +115,41 @@ def supervise(command: Sequence[str], location: str | None, restarts: int, say: 
             seen = there
             if alike > restarts:
                 say(
-                    f"failed: the run was killed by {killer}, {alike} times in a row without a new checkpoint{_hint(-code)}; "
+                    f"failed: the run {how}, {alike} times in a row without a new checkpoint{_hint(-code)}; "
                     "the same command goes on from its last checkpoint"
                 )
-                return 128 - code
+                return end
             pause_s = min(FIRST_PAUSE_S * 2 ** (alike - 1), LONGEST_PAUSE_S)
-            how = "begins again" if there == frozenset() else "goes on from its last checkpoint"
-            say(
-                f"note: the run was killed by {killer}; restart {alike} of {restarts}, in {pause_s:g} s, {how}"
-            )
-            if signal.sigtimedwait(STOPS, pause_s) is not None:
+            then = "begins again" if there == frozenset() else "goes on from its last checkpoint"
+            say(f"note: the run {how}; restart {alike} of {restarts}, in {pause_s:g} s, {then}")
+            stop = signal.sigtimedwait(STOPS, pause_s) is not None
+            if stop or (code > 0 and cluster is not None and not _there_again(cluster, say)):
                 say("interrupted; go on with the same command")
                 return INTERRUPTED
+
+
+def _there_again(cluster: Cluster, say: Say) -> bool:
+    """Waits until the cluster takes connections, with growing pauses, and not longer than its
+    `wait_s`; False where this process is asked to stop before.
+    """
+    deadline, pause_s = time.monotonic() + cluster.wait_s, FIRST_LOOK_S
+    where = f"{cluster.host}:{cluster.port}"
+    while True:
+        try:
+            with socket.create_connection((cluster.host, cluster.port), CONNECT_S):
+                return True
+        except OSError:
+            left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            say(
+                f"note: there is no cluster at {where} within address_wait_s = {cluster.wait_s:g} s"
+            )
+            return True
+        if pause_s == FIRST_LOOK_S:
+            say(f"note: waiting for a cluster at {where}, for {cluster.wait_s:g} s at most")
+        if signal.sigtimedwait(STOPS, min(pause_s, left_s)) is not None:
+            return False
+        pause_s = min(2 * pause_s, LONGEST_LOOK_S)
 
 
 @contextmanager

@@ -31,13 +31,14 @@ class Head:
 
 
 @contextmanager
-def ray_head(authentication: str, cpus: int = 2) -> Iterator[Head]:
+def ray_head(authentication: str, cpus: int = 2, port: int | None = None) -> Iterator[Head]:
     """`authentication`: "token" or "disabled". Everything listens on the loopback address alone."""
     with ExitStack() as stack:
         # Not pytest's folder: a socket's path may have 107 characters.
         folder = Path(tempfile.mkdtemp(prefix="bmh", dir="/tmp"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        port, dashboard, *others = _free_ports(7)
+        free, dashboard, *others = _free_ports(7)
+        port = port or free
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_AUTH_MODE": authentication,

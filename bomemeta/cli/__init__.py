@@ -1,7 +1,8 @@
 """The command line. Whatever runs something comes from `bomemeta.api`; here are names, help,
 messages and exit codes.
 
-Exit codes: 0 done, 1 the run failed, 2 the config or the command is wrong, 130 interrupted.
+Exit codes: 0 done, 1 the run failed and will fail again, 2 the config or the command is wrong, 75 the
+same command is worth another try (what it ran on is gone), 130 interrupted.
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
 

@@ -5,7 +5,9 @@ codes.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from bomemeta.report import Listener
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command is worth another try
 
 app = typer.Typer(
     help="Bilevel meta-learning, distributed on Ray: the same bits for any number of workers.",
@@ -75,6 +78,7 @@ def run_and_show(start: Callable[[Listener], Result], again: str | None = None) 
             typer.echo(f"run folder: {listener.run_dir}", err=True)
         if isinstance(error, BomemetaError):
             _say_failed(error)
+            _leave_if_headless(error)
             raise typer.Exit(_code(error)) from error
         typer.echo(f"interrupted; {_how_to_go_on(listener.run_dir, again)}", err=True)
         raise typer.Exit(INTERRUPTED) from error
@@ -106,10 +110,22 @@ def _say_failed(error: Exception) -> None:
     typer.echo(f"failed{' (all of it above)' if others else ''}: {first}", err=True)
 
 
-def _code(error: Exception) -> int:
-    from bomemeta.errors import ConfigError
+def _leave_if_headless(error: Exception) -> None:
+    """Without a head Ray cannot take its leave: it would end this process with a code of its own."""
+    from bomemeta.errors import HeadLost
 
-    return 2 if isinstance(error, ConfigError) else 1
+    if isinstance(error, HeadLost):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(TRY_AGAIN)
+
+
+def _code(error: Exception) -> int:
+    from bomemeta.errors import ClusterLost, ConfigError, StorageError
+
+    if isinstance(error, ConfigError):
+        return 2
+    return TRY_AGAIN if isinstance(error, ClusterLost | StorageError) else 1
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def train(
         typer.Option(
             min=0,
             metavar="N",
-            help="Start again when killed, N times in a row without a new checkpoint. With --auto-resume.",
+            help="Start again when killed or without a cluster, N times in a row without a new checkpoint. With --auto-resume.",
         ),
     ] = 0,
 ) -> None:
@@ -56,7 +56,7 @@ def train(
 def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restarts: int) -> int:
     with reported():
         from bomemeta.errors import ConfigError
-        from bomemeta.supervise import place_of, same_command, supervise
+        from bomemeta.supervise import cluster_of, place_of, same_command, supervise
 
         if not auto_resume:
             raise ConfigError(
@@ -68,6 +68,7 @@ def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restar
             location,
             restarts,
             lambda text: typer.echo(text, err=True),
+            cluster_of(config, overrides),
         )
 
 
@@ -139,7 +140,8 @@ def submit(
     The job runs in a copy of the current folder (without .git, .venv, runs, data, and what
     .gitignore names), so the config and what it imports must be in it; output_dir must be an
     absolute path that the cluster's machines share, or a URI. The same submission again goes on
-    with the run. The exit code says how the job ended: 0, 1, or 130 if stopped.
+    with the run. The exit code says how the job ended: 0, 1, 75 where another try is worth it,
+    or 130 if stopped.
     """
     with reported():
         from bomemeta import submit as jobs

@@ -105,7 +105,7 @@ class Fleet(Slots):
             for slot in self.in_phase(Phase.ABSENT).values()
             if time.monotonic() >= slot.absent_until
         ]
-        if not absent or time.monotonic() - self._looked_at < ROOM_EVERY_S:
+        if not absent or self.silent() or time.monotonic() - self._looked_at < ROOM_EVERY_S:
             return
         self._looked_at = time.monotonic()
         for slot in absent[: capacity.room(self.options)]:
@@ -123,6 +123,7 @@ class Fleet(Slots):
                 raise ClusterLost(
                     f"no worker could be placed within start_timeout_s = {self.options.start_timeout_s:g} s"
                 )
+            self.check()
             time.sleep(ROOM_EVERY_S)
             for slot in self.slots:
                 slot.absent_until = 0.0
@@ -225,7 +226,7 @@ class Fleet(Slots):
                 f"{self._lost_since} workers were lost in the same round, max_replacements is {self.options.max_replacements}; the last: "
                 f"{what}. Look for what kills them (memory, a failing node) and resume from the last checkpoint"
             )
-        if self.options.elastic and capacity.room(self.options) < 1:
+        if self.options.elastic and (self.silent() or capacity.room(self.options) < 1):
             self._on_event(f"{what}; a replacement starts when the cluster has room for it")
         else:
             self._on_event(f"{what}; a replacement is starting")

@@ -182,6 +182,9 @@ class _Gathering:
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:
         return list(handles)
 
+    def guard(self, save: Callable[[], None]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

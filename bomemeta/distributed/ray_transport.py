@@ -25,12 +25,16 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 from bomemeta.distributed import cluster
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.fleet import EventSink, Fleet
+from bomemeta.distributed.head import HeadWatch
 from bomemeta.distributed.losses import state_lost
 from bomemeta.distributed.ray_round import RayRound
 from bomemeta.distributed.scheduler import Scheduler
 from bomemeta.distributed.slots import Phase
 from bomemeta.distributed.transport import Handle, Round, ShardCall, WorkerFactory, nothing
 from bomemeta.errors import ClusterError, LowerStateLost
+
+# How long a cluster of ours whose head is gone is waited for at the end.
+LEAVE_S = 5.0
 
 
 class RayTransport:
@@ -40,6 +44,7 @@ class RayTransport:
     Raises, in `run`, `fetch` or `wait_ready`:
         ClusterError: no room for the workers, or a shard crashes every worker that tries it.
         ClusterLost: no cluster, no worker starts, or more were lost than can be replaced.
+        HeadLost: the cluster's head is gone; the transport cannot be used again.
         LowerStateLost: a handle's array was on a node that is gone.
     """
 
@@ -53,6 +58,8 @@ class RayTransport:
         self._fleet = Fleet(factory, options, on_event)
         self._scheduler = Scheduler()
         self._collective: Any = None
+        self._head: HeadWatch | None = None
+        self._save: Callable[[], None] = nothing
         self._opened, self._closing = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
         self._joined = ExitStack()
@@ -71,6 +78,7 @@ class RayTransport:
             except BaseException:
                 self._joined.close()
                 raise
+            self._watch_head()
             self._opened.set()
 
     @property
@@ -173,18 +181,37 @@ class RayTransport:
             return
         self._closing.set()
         if self._keeper is not None:
-            self._keeper.join()
-        else:
-            self._fleet.end()
+            # Ray cannot take leave of a head that is gone.
+            self._keeper.join(LEAVE_S if self._head is not None and self._head.lost else None)
+        elif self._leave():
             self._joined.close()
+
+    def guard(self, save: Callable[[], None]) -> None:
+        """See Transport.guard: called where the cluster's head does not answer."""
+        self._save = save
+
+    def _watch_head(self) -> None:
+        address = ray.get_runtime_context().gcs_address
+        self._head = HeadWatch(address, self._on_event, lambda: self._save())
+        self._fleet.check, self._fleet.silent = self._head.check, self._head.silent
+
+    def _leave(self) -> bool:
+        """Ends our workers; False where the cluster cannot be spoken to."""
+        if self._head is not None:
+            self._head.end()
+            if self._head.lost:
+                return False
+        self._fleet.end()
+        return True
 
     def _keep_local(self) -> None:
         try:
             with cluster.local(self._options, self._on_event, self._start_by):
                 self._fleet.start(self._start_by)
+                self._watch_head()
                 self._opened.set()
                 self._closing.wait()
-                self._fleet.end()
+                self._leave()
         except BaseException as error:
             self._failure = error
         finally:

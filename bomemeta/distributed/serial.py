@@ -68,6 +68,9 @@ class SerialTransport:
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:
         return [_read_only(handle) for handle in handles]
 
+    def guard(self, save: Callable[[], None]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

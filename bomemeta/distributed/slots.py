@@ -14,7 +14,7 @@ The driver keeps one `Slot` per worker, in one of five phases:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -23,6 +23,10 @@ import ray
 
 from bomemeta.distributed.actor import Process
 from bomemeta.distributed.soonest import Soonest
+from bomemeta.distributed.transport import nothing
+
+# How often a wait is broken off to see whether the cluster is still there.
+CHECK_EVERY_S = 1.0
 
 
 class Phase(Enum):
@@ -67,6 +71,8 @@ class Slots:
         self.slots = [Slot(index) for index in range(count)]
         self._phases: dict[Phase, dict[int, Slot]] = {phase: {} for phase in Phase}
         self._phases[Phase.ABSENT] = {slot.index: slot for slot in self.slots}
+        self.check: Callable[[], None] = nothing
+        self.silent: Callable[[], bool] = bool  # whether the cluster's head cannot be asked now
         self._watched: dict[Any, Slot] = {}  # by the first of the references
         self._deadlines: Soonest[int] = Soonest()  # by slot, monotonic seconds
 
@@ -112,7 +118,7 @@ class Slots:
         or gives the first slot whose time is over (True). Nothing at `until` (monotonic seconds).
 
         Each is to be dealt with before the next is taken. Raises ClusterError where there is nobody
-        to wait for.
+        to wait for, or where `check` finds that waiting is in vain.
         """
         earliest = self._deadlines.least()
         if earliest is None:
@@ -120,7 +126,13 @@ class Slots:
             return
         end = earliest[0] if until is None else min(until, earliest[0])
         refs = list(self._watched)
-        ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, end - time.monotonic()))
+        ready: list[Any] = []
+        while not ready:
+            self.check()
+            left_s = end - time.monotonic()
+            ready, _ = ray.wait(refs, num_returns=1, timeout=min(max(0.0, left_s), CHECK_EVERY_S))
+            if left_s <= CHECK_EVERY_S:
+                break
         if ready and len(refs) > 1:
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         for ref in ready:

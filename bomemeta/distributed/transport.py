@@ -113,8 +113,8 @@ class Transport(Protocol):
         died or hangs is replaced and its unfinished call is run again elsewhere: the caller notices
         nothing but time.
 
-        Raises LowerStateLost where a handle among the states is gone with its node, and
-        ClusterError where the workers cannot be had or a shard kills every worker that tries it.
+        Raises LowerStateLost where a handle among the states is gone with its node, HeadLost where
+        the cluster's head is, and ClusterError where the workers cannot be had or a shard kills every worker that tries it.
         After an exception the transport can be used again.
         """
         ...
@@ -130,6 +130,12 @@ class Transport(Protocol):
         copies are the caller's.
 
         Raises LowerStateLost.
+        """
+        ...
+
+    def guard(self, save: Callable[[], None]) -> None:
+        """`save` is called, from a thread of its own and perhaps while a round is on its way, where
+        what the transport runs on seems to be going.
         """
         ...
 
