@@ -196,7 +196,7 @@ class StubbedRay:
         with mock.patch.dict("os.environ", {"RAY_ADDRESS": "stubbed"}):
             transport = importlib.import_module("bomemeta.distributed.ray_transport").RayTransport
             # There is no head to watch.
-            patches = [mock.patch.object(transport, "_watch_head", lambda self: None)]
+            patches = [mock.patch.object(transport, "_watch_head")]
             for name in PATCHED:
                 try:
                     module = importlib.import_module(f"bomemeta.distributed.{name}")
