@@ -106,6 +106,7 @@ def open_transport(
         step_timeout_s=config.step_timeout_s,
         start_timeout_s=config.start_timeout_s,
         max_replacements=config.max_replacements,
+        wait_for_room_s=config.wait_for_room_s,
         reduce=config.reduce,
         backup_after=config.backup_after,
     )

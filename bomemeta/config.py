@@ -100,6 +100,7 @@ class Settings(_Record):
     step_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
     start_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
     max_replacements: Annotated[_NotNegative, _ASIDE] = 100
+    wait_for_room_s: Annotated[float, Field(ge=0), _ASIDE] = 0.0
     output_dir: Annotated[str | None, _ASIDE] = None
     evaluation: Annotated[Evaluation, _ASIDE] = Evaluation()
     checkpoint: Annotated[Checkpointing, _ASIDE] = Checkpointing()

@@ -40,6 +40,8 @@ class RunKeys(TypedDict, total=False):
     step_timeout_s: float
     start_timeout_s: float
     max_replacements: int
+    address_wait_s: float
+    wait_for_room_s: float
     output_dir: str | None
     evaluation: Mapping[str, Any]
     checkpoint: Mapping[str, Any]

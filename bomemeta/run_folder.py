@@ -176,9 +176,13 @@ class RunFolder:
             try:
                 self.mirror.send()
             except StorageError as error:
-                say(
-                    f"{error}. Nothing is lost: the run is in {self.path}, and what is missing is sent with the next checkpoint"
-                )
+                say(f"{error}. {self._what_is_here()}")
+
+    def _what_is_here(self) -> str:
+        # A run that never began takes its temporary folder along: that is not to be named.
+        if not self.checkpoints.is_dir():
+            return f"Nothing was computed that could be lost; {self.location} is as it was"
+        return f"Nothing is lost: the run is in {self.path}, and what is missing is sent with the next checkpoint"
 
     def abandon(self) -> None:
         """Takes back a folder in which nothing happened; one that holds more than the config stays."""

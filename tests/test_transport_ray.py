@@ -19,13 +19,13 @@ import pytest
 import ray
 import torch
 from ray import cloudpickle
-from ray.exceptions import GetTimeoutError, RayActorError, TaskCancelledError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, TaskCancelledError
 
 import bomemeta
 from bomemeta.distributed import cluster, ray_round
 from bomemeta.distributed.actor import actor_class
 from bomemeta.distributed.fleet import Fleet
-from bomemeta.distributed.losses import WorkerUnavailable
+from bomemeta.distributed.losses import WorkerLost, WorkerUnavailable, loss_of
 from bomemeta.distributed.ray_round import RayRound
 from bomemeta.distributed.ray_transport import RayOptions, RayTransport
 from bomemeta.distributed.serial import SerialTransport
@@ -534,6 +534,47 @@ def test_too_many_workers(home):
         pass
     with pytest.raises(ConfigError, match="workers is 0"):
         RayOptions(workers=0)
+
+
+def test_a_full_cluster_is_waited_for_where_that_is_asked_for(home):
+    """Another transport has the room, and leaves as soon as it is said that it is waited for."""
+    free = ray.available_resources()["CPU"]
+    full = RayTransport(Toy, RayOptions(workers=1, cpus_per_worker=free - SMALL))
+    all_ready(full, 1)
+    events: list[str] = []
+
+    def hear(line: str) -> None:
+        events.append(line)
+        if "waiting for room" in line:
+            full.close()
+
+    options = RayOptions(workers=1, cpus_per_worker=2 * SMALL, wait_for_room_s=120.0)
+    with closing(RayTransport(Toy, options, hear)) as transport:
+        assert len(transport.run(X, [ShardCall(Order())]).replies) == 1
+    assert [line for line in events if "waiting for room for 1 workers, 120 s at most" in line]
+
+
+def test_an_x_larger_than_the_store_is_noted_once(home, monkeypatch):
+    monkeypatch.setattr(cluster, "store_bytes", lambda: 90 * 2**20)
+    said = len(EVENTS)
+    for size in (10, 95 * 2**20, 100 * 2**20):
+        home._note_spilling(size)
+    assert [line[:50] for line in EVENTS[said:]] == [
+        "x has 0.09 GiB and the object store of this node 0"
+    ]
+    monkeypatch.undo()
+    assert 75 * 2**20 < cluster.store_bytes() < 2**40
+
+
+def test_rays_memory_killer_is_named():
+    error = OutOfMemoryError(
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 4f2a) was "
+        "15.21GB used / 16.00GB limit (0.951), which exceeds the memory usage threshold of 0.95."
+    )
+    loss = loss_of(error, starting=False)
+    assert "was killed for memory on 10.0.0.7: 15.21 GiB of 16.00 in use there" in str(loss)
+    assert "lower the number of workers" in str(loss)
+    assert type(loss) is WorkerLost  # no strike
 
 
 def test_memory_stays_flat(home):

@@ -32,22 +32,27 @@ def check_capacity(options: RayOptions, say: Callable[[str], None] = lambda line
     """Raises ClusterError where the cluster has no room for the workers; Ray itself would wait for
     ever.
 
-    Where their number follows the cluster, room for the least number is waited for, as nodes may
-    still come.
+    Where their number follows the cluster, or a full cluster is to be waited for
+    (`wait_for_room_s`), room for the least number is waited for, as nodes may still come.
     """
     workers = options.workers if options.min_workers is None else options.min_workers
-    patience = options.start_timeout_s if options.elastic else CAPACITY_PATIENCE_S
+    waits = options.elastic or options.wait_for_room_s > 0
+    patience = max(
+        options.start_timeout_s if options.elastic else CAPACITY_PATIENCE_S,
+        options.wait_for_room_s,
+    )
     deadline = time.monotonic() + patience
     told = False
     while (capacity := _capacity(options)).now < workers:
-        if (capacity.at_all < workers and not options.elastic) or time.monotonic() > deadline:
+        if (capacity.at_all < workers and not waits) or time.monotonic() > deadline:
+            hint = "" if waits else ", or wait for room with wait_for_room_s="
             raise ClusterError(
                 f"{workers} workers of {options.cpus_per_worker:g} CPU and {options.gpus_per_worker:g} GPU each do not fit: "
                 f"{capacity.where}, room for {capacity.now} workers. Use fewer workers=, a smaller cpus_per_worker= or "
-                "gpus_per_worker=, or end what else runs there"
+                f"gpus_per_worker=, or end what else runs there{hint}"
             )
-        if not told and options.elastic:
-            say(f"waiting for room for {workers} workers: {capacity.where}")
+        if not told and waits:
+            say(f"waiting for room for {workers} workers, {patience:g} s at most: {capacity.where}")
             told = True
         time.sleep(0.2)
 

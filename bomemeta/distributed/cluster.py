@@ -67,6 +67,7 @@ class RayOptions:
     max_replacements: int = (
         100  # in one round: beyond it the machine is ill and the run should stop
     )
+    wait_for_room_s: float = 0.0  # a cluster that is full, or too small as yet, is waited for
     reduce: Reduce = "driver"
     backup_after: float | None = (
         None  # a call that takes so many times what is expected is also given to a free worker
@@ -91,7 +92,7 @@ class RayOptions:
                 raise ConfigError(
                     f"ray: {name} is {getattr(self, name)}; it must be greater than 0"
                 )
-        for name in ("cpus_per_worker", "gpus_per_worker", "max_replacements"):
+        for name in ("cpus_per_worker", "gpus_per_worker", "max_replacements", "wait_for_room_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"ray: {name} is {getattr(self, name)}; it must not be negative")
         if self.address is not None and self.address.startswith("ray://"):
@@ -250,6 +251,17 @@ def outgoing(array: np.ndarray, calls: int) -> Any:
     """
     directly = array.nbytes <= _limit - ENVELOPE and array.nbytes * calls <= SENT_DIRECTLY
     return array if directly else ray.put(array)
+
+
+def store_bytes() -> float:
+    """What the object store of this node holds."""
+    own = ray.get_runtime_context().get_node_id()
+    sizes = [
+        node["Resources"].get("object_store_memory", math.inf)
+        for node in ray.nodes()
+        if node["NodeID"] == own
+    ]
+    return float(sizes[0]) if sizes else math.inf
 
 
 @contextmanager

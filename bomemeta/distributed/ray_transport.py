@@ -35,6 +35,8 @@ from bomemeta.errors import ClusterError, LowerStateLost
 
 # How long a cluster of ours whose head is gone is waited for at the end.
 LEAVE_S = 5.0
+# Ray makes no smaller object store.
+SMALLEST_STORE = 75 * 2**20
 
 
 class RayTransport:
@@ -58,6 +60,7 @@ class RayTransport:
         self._fleet = Fleet(factory, options, on_event)
         self._scheduler = Scheduler()
         self._collective: Any = None
+        self._largest, self._spills = 0, False  # bytes sent so far; whether that was noted
         self._head: HeadWatch | None = None
         self._save: Callable[[], None] = nothing
         self._opened, self._closing = threading.Event(), threading.Event()
@@ -124,6 +127,7 @@ class RayTransport:
         self._fleet.collect_forgotten()
         self._fleet.grow()
         started = time.monotonic()
+        self._note_spilling(broadcast.nbytes)
         shared = cluster.outgoing(broadcast, len(calls))
         sent = time.monotonic()
         running = RayRound(self._options, self._fleet, self._scheduler, calls, shared)
@@ -189,6 +193,20 @@ class RayTransport:
     def guard(self, save: Callable[[], None]) -> None:
         """See Transport.guard: called where the cluster's head does not answer."""
         self._save = save
+
+    def _note_spilling(self, size: int) -> None:
+        """Says once that what is sent each round is larger than the object store. Each size is
+        looked up once.
+        """
+        if size <= max(self._largest, SMALLEST_STORE):
+            return
+        self._largest = size
+        if size > (store := cluster.store_bytes()) and not self._spills:
+            self._spills = True
+            self._on_event(
+                f"x has {size / 2**30:.2f} GiB and the object store of this node {store / 2**30:.2f}: it spills to the disk in every "
+                "round, which is slow. More for the store: --object-store-memory of `ray start`, or a larger /dev/shm"
+            )
 
     def _watch_head(self) -> None:
         address = ray.get_runtime_context().gcs_address
