@@ -70,7 +70,7 @@ class Nodes:
         self._folder, self._count = folder, 0
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-            "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         self.head: subprocess.Popen[bytes] | None = None
@@ -78,17 +78,14 @@ class Nodes:
 
     def start(self) -> None:
         """What is not there is started."""
-        if self.head is None:
+        while self.head is None or self.head.poll() is not None or not self._answers():
             # A new session of Ray's for each head: the old one's sockets may still be there.
             session = Path(tempfile.mkdtemp(prefix="h", dir=self._folder))
-            self.head = self._ray(
-                "--head",
-                f"--port={self.port}",
-                "--num-cpus=0",
-                f"--temp-dir={session}",
-                "--include-dashboard=false",
-            )
-            _until(self._answers, 120)
+            head = ["--head", f"--port={self.port}", "--num-cpus=0", f"--temp-dir={session}"]
+            self.head = process = self._ray(*head, "--include-dashboard=false")
+            # Ray itself gives up after 30 s where the machine is slow.
+            _until(lambda: process.poll() is not None or self._answers(), 120)  # noqa: B023
+        self.others = [other for other in self.others if other.poll() is None]
         while len(self.others) < NODES:
             self.others.append(self._ray(f"--address={self.address}", "--num-cpus=1"))
 
@@ -115,7 +112,7 @@ class Nodes:
         self._count += 1
         log = (self._folder / f"ray-{self._count}.log").open("w")
         words = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-gpus=0"]
-        words += ["--object-store-memory=100000000", *options]
+        words += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1", *options]
         return subprocess.Popen(
             words, env=self.environment, stdout=log, stderr=log, start_new_session=True
         )
@@ -164,6 +161,7 @@ class Chaos:
     def tended(self) -> bool:
         """Gives the command again where it has ended too early; whether the run is finished."""
         assert self.run is not None
+        self.nodes.start()
         if self.run.poll() is None:
             return False
         if self.run.returncode == 0:
@@ -181,7 +179,7 @@ class Chaos:
 
     def raylet(self) -> None:
         """A node is lost with all on it, and another comes."""
-        self.nodes.kill(self.nodes.others.pop(self.dice.randrange(NODES)))
+        self.nodes.kill(self.nodes.others.pop(self.dice.randrange(len(self.nodes.others))))
         self.nodes.start()
 
     def head(self) -> None:

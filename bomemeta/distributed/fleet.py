@@ -100,12 +100,14 @@ class Fleet(Slots):
 
     def grow(self) -> None:
         """Starts workers that are absent, where the cluster has room for them by now."""
+        if not self.in_phase(Phase.ABSENT) or time.monotonic() - self._looked_at < ROOM_EVERY_S:
+            return
         absent = [
             slot
             for slot in self.in_phase(Phase.ABSENT).values()
             if time.monotonic() >= slot.absent_until
         ]
-        if not absent or self.silent() or time.monotonic() - self._looked_at < ROOM_EVERY_S:
+        if not absent or self.silent():
             return
         self._looked_at = time.monotonic()
         for slot in absent[: capacity.room(self.options)]:

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from bomemeta.distributed.cluster import RayOptions
-from bomemeta.distributed.fleet import Fleet
+from bomemeta.distributed.fleet import ROOM_EVERY_S, Fleet
 from bomemeta.distributed.losses import (
     MAX_KILLS,
     MAX_STRIKES,
@@ -115,6 +115,7 @@ class RayRound:
 
     def advance(self) -> None:
         """Gives out what can be given out, and hears all who have answered by now."""
+        self._fleet.grow()  # who joins in the middle of a long round is used in it
         heard = False
         for slot, overdue in self._fleet.heard(self._next_s()):
             heard = True
@@ -175,8 +176,10 @@ class RayRound:
         elif self._fleet.in_phase(Phase.IDLE):
             waited = [self._late_next, self._late]
         else:
-            return None
+            waited = []
         times = [first[0] for each in waited if (first := each.least()) is not None]
+        if self._ready and self._fleet.in_phase(Phase.ABSENT):
+            times.append(time.monotonic() + ROOM_EVERY_S)
         return min(times, default=None)
 
     def _begin(self, slot: Slot, job: int) -> None:

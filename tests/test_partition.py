@@ -1,0 +1,168 @@
+"""Three nodes in network namespaces of their own, two of which cannot reach each other for 20 s:
+nothing is lost, the bits stay, and what is said can be read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from ray_head import processes_of
+from test_transport_nodes import WIDE
+
+import bomemeta
+from bomemeta.metrics import read_metrics
+
+PARTITION_S = 20.0
+PORT = 6399
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def run(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 240.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not get there in time"
+        time.sleep(0.1)
+
+
+class Spaces:
+    """Namespaces bm0, bm1, ... on one bridge, with addresses 10.77.0.1, ..."""
+
+    def __init__(self, stack: ExitStack, count: int) -> None:
+        run("ip", "link", "add", "bmbr", "type", "bridge")
+        stack.callback(subprocess.run, ["ip", "link", "del", "bmbr"])
+        run("ip", "link", "set", "bmbr", "up")
+        for number in range(count):
+            name = f"bm{number}"
+            run("ip", "netns", "add", name)
+            stack.callback(subprocess.run, ["ip", "netns", "del", name])
+            run(
+                "ip",
+                "link",
+                "add",
+                f"{name}v",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                name,
+            )
+            run("ip", "link", "set", f"{name}v", "master", "bmbr")
+            run("ip", "link", "set", f"{name}v", "up")
+            for words in (
+                ["ip", "addr", "add", f"10.77.0.{number + 1}/24", "dev", "eth0"],
+                ["ip", "link", "set", "eth0", "up"],
+                ["ip", "link", "set", "lo", "up"],
+            ):
+                run(*self.inside(number), *words)
+
+    def inside(self, number: int) -> list[str]:
+        return ["ip", "netns", "exec", f"bm{number}"]
+
+    @contextmanager
+    def parted(self, one: int, other: int) -> Iterator[None]:
+        """Neither reaches the other."""
+        pairs = [(one, other), (other, one)]
+        for here, there in pairs:
+            run(*self.inside(here), "ip", "route", "add", "blackhole", f"10.77.0.{there + 1}/32")
+        try:
+            yield
+        finally:
+            for here, there in pairs:
+                run(
+                    *self.inside(here), "ip", "route", "del", "blackhole", f"10.77.0.{there + 1}/32"
+                )
+
+
+def allowed() -> bool:
+    try:
+        with ExitStack() as stack:
+            Spaces(stack, 1)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
+@pytest.mark.slow(
+    reason="three nodes and 20 s without a network; as root: pytest -m slow tests/test_partition.py"
+)
+@pytest.mark.parametrize("parted", [(0, 2), (1, 2)], ids=["driver and node", "two nodes"])
+def test_a_partition_is_survived(parted, tmp_path):
+    if not allowed():
+        pytest.skip("network namespaces cannot be made here: root and a bridge are needed")
+    config, folder = tmp_path / "a.yaml", tmp_path / "run"
+    settings = {**WIDE, "steps": 40, "checkpoint": {"every_steps": 5}}
+    config.write_text(yaml.safe_dump(settings))
+    reference = bomemeta.train(settings, [f"output_dir={tmp_path / 'reference'}"])
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }  # fmt: skip
+    with ExitStack() as stack:
+        spaces = Spaces(stack, 3)
+        temporary = Path(tempfile.mkdtemp(prefix="bmp", dir="/tmp"))
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        stack.callback(end, temporary)
+        log = stack.enter_context((tmp_path / "log").open("w"))
+
+        def start(number: int, *words: str) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                [*spaces.inside(number), *words], env=environment, stdout=log, stderr=log
+            )
+
+        options = ["start", "--block", "--num-gpus=0", "--object-store-memory=100000000"]
+        for number in range(3):
+            where = (
+                ["--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false"]
+                if number == 0
+                else [f"--address=10.77.0.1:{PORT}", "--num-cpus=1"]
+            )
+            own = temporary / str(number)
+            words = [*where, f"--node-ip-address=10.77.0.{number + 1}"]
+            start(number, RAY, *options, *words, *([f"--temp-dir={own}"] if number == 0 else []))
+            if number == 0:
+                wait_for(lambda: "Ray runtime started" in (tmp_path / "log").read_text())
+        training = start(
+            0, sys.executable, "-m", "bomemeta", "train", str(config), f"output_dir={folder}", "workers=2",
+            f"address=10.77.0.1:{PORT}", "problem.load_s=0.5", "reduce=tree", "step_timeout_s=60",
+            "wait_for_room_s=120", "--auto-resume",
+        )  # fmt: skip
+        stack.callback(training.kill)
+        wait_for(
+            lambda: len(read_metrics(folder / "metrics.jsonl")) >= 5 or training.poll() is not None
+        )
+        with spaces.parted(*parted):
+            time.sleep(PARTITION_S)
+        assert training.wait(400) == 0, (tmp_path / "log").read_text()
+        print((tmp_path / "log").read_text())
+    assert bomemeta.evaluate(folder).upper_sha256 == reference.upper_sha256
+
+
+def end(temporary: Path) -> None:
+    for pid in processes_of(temporary):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for number in range(3):
+        found = subprocess.run(
+            ["ip", "netns", "pids", f"bm{number}"], capture_output=True, text=True
+        )
+        for pid in found.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
