@@ -12,11 +12,11 @@ import torch
 
 from bomemeta.config import Config
 from bomemeta.copies import copy_of
-from bomemeta.core.problem import Problem, stream_length
+from bomemeta.core.problem import Problem, SharedProblem, stream_length
 from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import Solver
 from bomemeta.distributed.transport import Transport, WorkerFactory
-from bomemeta.distributed.worker import ShardWorker, variant_of
+from bomemeta.distributed.worker import Computing, ShardWorker, variant_of
 from bomemeta.errors import BomemetaError, ClusterError, ConfigError
 from bomemeta.imports import Imports
 from bomemeta.limits import check_counts, check_threads, within_memory
@@ -55,6 +55,7 @@ def build_problem(config: Config) -> Problem:
         raise ConfigError(
             f"steps: got {config.steps}; the stream of problem {name} ends after {length}. Leave it out"
         )
+    computing_of(config, problem)
     return problem
 
 
@@ -159,7 +160,28 @@ class BuildWorker:
             self.config.task_map,
             device,
             _loads_ahead(self.config, device),
+            computing_of(self.config, problem),
         )
+
+
+def computing_of(config: Config, problem: Problem) -> Computing:
+    """How a worker of this config computes. Raises ConfigError where the problem cannot be computed
+    so.
+    """
+    if config.micro_batch is not None and (
+        not isinstance(problem, SharedProblem)
+        or type(problem).micro_batches is SharedProblem.micro_batches
+    ):
+        raise ConfigError(
+            f"micro_batch: {type(problem).__name__} does not say how its samples are taken apart (a SharedProblem's `micro_batches`); "
+            "take it out"
+        )
+    if config.compute_dtype is not None and config.dtype != "float32":
+        raise ConfigError(
+            f"compute_dtype: got {config.compute_dtype} with dtype: {config.dtype}; x, y and sums are then in float32: set dtype=float32"
+        )
+    dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
+    return Computing(dtype, config.micro_batch)
 
 
 def _loads_ahead(config: Config, device: str) -> bool:

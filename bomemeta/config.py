@@ -82,6 +82,8 @@ class Settings(_Record):
     tasks_per_step: _Positive | None = None
     shards: _Positive = 2
     dtype: Literal["float32", "float64"] = "float32"
+    compute_dtype: Literal["bfloat16"] | None = None
+    micro_batch: _Positive | None = None
     device: Annotated[Literal["auto", "cpu", "cuda"], _ASIDE] = "auto"
     task_map: Literal["auto", "loop", "vmap"] = "auto"
     workers: Annotated[_NotNegative | Literal["auto"], _ASIDE] = 0

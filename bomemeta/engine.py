@@ -317,16 +317,17 @@ def _means(job: Job, sums: Sums, count: int) -> dict[str, float]:
 
 def final_variables(job: Job, state: State) -> dict[str, Any] | None:
     """x and y as nested lists, `{"upper": {name: ...}, "lower": {name: ...}}`, of problems small
-    enough to be read; else None.
+    enough to be read, and what else the problem reports of x; None where there is neither.
 
     y has a leading task axis where the problem has several tasks, and is empty where it does not
     persist.
     """
+    reported = job.problem.reported(state.upper.params)
     ids = sorted(state.lower.handles)
     each = sum(math.prod(shape) for group, _, shape in state.lower.layout if group == "y")
     upper = sum(tensor.numel() for tensor in state.upper.params.values())
     if upper + len(ids) * each >= READABLE_NUMBERS:
-        return None
+        return reported or None
     arrays = job.transport.fetch([state.lower.handles[task] for task in ids])
     rows = torch.tensor(np.array(arrays))
     lower = unpack_tasks(PackedTasks(state.lower.layout, rows))["y"] if ids else {}
@@ -336,6 +337,7 @@ def final_variables(job: Job, state: State) -> dict[str, Any] | None:
             name: (tensor[0] if len(ids) == 1 else tensor).tolist()
             for name, tensor in lower.items()
         },
+        **reported,
     }
 
 

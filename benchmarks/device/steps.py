@@ -32,7 +32,7 @@ from benchmarks.device.sizes import (
 )
 from benchmarks.sized import Noise
 from benchmarks.supervised import Preloaded, channels_last_network
-from bomemeta.core.problem import Batch, Encoded, Problem, Split
+from bomemeta.core.problem import Batch, Encoded, SharedProblem, Split
 from bomemeta.core.solver import LowerStates
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -176,11 +176,8 @@ def _resnet_and_head(problem: OnDevice) -> nn.Module:
     return nn.Sequential(backbone, nn.Linear(found.shape[1], problem.ways))
 
 
-class Whole(Problem):
+class Whole(SharedProblem):
     """y = all weights of a network, x = a weight for each example of g, in one block on the device."""
-
-    lower = "shared"
-    num_tasks = 1
 
     def __init__(self, net: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         self.net, half = net, len(inputs) // 2

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bomemeta.contract.asking import Asker, equal, first_line, place, randomness_kept, same
 from bomemeta.core import tree
-from bomemeta.core.local_oracle import map_tasks
 from bomemeta.core.problem import (
     Batch,
     Loss,
@@ -27,6 +26,7 @@ from bomemeta.core.problem import (
     StreamProblem,
     stream_length,
 )
+from bomemeta.core.task_map import map_tasks
 from bomemeta.core.tree import Params
 from bomemeta.errors import BomemetaError, ConfigError
 

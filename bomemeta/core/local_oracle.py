@@ -11,7 +11,6 @@ cheap:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,14 +38,17 @@ from bomemeta.core.problem import (
     StreamProblem,
 )
 from bomemeta.core.spans import ENCODE, INNER_LOOP, LOSSES, PULL_BACK, SECOND_ORDER, span
+from bomemeta.core.task_map import TaskMap, map_lowered, map_tasks
 from bomemeta.core.tree import Params
-
-TaskMap = Literal["loop", "vmap"]
 
 
 class LocalOracle(Oracle):
     """Answers for a stack of tasks in this process. `differentiable=False` encodes without a graph:
     cheaper, and nothing in x is then available.
+
+    `compute_dtype`: what `encode`, the losses and their derivatives are computed in, by torch's
+    autocast; x, y, what `encode` returned and all answers keep the problem's type. Closed forms in y
+    do too.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class LocalOracle(Oracle):
         batch: Batch,
         task_map: TaskMap,
         differentiable: bool = True,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(problem, len(next(iter(batch.values()))))
-        self.batch = batch
+        self.batch, self._compute_dtype = batch, compute_dtype
         # What follows an encode is small by design (heads on features): vmap on every device.
         # Blocks of a shared problem are few and large.
         self._loss_map: TaskMap = (
@@ -78,13 +81,13 @@ class LocalOracle(Oracle):
             # for.
             self._encoding = (
                 problem.encode_tasks(self._leaves, batch, differentiable)
-                if task_map == "loop"
+                if task_map == "loop" and compute_dtype is None
                 else None
             )
             if self._encoding is not None:
                 self._graph: Encoded = {}
             elif self._encodes:
-                self._graph = map_tasks(
+                self._graph = self._computed(
                     lambda data: problem.encode(self._leaves, data), (batch,), self.tasks, task_map
                 )
             else:
@@ -95,7 +98,9 @@ class LocalOracle(Oracle):
 
     def init_lower(self) -> Params:
         with torch.no_grad():
-            return tree.detached(self._over_tasks(self.problem.init_lower, self.encoded))
+            return tree.detached(
+                self._over_tasks(self.problem.init_lower, self.encoded, lowered=False)
+            )
 
     def gradients(self, *asked: tuple[Loss, Params]) -> list[Gradient]:
         with span(INNER_LOOP):
@@ -323,15 +328,17 @@ class LocalOracle(Oracle):
         encoded: Encoded,
         *stacks: Params,
         batch: Batch | None = None,
+        lowered: bool = True,
     ) -> Params:
         """`function(encoded, *stacks, batch)` of each task of `batch`, None: of every task of the
-        stack; results stacked.
+        stack; results stacked. `lowered`: in `compute_dtype`.
         """
         batch = self.batch if batch is None else batch
         tasks = len(next(iter(batch.values())))
+        mapped = self._computed if lowered else map_tasks
         if self._encodes:
-            return map_tasks(function, (encoded, *stacks, batch), tasks, self._loss_map)
-        return map_tasks(
+            return mapped(function, (encoded, *stacks, batch), tasks, self._loss_map)
+        return mapped(
             lambda *rest: function(encoded, *rest), (*stacks, batch), tasks, self._loss_map
         )
 
@@ -346,6 +353,14 @@ class LocalOracle(Oracle):
         if self._encodes:
             return self._in_x(tuple(stack[name] for name in self.encoded))
         return {name: rows.sum(0) for name, rows in stack.items()}
+
+    def _computed(
+        self, function: Callable[..., Params], stacks: tuple[Params, ...], tasks: int, how: TaskMap
+    ) -> Params:
+        if self._compute_dtype is None:
+            return map_tasks(function, stacks, tasks, how)
+        types = (self._compute_dtype, self.problem.dtype)
+        return map_lowered(function, stacks, tasks, how, *types)
 
     def _in_x(self, cotangent: tuple[Tensor, ...]) -> Params:
         """The gradient in x from that in `_encoded_leaves`."""
@@ -376,23 +391,6 @@ class LocalOracle(Oracle):
             materialize_grads=True,
         )
         return dict(zip(self._leaves, grads, strict=True))
-
-
-def map_tasks(
-    function: Callable[..., Params], stacks: tuple[Params, ...], tasks: int, how: TaskMap
-) -> Params:
-    """`function` of each task's slice of the stacks; results stacked.
-
-    `loop` keeps each task's work inside the CPU's cache, `vmap` is one wide call. Both treat the
-    tasks apart (BatchNorm statistics).
-    """
-    if how == "vmap":
-        return torch.vmap(function)(*stacks)
-    results = [
-        function(*({name: tensor[i] for name, tensor in stack.items()} for stack in stacks))
-        for i in range(tasks)
-    ]
-    return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
 def _rows(stack: Params, rows: Tensor) -> Params:

@@ -8,7 +8,8 @@ answers for one shared lower problem by asking the blocks that its data is sprea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -120,6 +121,14 @@ class Oracle(ABC):
         self.gradient_evaluations = 0
         self.hessian_products = 0.0
 
+    @contextmanager
+    def inner_batch(self, number: int) -> Iterator[None]:
+        """Inside, what is asked is answered on the samples of inner step `number`, counted from 0,
+        where the problem draws such (`SharedProblem.inner_batches`). Elsewhere all questions of a
+        step are about the step's one batch.
+        """
+        yield
+
     @abstractmethod
     def init_lower(self) -> Params:
         """y of tasks that have none yet, [B, ...]."""
@@ -191,11 +200,12 @@ class Oracle(ABC):
 
     def descended(self, start: Params, steps: int, lr: float) -> Params:
         """y after `steps` projected gradient steps of size `lr` on g from `start`, each task its
-        own.
+        own, each step on its own inner batch.
         """
         at = start
-        for _ in range(steps):
-            at = self.project_lower(tree.axpy(-lr, self.lower(at).lower, at))
+        for number in range(steps):
+            with self.inner_batch(number):
+                at = self.project_lower(tree.axpy(-lr, self.lower(at).lower, at))
         return at
 
     def unrolled(self, start: Params, steps: int, lr: float) -> Unrolled:
@@ -204,18 +214,20 @@ class Oracle(ABC):
 
             l = grad_y f(y_T),  dx = grad_x f(y_T);    for t = T-1..0, at y_t:    dx -= lr (d2g/dxdy) l,  l -= lr (d2g/dy2) l
 
-        with the points of the trajectory kept and everything at them computed anew. Projections are
-        taken as inactive.
+        with the points of the trajectory kept and everything at them computed anew, on the samples
+        that the step had. Projections are taken as inactive.
         """
         points, value = [start], torch.zeros(self.tasks)
-        for _ in range(steps):
-            g = self.lower(points[-1])
+        for number in range(steps):
+            with self.inner_batch(number):
+                g = self.lower(points[-1])
             value = g.value
             points.append(self.project_lower(tree.axpy(-lr, g.lower, points[-1])))
         f = self.total(Term("upper", points[-1]))
         back, direction = f.lowers[0], f.upper
-        for at in reversed(points[:-1]):
-            step = self.adjoint(at, back, *G, right=0.0)
+        for number in reversed(range(steps)):
+            with self.inner_batch(number):
+                step = self.adjoint(points[number], back, *G, right=0.0)
             direction = tree.axpy(lr, step.upper, direction)
             back = tree.axpy(-lr, step.residual, back)
         return Unrolled(points[-1], f.values[0], value, direction)

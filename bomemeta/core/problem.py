@@ -236,6 +236,12 @@ class Problem(Recorded):
         """
         return dict(means)
 
+    def reported(self, upper: Params) -> dict[str, Any]:
+        """What of x is to be read under `final` in result.json, by name: plain values. Default:
+        nothing beside x itself, where it is small.
+        """
+        return {}
+
     def artefacts(
         self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
     ) -> dict[str, bytes]:
@@ -271,6 +277,23 @@ class SharedProblem(Problem):
     def num_tasks(self) -> int:
         """The blocks, for code that is written once for tasks and blocks."""
         return self.num_blocks
+
+    # Whether `load` draws other samples for every step of training.
+    minibatches: bool = False
+    # Whether every inner step of a step has samples of its own; without, they see the step's.
+    inner_batches: bool = False
+
+    def load_inner(self, task_ids: Sequence[int], step: int, inner: int) -> Batch:
+        """As `load` for training, the samples of inner step `inner` of this step, counted from 0;
+        asked for where `inner_batches`.
+        """
+        raise must_define(self, "load_inner")
+
+    def micro_batches(self, batch: Batch, size: int) -> list[Batch]:
+        """A stack of blocks in parts of at most `size` samples a block, whose f and g add up to the
+        whole's; asked for by the config's `micro_batch`.
+        """
+        raise must_define(self, "micro_batches")
 
 
 class StreamProblem(SharedProblem):

@@ -10,25 +10,32 @@ repeated over its blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bomemeta.core.oracle import Adjoint, G, Gradient, Hessian, Oracle, Psi, System, Term, Total
-from bomemeta.core.problem import Loss, Problem
+from bomemeta.core.problem import Loss, Problem, SharedProblem
 from bomemeta.core.solver import Kernel, KernelResult, LowerGroups, Sums
 from bomemeta.core.tree import Params
 
 
 class Ask(Protocol):
     """Runs a kernel on every block (`first`: on the first one alone), with `sent` as its lower
-    groups, and returns the sums' means.
+    groups, and returns the sums' means. `inner`: on the samples of that inner step; None: on the
+    step's.
     """
 
     def __call__(
-        self, kernel: Kernel, sent: Mapping[str, Params], first: bool = False, **arguments: Any
+        self,
+        kernel: Kernel,
+        sent: Mapping[str, Params],
+        first: bool = False,
+        inner: int | None = None,
+        **arguments: Any,
     ) -> Sums: ...
 
 
@@ -41,7 +48,26 @@ class ReducedOracle(Oracle):
 
     def __init__(self, problem: Problem, ask: Ask) -> None:
         super().__init__(problem, 1)
-        self._ask = ask
+        self._ask_blocks = ask
+        self._inner: int | None = None
+
+    @contextmanager
+    def inner_batch(self, number: int) -> Iterator[None]:
+        before = self._inner
+        shared = self.problem
+        own = isinstance(shared, SharedProblem) and shared.inner_batches
+        self._inner = number if own else None
+        try:
+            yield
+        finally:
+            self._inner = before
+
+    def _ask(
+        self, kernel: Kernel, sent: Mapping[str, Params], first: bool = False, **arguments: Any
+    ) -> Sums:
+        if self._inner is not None:
+            arguments["inner"] = self._inner
+        return self._ask_blocks(kernel, sent, first, **arguments)
 
     def init_lower(self) -> Params:
         return _stacked(self._ask(start, {}, first=True)["y"])
@@ -232,6 +258,10 @@ def evaluate(solver: object, oracle: Oracle, lower: LowerGroups) -> KernelResult
     return KernelResult(
         {name: value.sum() for name, value in oracle.evaluate(lower["0"]).items()}, {}
     )
+
+
+# Kernels whose sums over a block are sums over its samples, so that these can be taken apart.
+ADDITIVE: frozenset[Kernel] = frozenset((gradients, totals, adjoint, product_of, system, projected))
 
 
 def _named(stacks: Any) -> dict[str, Params]:

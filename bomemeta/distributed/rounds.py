@@ -111,13 +111,14 @@ class StepRun:
         sent: LowerGroups,
         keeps: bool,
         arguments: Mapping[str, Any],
+        inner: int | None = None,
     ) -> Reduced:
         """As `Run.__call__`; `sent`: lower groups that all tasks share, sent along with x in place
-        of states of the tasks' own.
+        of states of the tasks' own; `inner`: on the samples of that inner step.
         """
         broadcast = pack({"x": upper, **self.memory, **sent}, next(iter(upper.values())).dtype)
         calls = [
-            self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout)
+            self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout, inner)
             for shard in self.shards
         ]
         answer = self.transport.run(broadcast.buffer, calls, self.meanwhile)
@@ -150,6 +151,7 @@ class StepRun:
         keeps: bool,
         shard: tuple[int, ...],
         sent: Layout,
+        inner: int | None,
     ) -> ShardCall:
         present = tuple(task in lower.handles for task in shard)
         request = Request(
@@ -166,6 +168,7 @@ class StepRun:
             keeps=keeps,
             sent=sent,
             next_ids=self._next_ids(shard),
+            inner=inner,
         )
         states = tuple(lower.handles[task] for task, has in zip(shard, present, strict=True) if has)
         return ShardCall(
@@ -231,10 +234,12 @@ class SharedRun:
         kernel: Kernel,
         sent: Mapping[str, Params],
         first: bool = False,
+        inner: int | None = None,
         **arguments: Any,
     ) -> Sums:
         run = self._first if first else self._blocks
-        sums, _ = run.ask(kernel, solver, upper, LowerStates.none(), dict(sent), False, arguments)
+        none = LowerStates.none()
+        sums, _ = run.ask(kernel, solver, upper, none, dict(sent), False, arguments, inner)
         return {name: _mean(value, run.tasks) for name, value in sums.items()}
 
 

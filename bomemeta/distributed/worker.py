@@ -15,10 +15,12 @@ import torch
 from bomemeta.allocator import keep_freed_memory
 from bomemeta.core import tree
 from bomemeta.core.arguments import replaced
-from bomemeta.core.local_oracle import LocalOracle, TaskMap
-from bomemeta.core.problem import Problem, Split
-from bomemeta.core.solver import Kernel, Layout, LowerGroups, Solver
+from bomemeta.core.local_oracle import LocalOracle
+from bomemeta.core.problem import Problem, SharedProblem, Split
+from bomemeta.core.reduced_oracle import ADDITIVE
+from bomemeta.core.solver import Kernel, KernelResult, Layout, LowerGroups, Solver
 from bomemeta.core.spans import LOAD, span
+from bomemeta.core.task_map import TaskMap
 from bomemeta.distributed.ahead import Ahead, Asked
 from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
 
@@ -42,6 +44,14 @@ class Request(NamedTuple):
     next_ids: tuple[
         int, ...
     ] = ()  # the shard's tasks in the next step, where they can be told; a guess
+    inner: int | None = None  # the inner step whose samples are meant; None: the step's
+
+
+class Computing(NamedTuple):
+    """How the worker computes what the problem says; both change bits."""
+
+    dtype: torch.dtype | None = None  # of forward and backward passes; None: the problem's
+    micro_batch: int | None = None  # samples of a block at once; None: all of them
 
 
 class ShardSums(NamedTuple):
@@ -72,13 +82,14 @@ class ShardWorker:
         task_map: str,
         device: str,
         load_ahead: bool = False,
+        computing: Computing | None = None,
     ) -> None:
         keep_freed_memory()
         if device != "cpu":
             os.environ.setdefault(
                 "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
             )  # `_repeatable` wants it, before cuBLAS is first used
-        self._build = build_problem
+        self._build, self._computing = build_problem, computing or Computing()
         self._device = torch.device(device)
         self._task_map: TaskMap = (
             "loop" if task_map == "loop" or (task_map == "auto" and device == "cpu") else "vmap"
@@ -103,19 +114,47 @@ class ShardWorker:
             batch = self._batch(request)
         if "memory" in sent:
             batch |= _repeated({"memory": sent.pop("memory")}, len(request.task_ids))["memory"]
-        oracle = LocalOracle(problem, sent.pop("x"), batch, self._task_map, request.differentiable)
-        lower = (
-            _repeated(sent, oracle.tasks) if sent else self._unpack_lower(oracle, request, states)
-        )
-        result = request.kernel(request.solver, oracle, lower, **request.arguments)
+        x, size = sent.pop("x"), self._computing.micro_batch
+        if size is not None and request.kernel in ADDITIVE:
+            assert isinstance(problem, SharedProblem), "build_problem refuses others"
+            parts = [
+                self._computed(problem, request, part, x, sent, states)
+                for part in problem.micro_batches(batch, size)
+            ]
+        else:
+            parts = [self._computed(problem, request, batch, x, sent, states)]
+        result = parts[0]
         sums = pack(result.sums, problem.dtype)
+        for part in parts[1:]:
+            sums.buffer[:] += pack(part.sums, problem.dtype).buffer
         if not request.keeps:
             return ShardSums(sums.layout, ()), sums.buffer
         layout, rows = pack_tasks(result.lower)
         return ShardSums(sums.layout, layout), sums.buffer, *(row.numpy().copy() for row in rows)
 
+    def _computed(
+        self,
+        problem: Problem,
+        request: Request,
+        batch: tree.Params,
+        x: tree.Params,
+        sent: LowerGroups,
+        states: tuple[np.ndarray, ...],
+    ) -> KernelResult:
+        oracle = LocalOracle(
+            problem, x, batch, self._task_map, request.differentiable, self._computing.dtype
+        )
+        lower = (
+            _repeated(sent, oracle.tasks) if sent else self._unpack_lower(oracle, request, states)
+        )
+        return request.kernel(request.solver, oracle, lower, **request.arguments)
+
     def _batch(self, request: Request) -> tree.Params:
         asked = Asked(request.task_ids, request.step, request.split, _key(request.variant))
+        if request.inner is not None:
+            problem = self._problems[asked.variant]
+            assert isinstance(problem, SharedProblem), "no other has inner batches"
+            return self._moved(problem.load_inner(asked.task_ids, asked.step, request.inner))
         if self._ahead is None:
             return self._here(asked, self._load(asked))
         following = (

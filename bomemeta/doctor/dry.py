@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bomemeta.assembly import computing_of
 from bomemeta.config import Config
 from bomemeta.core.inner import evaluate
 from bomemeta.core.problem import (
@@ -157,7 +158,10 @@ class DryRun:
 
         def worker(device: str) -> _ObservedWorker:
             shard_worker = ShardWorker(
-                lambda changes: variant_of(problem, changes), config.task_map, device
+                lambda changes: variant_of(problem, changes),
+                config.task_map,
+                device,
+                computing=computing_of(config, problem),
             )
             return _ObservedWorker(shard_worker, counts, device)
 

@@ -6,7 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 BYTES = 256
 
@@ -41,12 +43,27 @@ class _Block(nn.Module):
         return out
 
 
+def _recomputed(block: nn.Module, hidden: Tensor) -> Tensor:
+    """The block with the weights that it has now. They are handed on: `functional_call` has put the
+    module's own back when the block is computed again.
+    """
+    weights = dict(block.named_parameters())
+
+    def again(hidden: Tensor, *values: Tensor) -> Tensor:
+        found: Tensor = functional_call(block, dict(zip(weights, values, strict=True)), (hidden,))
+        return found
+
+    out: Tensor = checkpoint(again, hidden, *weights.values(), use_reentrant=False)
+    return out
+
+
 class GPT(nn.Module):
     """Next-token logits `[n, length, vocabulary]` of tokens `[n, length]`; the last layer shares the
     embedding's weights (Radford et al. 2019). No dropout: a loss is a function of x, y and data.
 
     `fused`: torch's fused attention, which has no second derivative; without it solvers that take
-    Hessian products work too.
+    Hessian products work too. `recompute`: a block keeps its input alone and is computed again on
+    the way back (activation checkpointing).
     """
 
     def __init__(
@@ -57,8 +74,10 @@ class GPT(nn.Module):
         context: int = 128,
         vocabulary: int = BYTES,
         fused: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         if width % heads:
             raise ValueError(f"width: got {width}, which {heads} heads do not divide")
         self.context = context
@@ -71,7 +90,8 @@ class GPT(nn.Module):
         places = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = self.tokens(tokens) + self.positions(places)
         for block in self.blocks:
-            hidden = block(hidden)
+            again = self.recompute and torch.is_grad_enabled()
+            hidden = _recomputed(block, hidden) if again else block(hidden)
         return functional.linear(self.norm(hidden), self.tokens.weight)
 
     def reset(self, generator: torch.Generator) -> None:

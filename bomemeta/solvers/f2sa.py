@@ -43,10 +43,9 @@ class F2SA(PenaltySolver):
 
     def follow(self, oracle: Oracle, y: Params, z: Params, penalty: float) -> tuple[Params, Params]:
         lr = self.lower_lr_at(penalty)
-        for _ in range(self.inner_steps):
-            f, at_y, at_z = oracle.gradients(
-                ("upper", y), ("lower", y), ("lower", z)
-            )  # one reduce for both
+        for number in range(self.inner_steps):
+            with oracle.inner_batch(number):  # one reduce for both
+                f, at_y, at_z = oracle.gradients(("upper", y), ("lower", y), ("lower", z))
             z = oracle.project_lower(tree.axpy(-self.inner_lr, at_z.lower, z))
             y = oracle.project_lower(tree.axpy(-lr, tree.axpy(penalty, at_y.lower, f.lower), y))
         return y, z

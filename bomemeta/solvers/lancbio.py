@@ -32,6 +32,7 @@ from bomemeta.core.implicit import flat, hypergradient, linear_system
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.krylov import Lanczos, LinearSystem
 from bomemeta.core.oracle import Oracle
+from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.core.solver import Kernel, KernelResult, LowerGroups
 from bomemeta.core.tree import Params
 from bomemeta.errors import ConfigError
@@ -73,6 +74,15 @@ class LancBiO(ImplicitSolver):
             raise ConfigError(
                 f"solver.warmup_steps: x is to stand still in these steps, and {self.upper_optimizer} moves it without a gradient: "
                 "use solver.upper_optimizer sgd, or warmup_steps 0"
+            )
+
+    def check(self, problem: Problem) -> None:
+        draws = isinstance(problem, SharedProblem) and problem.minibatches
+        if draws and self.subspace > 1:
+            raise ConfigError(
+                f"solver.subspace: got {self.subspace}; a Krylov space that grows from step to step is one of a single matrix, and "
+                f"{type(problem).__name__} draws other samples for every step: set subspace=1, take the whole data in each step, or "
+                "another solver (subbio, amigo_gd)"
             )
 
     def solve(self, system: LinearSystem) -> Tensor:

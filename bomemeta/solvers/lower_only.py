@@ -75,8 +75,9 @@ def descend(solver: LowerOnly, oracle: Oracle, lower: LowerGroups | None) -> Ker
     """Kernel: the steps of y. `lower_loss` is g where they began."""
     at = lower["y"] if lower is not None else oracle.init_lower()
     values = []
-    for _ in range(solver.inner_steps):
-        g = oracle.lower(at)
+    for number in range(solver.inner_steps):
+        with oracle.inner_batch(number):
+            g = oracle.lower(at)
         values.append(g.value)
         at = oracle.project_lower(tree.axpy(-solver.inner_lr, g.lower, at))
     evaluations = torch.tensor(float(oracle.gradient_evaluations * oracle.tasks))
