@@ -29,7 +29,7 @@ ROOMS = {
         "bomemeta.errors",
         "bomemeta.extras",
     },
-    "nets": {"torch", "bomemeta.nets"},
+    "nets": {"torch", "bomemeta.nets", "bomemeta.errors"},
     "contract": {"torch", "numpy", "bomemeta.core", "bomemeta.contract", "bomemeta.errors"},
 }
 NEVER = {

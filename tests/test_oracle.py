@@ -24,6 +24,9 @@ PROBLEMS = {
     "prototype_inductive": lambda: FewShot(**SMALL, batch_norm="inductive", shots=2),
     "ridge": lambda: FewShot(**SMALL, head="ridge"),
     "span": lambda: FewShot(**SMALL, head="span", regularisation=0.1),
+    "protonet": lambda: FewShot(**SMALL, head="protonet", feature_scale=None),
+    "r2d2": lambda: FewShot(**SMALL, head="r2d2", shots=2),
+    "logistic": lambda: FewShot(**SMALL, head="logistic", neck="scale"),
     "network": lambda: FewShot(**SMALL, form="network", shots=2),
     "network_inductive": lambda: FewShot(**SMALL, form="network", batch_norm="inductive", shots=2),
 }

@@ -90,6 +90,11 @@ class ImageEpisodes(ABC):
         """A hash of the images' content and of how they are decoded."""
         return self.table.digest
 
+    @property
+    def count(self) -> int:
+        """Images in the table."""
+        return len(self.table.images)
+
     def prepare(self) -> None:
         """Reads and decodes the images where that has not been done. Raises DataError."""
         _ = self.table

@@ -1,34 +1,42 @@
 """Few-shot classification: each task is an episode, its lower variable adapts to the support set,
 the upper one is shared.
 
-`form: head`     x = the backbone,         y_i = a linear head on the episode's features (features
-are computed once per step) `form: network`  x = an initialisation,    y_i = the whole network, held
-near x (the proximal lower problem of iMAML)
+form head       x = the backbone, y_i = a linear head on the episode's features
+form network    x = an initialisation, y_i = the whole network, held near x (as iMAML's)
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from bomemeta.core import tree
 from bomemeta.core.problem import Batch, Encoded, Encoding, Loss, LossGradient, Problem, Split
 from bomemeta.core.tree import Params
-from bomemeta.data.episodes import EpisodeSource, EpisodeSpec
+from bomemeta.data.class_images import episode_of
+from bomemeta.data.episodes import Episode, EpisodeSource, EpisodeSpec
+from bomemeta.data.feature_cache import frozen_features, has_rows
 from bomemeta.errors import ConfigError
-from bomemeta.nets import BACKBONES, build_backbone
+from bomemeta.nets.backbone import Backbone, Norms
 from bomemeta.nets.conv4_passes import Conv4Passes
+from bomemeta.nets.neck import Neck, apply_neck, initial_neck
+from bomemeta.nets.passes import MicroBatches
+from bomemeta.nets.sources import build_module, check_source, is_own, load_weights
+from bomemeta.problems import few_shot_heads as heads
+from bomemeta.problems import few_shot_linear as linear
 from bomemeta.registry import problems
 
 # The third number of an episode's key: what one split draws says nothing about another's.
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Head = Literal["prototype", "ridge", "span", "protonet", "r2d2", "svm", "logistic"]
 
 NETWORK_HEAD = ("head.weight", "head.bias")  # form network: x's entries that are not the backbone's
 
@@ -43,96 +51,163 @@ class FewShot(Problem):
     support set, y = W from P
           ridge       g = CE(Z_s W) + (regularisation/2) |W|^2, y = W from 0
           span        g = CE(Z_s W) + (regularisation/2) |W|^2 with W = Z_s' A in the span of the support set, y = A from 0
+          protonet, r2d2, svm, logistic: `few_shot_heads.py`
     form network:     g = CE(net_y(support)) + (regularisation/2) |y - x|^2, y from x
 
-    In the head form Z = `feature_scale` times the L2-normalised features. `batch_norm` names whose
-    images make the BatchNorm statistics of a task: `transductive` lets the queries in (head:
-    support and queries together; network: the queries among themselves, as MAML does), `inductive`
-    uses the support set alone.
+    The last four heads have a solution W*(x), differentiated with the features. Their y is the
+    distance from it: g = |y|^2 / 2, f = CE(Z_q (W* + y)), y from 0. That has the same minimisers,
+    and a solver that takes no step of y has the exact hypergradient.
+
+    Z = `feature_scale` times the L2-normalised features. `batch_norm` names whose images make a
+    task's BatchNorm statistics: `transductive` lets the queries in (head: support and queries
+    together; network: the queries among themselves, as MAML does), `inductive` uses the support set
+    alone, `running` a pretrained network's own.
     """
 
     needs_data = True
     meta_tests = True
 
     form: Literal["head", "network"] = "head"
-    head: Literal["prototype", "ridge", "span"] = "prototype"
+    head: Head = "prototype"
     ways: Annotated[int, Field(ge=2)] = 5
+    # in validation and test; None: as in training
+    test_ways: Annotated[int, Field(ge=2)] | None = None
     shots: Annotated[int, Field(ge=1)] = 1
     queries: Annotated[int, Field(ge=1)] = 5  # per class, in training
-    test_queries: Annotated[int, Field(ge=1)] = (
-        15  # per class, in validation and test: the field's usual number
-    )
-    backbone: Literal["conv4", "resnet12"] = "conv4"
+    # per class, in validation and test: the field's usual number
+    test_queries: Annotated[int, Field(ge=1)] = 15
+    # A name, module:function, an nn.Module or a function that makes one: see nets/sources.py
+    backbone: Any = "conv4"
     width: Annotated[int, Field(ge=1)] = 32
+    weights: str | None = None
+    trainable: str | list[str] = "all"
+    adapter_rank: Annotated[int, Field(ge=1)] = 4
+    neck: Neck = "none"
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     regularisation: Annotated[float, Field(ge=0)] = 1.0
-    feature_scale: Annotated[float, Field(gt=0)] = 4.0
-    batch_norm: Literal["transductive", "inductive"] = "transductive"
-    fixed_tasks: Annotated[int, Field(ge=1)] | None = (
-        None  # so many episodes whose y persists; none: fresh ones for ever
-    )
+    feature_scale: Annotated[float, Field(gt=0)] | None = 4.0
+    batch_norm: Norms = "transductive"
+    # so many episodes whose y persists; none: fresh ones for ever
+    fixed_tasks: Annotated[int, Field(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        check_source(self.backbone)
+        if self.head in heads.SOLVED and self.head != "protonet" and not self.regularisation > 0:
+            raise ConfigError(f"regularisation: got 0; head {self.head} needs a number > 0")
+        if self.form == "network":
+            for field, plain in (("neck", "none"), ("micro_batch", None), ("head", "prototype")):
+                if getattr(self, field) != plain:
+                    raise ConfigError(f"{field}: belongs to form head; form is network")
+            if self.test_ways not in (None, self.ways):
+                raise ConfigError(
+                    f"test_ways: got {self.test_ways} and ways {self.ways}; the network of form network has one output "
+                    "per way: use form head"
+                )
+            if self.trainable == "none":
+                raise ConfigError("trainable: none leaves form network no y; use form head")
 
     def setup(self) -> None:
         if not hasattr(self.data, "episode"):
             raise ConfigError(
-                f"data.dataset: problem few_shot draws episodes, which {type(self.data).__name__} does not have; use glyphs, omniglot "
-                "or one of learn2learn's"
+                f"data.dataset: problem few_shot draws episodes, which {type(self.data).__name__} does not have; use glyphs, omniglot, "
+                "image_folder or one of learn2learn's"
             )
         source: EpisodeSource = self.data
-        channels, height, width = source.image_shape
+        _, height, width = source.image_shape
         if self.backbone == "conv4" and min(height, width) < 16:
             raise ConfigError(
                 f"problem.backbone: conv4 halves its input four times and got images of {height}x{width}; it needs 16x16 or more"
             )
         for split in SPLITS:
             source.check(split, self._spec(split))
-        self._skeleton = self._network(channels, torch.Generator())
-        self._backbone_names = [name for name, _ in self._skeleton.named_parameters()]
+        self.notes: list[str] = []
+        self._network = self._built(torch.Generator().manual_seed(self.seed))
+        if self.micro_batch is not None and self._network.mixes:
+            raise ConfigError(
+                "problem.micro_batch: with BatchNorm statistics of the task an image's features depend on all "
+                "images of the task; set problem.batch_norm=running, or take micro_batch out"
+            )
+        self._backbone_names = self._network.names
         # What is written out is the plain case; a subclass that changes it is asked for its own
         # `encode`.
         self._has_passes = (
-            (self.form, self.backbone, self.batch_norm) == ("head", "conv4", "transductive")
+            (self.form, self.backbone, self.batch_norm, self.trainable)
+            == ("head", "conv4", "transductive", "all")
             and type(self).encode is FewShot.encode
             and type(self)._backbone is FewShot._backbone
         )
-        with torch.no_grad():
-            self._features = BACKBONES[self.backbone](channels, self.width)(
-                torch.zeros(1, channels, height, width)
-            ).shape[1]
+        self._features = self._network.width(source.image_shape, self.dtype)
+        self._table: NDArray[Any] | None = None
+        if self.form == "head" and not self._backbone_names:
+            if not self._own_entries():
+                raise ConfigError(
+                    f"problem.trainable: none, and head {self.head} has nothing to learn either; set problem.neck=scale "
+                    "or linear, or problem.head=r2d2 or svm"
+                )
+            if not self._network.mixes and has_rows(self.data):
+                self._table = self._encoded_once()
 
-    def _network(self, channels: int, generator: torch.Generator) -> nn.Module:
-        return build_backbone(self.backbone, channels, self.width, generator).to(self.dtype)
+    def _encoded_once(self) -> NDArray[Any]:
+        """The features of every image, [n, d], for all episodes of the run."""
+        weights = self._network.digest()
+        encode = functools.partial(self._network.features, {})
+        return frozen_features(self.data, encode, weights, self.micro_batch, self.dtype)
+
+    def _built(self, generator: torch.Generator) -> Backbone:
+        module = build_module(self.backbone, self.data.image_shape[0], self.width, generator)
+        if self.weights is not None:
+            self.notes = load_weights(module, self.weights)
+        return Backbone(module.to(self.dtype), self.trainable, self.batch_norm)
 
     def _spec(self, split: Split) -> EpisodeSpec:
-        return EpisodeSpec(
-            self.ways, self.shots, self.queries if split == "train" else self.test_queries
-        )
+        if split == "train":
+            return EpisodeSpec(self.ways, self.shots, self.queries)
+        return EpisodeSpec(self.test_ways or self.ways, self.shots, self.test_queries)
 
     @property
     def num_tasks(self) -> int | None:
         return self.fixed_tasks
 
     def init_upper(self, generator: torch.Generator) -> Params:
-        net = self._network(self.data.image_shape[0], generator)
-        upper = {name: tensor.detach() for name, tensor in net.named_parameters()}
+        # Ours are drawn anew from the run's generator; what others bring is kept.
+        own = is_own(self.backbone) and self.trainable == "all" and self.weights is None
+        network = self._built(generator) if own else self._network
+        upper = network.initial(self.adapter_rank, generator)
         if self.form == "network":
             # A head of zeros starts every class alike; MAML's analyses and iMAML's code do the same
             # for the last layer.
             upper["head.weight"] = torch.zeros(self._features, self.ways, dtype=self.dtype)
             upper["head.bias"] = torch.zeros(self.ways, dtype=self.dtype)
-        return upper
+            return upper
+        return upper | self._own_entries()
+
+    def _own_entries(self) -> Params:
+        """x's entries above the backbone, `form: head`."""
+        return initial_neck(self.neck, self._features, self.dtype) | heads.initial(
+            self.head, self.regularisation, self.dtype
+        )
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
         spec = self._spec(split)
-        drawn = [
-            self.data.episode(split, spec, (self.seed, SPLITS.index(split), task))
-            for task in task_ids
-        ]
+        keys = [(self.seed, SPLITS.index(split), task) for task in task_ids]
+        drawn = [self._episode(split, spec, key) for key in keys]
         return {
             "support": torch.stack([episode.support for episode in drawn]).to(self.dtype),
             "support_labels": torch.stack([episode.support_labels for episode in drawn]),
             "query": torch.stack([episode.query for episode in drawn]).to(self.dtype),
             "query_labels": torch.stack([episode.query_labels for episode in drawn]),
         }
+
+    def _episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
+        """An episode of images, or of their features where these never change."""
+        if self._table is None:
+            episode: Episode = self.data.episode(split, spec, key)
+            return episode
+        draw = self.data.rows(split, spec, key)
+        support, query = (
+            torch.from_numpy(self._table[rows.ravel()]) for rows in (draw.support, draw.query)
+        )
+        return episode_of(support, query, spec)
 
     # The two forms differ in where x enters. `encode` of the network form is the identity: x enters
     # by the proximal term alone.
@@ -141,42 +216,78 @@ class FewShot(Problem):
         if self.form == "network":
             return upper
         images = torch.cat([batch["support"], batch["query"]])
+        if self._table is not None:
+            return self._seen_by_head(upper, images, len(batch["support"]))
         seen = None if self.batch_norm == "transductive" else len(batch["support"])
-        return self._seen_by_head(self._backbone(upper, images, seen))
+        return self._seen_by_head(upper, self._backbone(upper, images, seen), len(batch["support"]))
 
     def encode_tasks(self, upper: Params, batch: Batch, differentiable: bool) -> Encoding | None:
-        if not self._has_passes:
+        by_parts = self.micro_batch is not None and self._table is None
+        if not (self._has_passes or by_parts):
             return None
-        passes = Conv4Passes(
-            upper, torch.cat([batch["support"], batch["query"]], 1), differentiable
+        images, supports = (
+            torch.cat([batch["support"], batch["query"]], 1),
+            batch["support"].shape[1],
         )
+        passes: Conv4Passes | MicroBatches
+        if self.micro_batch is not None and by_parts:
+            own = {name: upper[name] for name in self._backbone_names}
+            passes = MicroBatches(
+                lambda x, part: self._backbone(x, part, None), own, images, self.micro_batch
+            )
+        else:
+            passes = Conv4Passes(upper, images, differentiable)
         features = passes.features.requires_grad_(differentiable)
-        seen = self._seen_by_head(features)
+        seen = self._seen_by_head(upper, features, supports)
+        above = {name: upper[name] for name in self._own_entries()}
 
         def pull_back(cotangent: Encoded) -> Params:
-            (grad,) = torch.autograd.grad(
-                list(seen.values()), features, list(cotangent.values()), retain_graph=True
+            grads = torch.autograd.grad(
+                list(seen.values()),
+                [features, *above.values()],
+                list(cotangent.values()),
+                retain_graph=True,
+                materialize_grads=True,
             )
-            return passes.pull_back(grad)
+            return passes.pull_back(grads[0]) | dict(zip(above, grads[1:], strict=True))
 
         return Encoding(tree.detached(seen), pull_back)
 
-    def _seen_by_head(self, features: Tensor) -> Encoded:
+    def _seen_by_head(self, upper: Params, features: Tensor, supports: int) -> Encoded:
         """From features [..., n, d] of support and queries what the head works on, of one task or
-        of a stack.
+        of a stack. The first `supports` rows are the support set's.
         """
-        features = self.feature_scale * functional.normalize(features, dim=-1)
-        supports = self.ways * self.shots
+        features = self.scaled_features(upper, features)
         support, query = features[..., :supports, :], features[..., supports:, :]
         if self.head == "span":
             # W = Z_s' A: the head acts through inner products
             return {"support": support @ support.mT, "query": query @ support.mT}
         if self.head == "ridge":
             return {"support": support, "query": query}
-        prototypes = support.reshape(*support.shape[:-2], self.ways, self.shots, -1).mean(
-            -2
-        )  # rows are sorted by label
-        return {"support": support, "query": query, "prior": prototypes.mT}
+        ways = supports // self.shots  # rows are sorted by label
+        if self.head == "prototype":
+            prototypes = support.reshape(*support.shape[:-2], ways, self.shots, -1).mean(-2)
+            return {"support": support, "query": query, "prior": prototypes.mT}
+        labels = torch.arange(ways, device=support.device).repeat_interleave(self.shots)
+        targets = functional.one_hot(labels, ways).to(support.dtype)
+        targets = targets.expand(*support.shape[:-2], *targets.shape)
+        solution = heads.solution(self.head, upper, support, targets, self.regularisation)
+        return {"query": heads.with_one(query), "solution": solution}
+
+    def scaled_features(self, upper: Params, features: Tensor) -> Tensor:
+        """What a head sees of a backbone's features [..., n, d]: through the neck, with the length
+        `feature_scale`.
+        """
+        features = apply_neck(self.neck, upper, features)
+        if self.feature_scale is None:
+            return features
+        return self.feature_scale * functional.normalize(features, dim=-1)
+
+    def module(self, upper: Params) -> nn.Module:
+        """The backbone with x in its place, as an ordinary module with its buffers: images `[n, C,
+        H, W]` to features `[n, d]`, without neck and scale.
+        """
+        return self._network.filled(upper)
 
     @property
     def encodes(self) -> bool:
@@ -188,7 +299,10 @@ class FewShot(Problem):
             return {name: encoded[name] for name in (*self._backbone_names, *NETWORK_HEAD)}
         if self.head == "prototype":
             return {"head": encoded["prior"]}
-        return {"head": encoded["support"].new_zeros(encoded["support"].shape[1], self.ways)}
+        if "solution" in encoded:
+            return {"head": torch.zeros_like(encoded["solution"])}
+        ways = len(batch["support"]) // self.shots
+        return {"head": encoded["support"].new_zeros(encoded["support"].shape[1], ways)}
 
     def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         return functional.cross_entropy(
@@ -204,6 +318,8 @@ class FewShot(Problem):
                 [((lower[name] - encoded[name]) ** 2).sum() for name in lower]
             ).sum()
             return loss + self.regularisation / 2 * distance
+        if "solution" in encoded:
+            return (lower["head"] ** 2).sum() / 2
         logits = encoded["support"] @ lower["head"]
         loss = functional.cross_entropy(logits, batch["support_labels"])
         if self.head == "span":
@@ -219,47 +335,20 @@ class FewShot(Problem):
     ) -> LossGradient | None:
         if self.form == "network":
             return None
-        data = "query" if loss == "upper" else "support"
-        inputs, head, rho = encoded[data], lower["head"], self.regularisation
-        value, residual, logits = _softmax_regression(inputs, head, batch[f"{data}_labels"])
-        in_head = inputs.mT @ residual
-        seen: Encoded = {data: residual @ head.mT} if in_encoded else {}
-        if loss == "lower":
-            # (rho/2) <force, offset> is the penalty and rho * force its gradient in the head
-            if self.head == "span":
-                offset, force = head, logits
-                if in_encoded:
-                    seen["support"] = torch.baddbmm(seen["support"], head, head.mT, alpha=rho / 2)
-            else:
-                offset = force = head - encoded["prior"] if self.head == "prototype" else head
-                if in_encoded and self.head == "prototype":
-                    seen["prior"] = -rho * force
-            value = value + rho / 2 * (offset * force).sum((1, 2))
-            in_head = torch.add(in_head, force, alpha=rho)
-        return LossGradient(value, {"head": in_head}, seen)
+        if "solution" in encoded:
+            return linear.solved_gradient(loss, encoded, lower, batch, in_encoded)
+        return linear.gradient(
+            self.head, self.regularisation, loss, encoded, lower, batch, in_encoded
+        )
 
     def lower_steps(
         self, encoded: Encoded, lower: Params, batch: Batch, steps: int, lr: float
     ) -> Params | None:
-        """Four operations a step: what a step adds whatever W is, is made before, and the loss
-        itself nobody asks for.
-        """
         if self.form == "network":
             return None
-        support, head, rho = encoded["support"], lower["head"], self.regularisation
-        rate = lr / support.shape[1]
-        targets = functional.one_hot(batch["support_labels"], self.ways).to(support.dtype)
-        constant = rate * (support.mT @ targets)
-        if self.head == "prototype":
-            constant = torch.add(constant, encoded["prior"], alpha=lr * rho)
-        for _ in range(steps):
-            logits = torch.bmm(support, head)
-            if self.head == "span":  # its penalty's gradient is rho times the logits
-                moved = torch.add(constant, head).sub_(logits, alpha=lr * rho)
-            else:
-                moved = torch.add(constant, head, alpha=1 - lr * rho)
-            head = moved.baddbmm_(support.mT, torch.softmax(logits, 2), alpha=-rate)
-        return {"head": head}
+        if "solution" in encoded:
+            return {"head": lower["head"] * (1 - lr) ** steps}
+        return linear.steps_on_g(self.head, self.regularisation, encoded, lower, batch, steps, lr)
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """`accuracy` and `loss` on the queries, and `baseline_accuracy` of the nearest support
@@ -276,9 +365,13 @@ class FewShot(Problem):
         }
 
     def evaluation_variants(self) -> Mapping[str, Mapping[str, Any]]:
+        if not self._network.mixes:
+            return {}
         return {policy: {"batch_norm": policy} for policy in ("transductive", "inductive")}
 
     def _query_logits(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
+        if "solution" in encoded:
+            return encoded["query"] @ (encoded["solution"] + lower["head"])
         if self.form == "head":
             return encoded["query"] @ lower["head"]
         return self.logits(lower, self.query_features(lower, batch))
@@ -326,27 +419,7 @@ class FewShot(Problem):
         return features @ params["head.weight"] + params["head.bias"]
 
     def _backbone(self, params: Params, images: Tensor, statistics_rows: int | None) -> Tensor:
-        backbone = {name: params[name] for name in self._backbone_names}
-        features: Tensor = functional_call(self._skeleton, backbone, (images, statistics_rows))
-        return features
-
-
-class _Regression(NamedTuple):
-    value: Tensor  # [B]
-    residual: Tensor  # the gradient in the logits [B, n, ways]
-    logits: Tensor  # [B, n, ways]
-
-
-def _softmax_regression(inputs: Tensor, weights: Tensor, labels: Tensor) -> _Regression:
-    """Cross-entropy of a stack of linear heads in closed form: inputs [B, n, d], weights [B, d,
-    ways], labels [B, n].
-    """
-    logits = inputs @ weights
-    log_probabilities = functional.log_softmax(logits, dim=2)
-    places = labels[:, :, None]
-    residual = log_probabilities.exp().scatter_add_(
-        2, places, log_probabilities.new_full((), -1.0).expand_as(places)
-    )
-    return _Regression(
-        -log_probabilities.gather(2, places).mean((1, 2)), residual.div_(labels.shape[1]), logits
-    )
+        if self._backbone_names:
+            return self._network.features(params, images, statistics_rows)
+        with torch.no_grad():
+            return self._network.features(params, images, statistics_rows)

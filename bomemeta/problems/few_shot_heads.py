@@ -16,15 +16,12 @@ at a solution it moves nothing and its derivative is that of the implicit functi
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from bomemeta.core.tree import Params
 
-Solved = Literal["protonet", "r2d2", "svm", "logistic"]
-SOLVED: tuple[str, ...] = get_args(Solved)
+SOLVED = ("protonet", "r2d2", "svm", "logistic")
 
 # Where r2d2 and svm start: their outputs lie about in [0, 1], and softmax needs more to be sure of a
 # class of five.
@@ -35,7 +32,7 @@ NEWTON_STEPS = 25
 DAMPING = (1.0, 0.5, 0.25, 0.1, 0.02, 0.0)
 # Accelerated projected gradient steps of the SVM's dual; the last step, on the constraints that are
 # then active, is exact.
-DUAL_STEPS = 500
+DUAL_STEPS = 250
 # Added to the SVM's kernel: its dual is then strongly convex, whatever the features.
 DUAL_RIDGE = 1e-3
 # A dual variable below this share of its bound is at 0.
@@ -95,7 +92,8 @@ def ridge_regression(support: Tensor, targets: Tensor, ridge: Tensor) -> Tensor:
     """
     kernel = support @ support.mT
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    return support.mT @ torch.linalg.solve(kernel + ridge * eye, targets)
+    dual: Tensor = torch.linalg.solve(kernel + ridge * eye, targets)
+    return support.mT @ dual
 
 
 def logistic_dual(kernel: Tensor, targets: Tensor, regularisation: float) -> Tensor:
@@ -114,7 +112,7 @@ def logistic_dual(kernel: Tensor, targets: Tensor, regularisation: float) -> Ten
     residual = _residual(kernel, targets, regularisation, at)
     with torch.no_grad():
         jacobian = _jacobian(kernel, targets, regularisation, at)
-    moved = torch.linalg.solve(jacobian, residual.flatten(-2)[..., None])
+    moved: Tensor = torch.linalg.solve(jacobian, residual.flatten(-2)[..., None])
     return at - moved.reshape(at.shape)
 
 
@@ -162,7 +160,7 @@ def svm_dual(kernel: Tensor, targets: Tensor, bound: float) -> Tensor:
         ],
         -1,
     )
-    solved = torch.linalg.solve(matrix, right[..., None])[..., : mask.shape[-1], 0]
+    solved: Tensor = torch.linalg.solve(matrix, right[..., None])[..., : mask.shape[-1], 0]
     return bound * targets - solved.reshape(shape)
 
 
@@ -201,7 +199,8 @@ def _jacobian(kernel: Tensor, targets: Tensor, regularisation: float, at: Tensor
 def _newton(kernel: Tensor, targets: Tensor, regularisation: float, at: Tensor) -> Tensor:
     residual = _residual(kernel, targets, regularisation, at)
     jacobian = _jacobian(kernel, targets, regularisation, at)
-    return torch.linalg.solve(jacobian, residual.flatten(-2)[..., None]).reshape(at.shape)
+    step: Tensor = torch.linalg.solve(jacobian, residual.flatten(-2)[..., None])
+    return step.reshape(at.shape)
 
 
 def _kron(a: Tensor, b: Tensor) -> Tensor:
