@@ -44,8 +44,7 @@ NETWORK_HEAD = ("head.weight", "head.bias")  # form network: x's entries that ar
 @problems.register("few_shot")
 @dataclass(kw_only=True)
 class FewShot(Problem):
-    """N-way K-shot episodes from the config's `data:` section; upper loss on the queries, lower
-    loss on the support set.
+    """N-way K-shot episodes of `data:`; upper loss on the queries, lower loss on the support set.
 
     head: prototype   g = CE(Z_s W) + (regularisation/2) |W - P|^2, P = class means of the encoded
     support set, y = W from P
