@@ -210,6 +210,9 @@ class _Session:
         steps = engine.run_length(self._config, problem)
         location = self._folder.location if self._folder.kept else None
         self._listener.start(location, first_step, steps, self._config.log.every_steps)
+        for made in (problem.data, problem):  # what they left out, in sentences
+            for text in getattr(made, "notes", ()):
+                self.note(text)
         with (
             torch_threads(self._config.threads),
             within_memory(self._config.to_dict(), limited=False),

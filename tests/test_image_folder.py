@@ -454,6 +454,7 @@ def test_episodes_from_says_what_is_wrong_with_an_item() -> None:
 
 
 def test_a_run_on_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "root" / "nothing").mkdir(parents=True)
     config = {
         "problem": {"name": "few_shot", "ways": 2, "queries": 2, "test_queries": 2, "width": 4},
         "data": {"dataset": "image_folder", "root": str(folder(tmp_path / "root", 12)), "size": 16},
@@ -464,7 +465,9 @@ def test_a_run_on_a_folder(tmp_path: Path) -> None:
         "log": {"tensorboard": False},
         "output_dir": str(tmp_path / "run"),
     }
-    assert bomemeta.train(config).steps == 2
+    result = bomemeta.train(config)
+    assert result.steps == 2
+    assert "classes without images are left out: nothing" in result.notes
 
 
 @pytest.mark.parametrize(("name", "classes"), [("caltech101", 72), ("tiny_imagenet", 160)])

@@ -24,6 +24,7 @@ from bomemeta.core.tree import Params
 from bomemeta.data.class_images import episode_of
 from bomemeta.data.episodes import Episode, EpisodeSource, EpisodeSpec
 from bomemeta.data.feature_cache import frozen_features, has_rows
+from bomemeta.data.image_folder import ImageEpisodes
 from bomemeta.errors import ConfigError
 from bomemeta.nets.backbone import Backbone, Norms
 from bomemeta.nets.conv4_passes import Conv4Passes
@@ -117,9 +118,11 @@ class FewShot(Problem):
             raise ConfigError(
                 f"problem.backbone: conv4 halves its input four times and got images of {height}x{width}; it needs 16x16 or more"
             )
+        self.notes: list[str] = []
         for split in SPLITS:
             source.check(split, self._spec(split))
-        self.notes: list[str] = []
+            if isinstance(source, ImageEpisodes):
+                self.notes += source.small_notes(split, self._spec(split))
         self._network = self._built(torch.Generator().manual_seed(self.seed))
         if self.micro_batch is not None and self._network.mixes:
             raise ConfigError(
@@ -127,8 +130,7 @@ class FewShot(Problem):
                 "images of the task; set problem.batch_norm=running, or take micro_batch out"
             )
         self._backbone_names = self._network.names
-        # What is written out is the plain case; a subclass that changes it is asked for its own
-        # `encode`.
+        # Written out is the plain case; a subclass that changes it is asked for its own `encode`.
         self._has_passes = (
             (self.form, self.backbone, self.batch_norm, self.trainable)
             == ("head", "conv4", "transductive", "all")
@@ -148,14 +150,13 @@ class FewShot(Problem):
 
     def _encoded_once(self) -> NDArray[Any]:
         """The features of every image, [n, d], for all episodes of the run."""
-        weights = self._network.digest()
-        encode = functools.partial(self._network.features, {})
+        encode, weights = functools.partial(self._network.features, {}), self._network.digest()
         return frozen_features(self.data, encode, weights, self.micro_batch, self.dtype)
 
     def _built(self, generator: torch.Generator) -> Backbone:
         module = build_module(self.backbone, self.data.image_shape[0], self.width, generator)
         if self.weights is not None:
-            self.notes = load_weights(module, self.weights)
+            self.notes += load_weights(module, self.weights)
         return Backbone(module.to(self.dtype), self.trainable, self.batch_norm)
 
     def _spec(self, split: Split) -> EpisodeSpec:
@@ -173,8 +174,7 @@ class FewShot(Problem):
         network = self._built(generator) if own else self._network
         upper = network.initial(self.adapter_rank, generator)
         if self.form == "network":
-            # A head of zeros starts every class alike; MAML's analyses and iMAML's code do the same
-            # for the last layer.
+            # A head of zeros starts every class alike, as in MAML's analyses and iMAML's code.
             upper["head.weight"] = torch.zeros(self._features, self.ways, dtype=self.dtype)
             upper["head.bias"] = torch.zeros(self.ways, dtype=self.dtype)
             return upper
