@@ -8,7 +8,7 @@ form network    x = an initialisation, y_i = the whole network, held near x (as 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bomemeta.core import tree
-from bomemeta.core.problem import Batch, Encoded, Encoding, Loss, LossGradient, Problem, Split
+from bomemeta.core.problem import Batch, Encoded, Encoding, Loss, LossGradient, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.class_images import episode_of
 from bomemeta.data.episodes import Episode, EpisodeSource, EpisodeSpec
@@ -33,18 +33,17 @@ from bomemeta.nets.passes import MicroBatches
 from bomemeta.nets.sources import build_module, check_source, is_own, load_weights
 from bomemeta.problems import few_shot_heads as heads
 from bomemeta.problems import few_shot_linear as linear
+from bomemeta.problems.few_shot_network import NETWORK_HEAD, NetworkForm
 from bomemeta.registry import problems
 
 # The third number of an episode's key: what one split draws says nothing about another's.
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Head = Literal["prototype", "ridge", "span", "protonet", "r2d2", "svm", "logistic"]
 
-NETWORK_HEAD = ("head.weight", "head.bias")  # form network: x's entries that are not the backbone's
-
 
 @problems.register("few_shot")
 @dataclass(kw_only=True)
-class FewShot(Problem):
+class FewShot(NetworkForm):
     """N-way K-shot episodes of `data:`; upper loss on the queries, lower loss on the support set.
 
     head: prototype   g = CE(Z_s W) + (regularisation/2) |W - P|^2, P = class means of the encoded
@@ -317,17 +316,7 @@ class FewShot(Problem):
                 [((lower[name] - encoded[name]) ** 2).sum() for name in lower]
             ).sum()
             return loss + self.regularisation / 2 * distance
-        if "solution" in encoded:
-            return (lower["head"] ** 2).sum() / 2
-        logits = encoded["support"] @ lower["head"]
-        loss = functional.cross_entropy(logits, batch["support_labels"])
-        if self.head == "span":
-            penalty = (lower["head"] * logits).sum()  # |W|^2 = A' K A
-        elif self.head == "ridge":
-            penalty = (lower["head"] ** 2).sum()
-        else:
-            penalty = ((lower["head"] - encoded["prior"]) ** 2).sum()
-        return loss + self.regularisation / 2 * penalty
+        return linear.lower_loss(self.head, self.regularisation, encoded, lower, batch)
 
     def loss_gradient(
         self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch, in_encoded: bool
@@ -374,48 +363,6 @@ class FewShot(Problem):
         if self.form == "head":
             return encoded["query"] @ lower["head"]
         return self.logits(lower, self.query_features(lower, batch))
-
-    @property
-    def head_names(self) -> tuple[str, ...]:
-        return NETWORK_HEAD if self.form == "network" else ("head",)
-
-    def adaptation(
-        self, encoded: Encoded, lower: Params, batch: Batch, names: tuple[str, ...]
-    ) -> Callable[[Params], Tensor]:
-        """Network form: the support set's cross-entropy, without the proximal term, on features
-        that are computed once where only the head adapts.
-        """
-        if self.form != "network":
-            return super().adaptation(encoded, lower, batch, names)
-        labels = batch["support_labels"]
-        if set(names) <= set(NETWORK_HEAD):
-            features = self.support_features(lower, batch)
-            return lambda part: functional.cross_entropy(
-                self.logits({**lower, **part}, features), labels
-            )
-
-        def loss(part: Params) -> Tensor:
-            y = {**lower, **part}
-            return functional.cross_entropy(self.logits(y, self.support_features(y, batch)), labels)
-
-        return loss
-
-    # The parts of the network form's network, for one task.
-
-    def support_features(self, params: Params, batch: Batch) -> Tensor:
-        """[n, d], BatchNorm statistics of the support set."""
-        return self._backbone(params, batch["support"], None)
-
-    def query_features(self, params: Params, batch: Batch) -> Tensor:
-        """[n, d], BatchNorm statistics as `batch_norm` says."""
-        if self.batch_norm == "transductive":
-            return self._backbone(params, batch["query"], None)
-        images = torch.cat([batch["support"], batch["query"]])
-        return self._backbone(params, images, len(batch["support"]))[len(batch["support"]) :]
-
-    def logits(self, params: Params, features: Tensor) -> Tensor:
-        """The head on features."""
-        return features @ params["head.weight"] + params["head.bias"]
 
     def _backbone(self, params: Params, images: Tensor, statistics_rows: int | None) -> Tensor:
         if self._backbone_names:

@@ -14,6 +14,22 @@ from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient
 from bomemeta.core.tree import Params
 
 
+def lower_loss(kind: str, rho: float, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
+    """g of one task, the readable form."""
+    head = lower["head"]
+    if "solution" in encoded:
+        return (head**2).sum() / 2
+    logits = encoded["support"] @ head
+    loss = functional.cross_entropy(logits, batch["support_labels"])
+    if kind == "span":
+        penalty = (head * logits).sum()  # |W|^2 = A' K A
+    elif kind == "ridge":
+        penalty = (head**2).sum()
+    else:
+        penalty = ((head - encoded["prior"]) ** 2).sum()
+    return loss + rho / 2 * penalty
+
+
 def gradient(
     kind: str,
     rho: float,
