@@ -47,8 +47,18 @@ class Document(NamedTuple):
         return self.name
 
 
+def shipped_configs() -> Path:
+    """The folder of the configs that come with bomemeta: inside the installed package, or at the
+    top of a clone.
+    """
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
 def find_config(name: str | Path) -> Path:
-    """The file meant by a path, a path without `.yaml`, or the bare name of a file in ./configs.
+    """The file meant by a path, a path without `.yaml`, or a bare name: of a file here, in
+    ./configs, or of a config that comes with bomemeta, the first of them that exists.
 
     Raises ConfigError with the nearest file's name.
     """
@@ -56,7 +66,8 @@ def find_config(name: str | Path) -> Path:
     given = Path(name).expanduser()
     if not given.name:
         raise ConfigError(f"config: got {str(name)!r}, a folder; wanted a .yaml file")
-    folders = [Path(), Path("configs")] if given.parent == Path() else [Path()]
+    bare = given.parent == Path()
+    folders = [Path(), Path("configs"), shipped_configs()] if bare else [Path()]
     candidates = [
         folder / path
         for folder in folders
@@ -66,21 +77,21 @@ def find_config(name: str | Path) -> Path:
         if _is_file(path):
             return path
     parents = dict.fromkeys(path.parent for path in candidates)
-    files = {
-        path.stem: path
+    shipped = {path.stem: path.stem for path in sorted(shipped_configs().glob("*.yaml"))}
+    there = {
+        path.stem: str(path)
         for parent in parents
-        if parent.is_dir()
+        if parent.is_dir() and parent != shipped_configs()
         for path in sorted(parent.glob("*.y*ml"))
     }
-    near = difflib.get_close_matches(given.stem, files, n=1)
+    files = there | shipped if bare else there
+    near = difflib.get_close_matches(given.stem, shipped | there, n=1)
     if near:
-        hint = f"Did you mean {files[near[0]]}?"
+        hint = f"Did you mean {(shipped | there)[near[0]]}?"
     elif files:
-        hint = f"There are: {', '.join(str(path) for path in files.values())}"
+        hint = f"There are: {', '.join(files.values())}"
     else:
-        hint = (
-            f"There is no .yaml file in {' or '.join(str(parent.resolve()) for parent in parents)}"
-        )
+        hint = f"There is no .yaml file in {next(iter(parents)).resolve()}"
     raise ConfigError(f"no config file {given.absolute()}. {hint}")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bomemeta.core.arguments import MISSING, Field, fields_of
+from bomemeta.document import find_config, shipped_configs
 from bomemeta.sections import SECTIONS, plain, schema_of
 from bomemeta.validation import Wishes, phrase
 
@@ -31,6 +33,28 @@ def names_of(kinds: Sequence[str]) -> list[str]:
         ]
     lines.append("Keys of one: bomemeta list KIND NAME")
     return lines
+
+
+def config_names() -> list[str]:
+    """The configs that come with bomemeta, each with the first line of its comment."""
+    files = sorted(shipped_configs().glob("*.yaml"))
+    width = max(len(path.stem) for path in files)
+    return [
+        "configs:",
+        *(f"  {path.stem:<{width}}  {_first_comment(path)}".rstrip() for path in files),
+        "",
+        "Text of one: bomemeta list configs NAME",
+    ]
+
+
+def config_text(name: str) -> list[str]:
+    """A config as it was written. Raises ConfigError with the nearest name where there is none."""
+    return find_config(name).read_text(encoding="utf-8").splitlines()
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
 
 
 def keys_of(kind: str, name: str) -> list[str]:

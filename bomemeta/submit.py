@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bomemeta.config import Config, load_config
-from bomemeta.document import Document, apply_overrides, find_config, read_document
+from bomemeta.document import Document, apply_overrides, find_config, read_document, shipped_configs
 from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.imports import is_file_entry
 from bomemeta.storage import is_uri
@@ -108,7 +108,8 @@ def prepare(
     # environment. Without: a cluster that was itself started by `uv run` would do that to every
     # job, which then has no Ray.
     hook = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": str(int(uv))}
-    relative = Path(os.path.relpath(path, folder)).as_posix()
+    # A config that comes with bomemeta is on the cluster as well, under the same name.
+    relative = path.stem if _shipped(path) else Path(os.path.relpath(path, folder)).as_posix()
     words = [
         *(["uv", "run"] if uv else []),
         "bomemeta",
@@ -240,10 +241,15 @@ def _lasting(output_dir: str | None) -> str:
     )
 
 
+def _shipped(path: Path) -> bool:
+    """Whether a config is one of those that come with bomemeta, found by its bare name."""
+    return path.parent == shipped_configs()
+
+
 def _check_carried(path: Path, document: Document, settings: Config, upload: Upload) -> None:
     """Raises ConfigError naming every file that the config reads and the job would not have."""
     wrong = []
-    if not upload.has(path):
+    if not upload.has(path) and not _shipped(path):
         wrong.append(
             f"{path} is not sent: it is outside of {upload.folder}, or excluded. Submit from a folder that holds it"
         )

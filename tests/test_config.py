@@ -18,6 +18,7 @@ from pydantic import Field
 
 from bomemeta.config import Config, differing_keys, load_config
 from bomemeta.core.arguments import values_of
+from bomemeta.document import find_config, shipped_configs
 from bomemeta.errors import ConfigError
 from bomemeta.registry import datasets, problems, solvers
 
@@ -313,6 +314,19 @@ def test_a_missing_file_suggests_the_nearest(
     for name in ("quickstart", "quickstart.yaml", "other", "other.yaml", "configs/other"):
         assert load_config(name).steps == 10
     assert message_of("othr").endswith("Did you mean configs/other.yaml?")
+
+
+def test_a_config_that_comes_with_bomemeta_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("quickstart") == shipped_configs() / "quickstart.yaml"
+    assert message_of("quickstrt").endswith("Did you mean quickstart?")
+    assert message_of("configs/quickstart.yaml").endswith("Did you mean quickstart?")
+    assert "quickstart, " in message_of("zzz")
+    text = (shipped_configs() / "quickstart.yaml").read_text(encoding="utf-8")
+    (tmp_path / "quickstart.yaml").write_text(text)
+    assert find_config("quickstart") == Path("quickstart.yaml")  # the user's own file comes first
 
 
 def test_result_keys_leave_out_what_cannot_change_the_result(write: Any) -> None:

@@ -32,7 +32,10 @@ app = typer.Typer(
 )
 
 ConfigName = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one in ./configs.")
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file, or the name of one that `list configs` shows."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -22,30 +22,40 @@ class Kind(StrEnum):
     solvers = "solvers"
     problems = "problems"
     datasets = "datasets"
+    configs = "configs"
 
 
 @app.command("list")
 def list_(
-    kind: Annotated[Kind | None, typer.Argument(help="Which list; all three without it.")] = None,
+    kind: Annotated[
+        Kind | None, typer.Argument(help="Which list; without it solvers, problems and data sets.")
+    ] = None,
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show the config keys of this one.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="Show the keys of this one, or the text of this config."
+        ),
     ] = None,
     imports: Annotated[
         list[str] | None,
         typer.Option("--import", metavar="FILE", help="A file of yours that registers more."),
     ] = None,
 ) -> None:
-    """Show solvers, problems and data sets, and the config keys of one."""
+    """Show solvers, problems, data sets and configs, and the keys of one."""
     with reported():
         from bomemeta import listing
         from bomemeta.imports import load_imports
 
         load_imports(imports or [])
-        if kind is not None and name is not None:
+        if kind is Kind.configs:
+            lines = listing.config_text(name) if name is not None else listing.config_names()
+        elif kind is not None and name is not None:
             lines = listing.keys_of(kind.value, name)
         else:
             lines = listing.names_of(
-                [kind.value] if kind is not None else [each.value for each in Kind]
+                [kind.value]
+                if kind is not None
+                else [each.value for each in Kind if each is not Kind.configs]
             )
         for line in lines:
             typer.echo(line)
