@@ -4,6 +4,7 @@ imports none of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -86,6 +87,10 @@ def open_transport(
     if config.device == "cpu" and config.gpus_per_worker > 0:
         raise ConfigError(
             f"device: cpu with gpus_per_worker: {config.gpus_per_worker:g}; take one of the two out"
+        )
+    if sys.platform == "win32":
+        raise ConfigError(
+            f"workers: {config.workers} runs on Linux, and on Windows within its WSL. workers=0 runs here"
         )
     try:
         from bomemeta.distributed.by_value import send_modules_by_value, why_not_sent

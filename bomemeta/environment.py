@@ -16,9 +16,16 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "learn2learn", "numpy", "ray", "bomemeta")
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "versions": {"python": platform.python_version(), **versions(*packages)},
     }
+
+
+def usable_cores() -> int:
+    """The processor's cores that this process may use; all of them where the system cannot say."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def environment_line(found: dict[str, Any]) -> str:

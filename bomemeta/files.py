@@ -35,7 +35,9 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     # The new name is on the disk only when the folder is; without this a power cut may bring the
-    # old file back.
+    # old file back. Windows opens no folder.
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

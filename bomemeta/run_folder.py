@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 from bomemeta.config import Config
 from bomemeta.errors import ConfigError, StorageError
+from bomemeta.extras import installed
 from bomemeta.files import naming, replace_text, unwritten, written_whole
 from bomemeta.paths import absolute
 from bomemeta.storage import Mirror, is_uri
@@ -248,6 +248,13 @@ def _taken(location: Path | str, typed: Path | str) -> str:
 def _locked(path: Path) -> Iterator[None]:
     # On the folder itself, so that no file is left. The system gives it back whenever and however
     # this process ends.
+    if not installed(
+        "fcntl"
+    ):  # Windows, which has no lock of a folder: two at work are not noticed
+        yield
+        return
+    import fcntl
+
     descriptor = os.open(path, os.O_RDONLY)
     try:
         deadline = time.monotonic() + LOCK_PATIENCE_S

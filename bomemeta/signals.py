@@ -85,7 +85,8 @@ def stop_on_signal(say: Callable[[str], None], save: Callable[[S], None]) -> Ite
                 saved = True
 
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    if hasattr(os, "set_blocking"):  # not on Windows before Python 3.12, which does without
+        os.set_blocking(writer, False)
     watcher = threading.Thread(target=watch, name="bomemeta-signals", daemon=True)
     watcher.start()
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

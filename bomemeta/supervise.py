@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bomemeta.document import apply_overrides, find_config, read_document
+from bomemeta.errors import ConfigError
 from bomemeta.storage import is_uri
 
 # Before a restart; doubled while no new checkpoint appears, up to the longest.
@@ -33,7 +34,11 @@ TRY_AGAIN = 75  # as it ends where the same command is worth another try
 FIRST_LOOK_S, LONGEST_LOOK_S, CONNECT_S = 1.0, 30.0, 5.0
 STOPS = {signal.SIGINT, signal.SIGTERM}
 # Who dies of these was asked to end by somebody: no accident, nothing to restart.
-ASKED = {signal.SIGHUP, signal.SIGQUIT, *STOPS}
+# Windows has none of these two.
+ASKED = {
+    *STOPS,
+    *(getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name)),
+}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SI_KERNEL = 0x80  # asm-generic/siginfo.h: not sent by a process; here, typed at the terminal
 LISTING = "import sys; from bomemeta.storage import Mirror; print(*Mirror(sys.argv[1]).names(), sep='\\n')"
@@ -94,7 +99,13 @@ def supervise(
     `restarts` times in a row without a new checkpoint in `location`. A run that ends with TRY_AGAIN,
     as where its cluster is lost, counts as killed, and the cluster is waited for. SIGTERM and SIGINT are passed
     on, and the command's own end is waited for. It does not outlive this process.
+    Raises ConfigError where the system is not Linux.
     """
+    if not hasattr(signal, "sigtimedwait"):  # nor is there a prctl
+        raise ConfigError(
+            f"--restarts {restarts} works on Linux alone. Leave it out: the same command again goes on "
+            "from the last checkpoint"
+        )
     seen: frozenset[str] | None = None
     alike = 0  # deaths in a row with the same checkpoints
     with _held_back() as mask:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from bomemeta.data.image_decoding import Pixels, Resize, Size, UnreadableImage, decode
 from bomemeta.data.image_files import shown
 from bomemeta.errors import DataError
+from bomemeta.extras import installed
 
 VERSION = 1  # of what is stored; another one makes other keys
 CHUNK = 256  # files decoded between two writes
@@ -135,7 +135,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        if sys.platform != "win32":
+        if installed("fcntl"):
             import fcntl
 
             # Some network file systems have no locks.

@@ -22,6 +22,7 @@ import numpy as np
 import ray
 from ray._private import ray_constants, services
 
+from bomemeta.environment import usable_cores
 from bomemeta.errors import ClusterError, ClusterLost, ConfigError
 
 # A worker may share its core with three others: enough to try three workers on a laptop, not enough
@@ -162,7 +163,7 @@ def local(
         ClusterLost: Ray does not start.
     """
     global _limit
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     workers = options.workers if options.min_workers is None else options.min_workers
     wanted = workers * options.cpus_per_worker
     if wanted > MAX_OVERSUBSCRIPTION * cores:

@@ -43,7 +43,8 @@ def version_of(package: str) -> str | None:
 
 def cores() -> int:
     """Those that this process may use: its affinity, and its container's share of time."""
-    allowed = len(os.sched_getaffinity(0))
+    everywhere = not hasattr(os, "sched_getaffinity")  # macOS and Windows
+    allowed = (os.cpu_count() or 1) if everywhere else len(os.sched_getaffinity(0))
     quota, _, period = text_of("/sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdigit() and period.isdigit():
         allowed = min(allowed, max(int(quota) // int(period), 1))
@@ -78,7 +79,7 @@ def process_memory() -> int:
 def shm_available() -> int:
     try:
         return os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
-    except OSError:
+    except (OSError, AttributeError):  # AttributeError: Windows has no statvfs
         return 0
 
 

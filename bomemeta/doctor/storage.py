@@ -119,11 +119,16 @@ def _refused(path: Path, there: Path, chosen: bool) -> str:
     """Why a run could not have this folder; empty where it could."""
     if not there.is_dir():
         return f"{there} is no folder"
-    if not os.access(there, os.W_OK | os.X_OK) or os.statvfs(there).f_flag & os.ST_RDONLY:
+    if not os.access(there, os.W_OK | os.X_OK) or _read_only(there):
         return f"{there} cannot be written"
     if chosen and there == path and any(path.iterdir()):
         return "it exists and is not empty, and a run never overwrites another"
     return ""
+
+
+def _read_only(there: Path) -> bool:
+    """Whether its file system is; Windows cannot say."""
+    return hasattr(os, "statvfs") and bool(os.statvfs(there).f_flag & os.ST_RDONLY)
 
 
 def _file_system(path: Path) -> str:

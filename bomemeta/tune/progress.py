@@ -56,7 +56,10 @@ def spoken(say: Callable[[str], None]) -> Iterator[_Live]:
         handlers = {
             number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
-        handlers[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)  # Tune takes it and keeps it
+        if hasattr(signal, "SIGUSR1"):  # not on Windows
+            handlers[signal.SIGUSR1] = signal.getsignal(
+                signal.SIGUSR1
+            )  # Tune takes it and keeps it
     try:
         yield _live
     finally:

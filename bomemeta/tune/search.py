@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from bomemeta.assembly import build_problem, build_solver
 from bomemeta.distributed import cluster
 from bomemeta.distributed.cluster import MAX_OVERSUBSCRIPTION, RayOptions
 from bomemeta.engine import run_length
+from bomemeta.environment import usable_cores
 from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.storage import Store, below, is_uri
 from bomemeta.tune.outcome import SearchResult, check_any, rows_of, write_outcome
@@ -304,7 +304,7 @@ def _cluster(
         with cluster.joined(RayOptions(workers=1, address=config.address)):
             yield settings.concurrent or 0
         return
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     most = MAX_OVERSUBSCRIPTION * cores
     if each > most or each * (settings.concurrent or 1) > most:
         number = settings.concurrent or 1
