@@ -166,6 +166,15 @@ def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
+# Keys that runs of earlier versions do not have, with what those did.
+ADDED_KEYS: dict[str, Any] = {
+    "solver.weight_decay": 0.0,
+    "solver.upper_warmup_steps": 0,
+    "solver.step_every": 1000,
+    "solver.step_factor": 0.1,
+}
+
+
 def differing_keys(
     a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]
 ) -> list[Difference]:
@@ -180,7 +189,7 @@ def differing_keys(
     return [
         Difference(key, mine.get(key), theirs.get(key))
         for key in {**mine, **theirs}
-        if mine.get(key) != theirs.get(key)
+        if mine.get(key, ADDED_KEYS.get(key)) != theirs.get(key, ADDED_KEYS.get(key))
     ]
 
 

@@ -261,7 +261,7 @@ def meta_test(
     sums, _ = run(
         evaluate,
         job.solver,
-        upper.params,
+        upper.averaged,
         LowerStates.none(),
         steps=job.config.evaluation.inner_steps,
     )
@@ -295,12 +295,14 @@ def _own_figures(job: Job, state: State, steps: int = 0) -> dict[str, float]:
     lower, tasks, shards = state.lower, range(num_tasks), job.config.shards
     if steps > 0:
         run = job.run_on(tasks, shards, step=state.step, differentiable=False, memory=state.memory)
-        _, lower = run(solve_lower, job.solver, state.upper.params, lower, keeps=True, steps=steps)
+        _, lower = run(
+            solve_lower, job.solver, state.upper.averaged, lower, keeps=True, steps=steps
+        )
     split: Split = "test" if isinstance(job.problem, SharedProblem) else "train"
     run = job.run_on(
         tasks, shards, step=state.step, split=split, differentiable=False, memory=state.memory
     )
-    sums, _ = run(evaluate, job.solver, state.upper.params, lower, steps=0)
+    sums, _ = run(evaluate, job.solver, state.upper.averaged, lower, steps=0)
     return _means(job, sums, run.tasks)
 
 
@@ -325,14 +327,14 @@ def final_variables(job: Job, state: State) -> dict[str, Any] | None:
     reported = job.problem.reported(state.upper.params)
     ids = sorted(state.lower.handles)
     each = sum(math.prod(shape) for group, _, shape in state.lower.layout if group == "y")
-    upper = sum(tensor.numel() for tensor in state.upper.params.values())
+    upper = sum(tensor.numel() for tensor in state.upper.averaged.values())
     if upper + len(ids) * each >= READABLE_NUMBERS:
         return reported or None
     arrays = job.transport.fetch([state.lower.handles[task] for task in ids])
     rows = torch.tensor(np.array(arrays))
     lower = unpack_tasks(PackedTasks(state.lower.layout, rows))["y"] if ids else {}
     return {
-        "upper": {name: tensor.tolist() for name, tensor in state.upper.params.items()},
+        "upper": {name: tensor.tolist() for name, tensor in state.upper.averaged.items()},
         "lower": {
             name: (tensor[0] if len(ids) == 1 else tensor).tolist()
             for name, tensor in lower.items()

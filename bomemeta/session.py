@@ -27,6 +27,7 @@ from bomemeta.contract import check_at_start
 from bomemeta.core.problem import start_memory
 from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates
+from bomemeta.core.tree import unflatten
 from bomemeta.document import read_document
 from bomemeta.engine import Job, State
 from bomemeta.errors import (
@@ -133,7 +134,7 @@ def finished(settings: Config, folder: RunFolder) -> Result | None:
         return None
     notes: list[str] = record["notes"]
     last = _where_it_was(folder)
-    if last is None or upper_sha256(last.checkpoint.upper) != record["upper_sha256"]:
+    if last is None or upper_sha256(_judged(last)) != record["upper_sha256"]:
         if settings.seeds == 1:
             notes = [*notes, f"the final x is not in {folder.location} any more"]
         last = None
@@ -142,8 +143,15 @@ def finished(settings: Config, folder: RunFolder) -> Result | None:
             *notes,
             f"measured with another `evaluation:` than this config's; `bomemeta eval {folder.location}` measures again",
         ]
-    upper = last.checkpoint.upper if last is not None else {}
+    upper = _judged(last) if last is not None else {}
     return _read(folder, record["steps"], record["metrics"], upper, record["upper_sha256"], notes)
+
+
+def _judged(last: Loaded) -> dict[str, Tensor]:
+    """The x that a run is judged by, of its checkpoint: the mean where one is taken."""
+    upper = last.checkpoint.upper
+    mean = last.checkpoint.solver["optimizer"].get("average")
+    return upper if mean is None else unflatten(mean, upper)
 
 
 def loaded(settings: Config, folder: RunFolder) -> Result:
@@ -151,7 +159,7 @@ def loaded(settings: Config, folder: RunFolder) -> Result:
     if (result := finished(settings, folder)) is not None:
         return result
     last = load_latest(folder.checkpoints)
-    upper = last.checkpoint.upper
+    upper = _judged(last)
     return _read(folder, last.checkpoint.step, {}, upper, upper_sha256(upper), last.notes)
 
 
@@ -355,7 +363,7 @@ class _Session:
         signal: int | None = None,
         interrupted: bool = False,
     ) -> Result:
-        upper = {name: tensor.clone() for name, tensor in state.upper.params.items()}
+        upper = {name: tensor.clone() for name, tensor in state.upper.averaged.items()}
         uri = self._folder.mirror.uri if self._folder.mirror is not None else None
         return Result(
             self._folder.path if self._folder.kept else None,

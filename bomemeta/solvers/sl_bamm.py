@@ -25,13 +25,13 @@ from torch import Tensor
 from bomemeta.core import tree
 from bomemeta.core.implicit import adjoint_sums, move_upper
 from bomemeta.core.inner import gradient_steps
-from bomemeta.core.optimizer import OptimizerName
 from bomemeta.core.oracle import G, Hessian, Oracle, Psi
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult
+from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import Schedule, UpperVariable
+from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
+from bomemeta.solvers.upper_options import UpperSteps
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -52,7 +52,7 @@ class Rates(NamedTuple):
 
 @solvers.register("sl_bamm")
 @dataclass(frozen=True, kw_only=True)
-class SLBAMM(Solver):
+class SLBAMM(UpperSteps):
     """Single-loop solver for lower levels that need not be strongly convex (sl-BAMM, Liu et al.,
     ICML 2023).
 
@@ -90,9 +90,6 @@ class SLBAMM(Solver):
     aux_step: Literal["scheduled", "cauchy"] = (
         "scheduled"  # v's step: eta, or the exact line search along d_v, per task
     )
-    upper_optimizer: OptimizerName = "sgd"
-    upper_schedule: Schedule = "constant"  # multiplies alpha
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of upper_optimizer: momentum
     adapt_steps: Count = 10  # fresh tasks: steps of size `lower_lr` on g
     aux_steps: Count = 5  # fresh tasks: Cauchy steps of v
 
@@ -124,14 +121,7 @@ class SLBAMM(Solver):
         )
 
     def start(self, upper: Params, steps: int) -> UpperVariable:
-        return UpperVariable(
-            upper,
-            steps,
-            optimizer=self.upper_optimizer,
-            lr=self.rates(0).upper,
-            momentum=self.momentum,
-            schedule=self.upper_schedule,
-        )
+        return self.moved_by(self.rates(0).upper, upper, steps)
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
         return gradient_steps(
