@@ -20,13 +20,11 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads, trainer_of
 from bomemeta.config import load_config
-from bomemeta.engine import Job
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
 from bomemeta.problems.continual import Continual
-from bomemeta.profile import Course
 
 PLACE = 0.5  # of a task's own steps: where its steps are taken
 
@@ -47,7 +45,10 @@ class Place:
         self.ids = range(self.problem.blocks)
         transport = stack.enter_context(closing(open_transport(self.config, print)))
         self.solver = build_solver(self.config, self.problem)
-        self.course = Course(Job(self.config, self.problem, self.solver, transport), self.step)
+        self.course = trainer_of(
+            self.config, problem=self.problem, solver=self.solver, transport=transport
+        )
+        self.course.start(self.step)
         batch = self.draw()
         self.in_g, self.in_f = (
             int((batch[f"{part}_weight"] > 0).sum()) if f"{part}_weight" in batch else 0
@@ -66,7 +67,7 @@ class Place:
 
     def go(self) -> None:
         self.draws.append(_seconds(self.draw))
-        self.times.append(_seconds(lambda: self.course.go(1)))
+        self.times.append(_seconds(lambda: self.course.advance(1)))
         self.step += 1
 
 

@@ -19,13 +19,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import build_problem, open_transport, torch_threads, trainer_of
 from bomemeta.config import load_config
 from bomemeta.core.problem import SharedProblem
-from bomemeta.engine import Job
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
-from bomemeta.profile import Course
 
 CONFIGS = (
     "omniglot_5w1s",
@@ -50,14 +48,13 @@ def counted(config: str, keys: Sequence[str]) -> dict[str, Any]:
     with elsewhere() as seen, torch_threads(1):
         problem = build_problem(settings)
         with closing(open_transport(settings, print)) as transport:
-            job = Job(settings, problem, build_solver(settings, problem), transport)
-            course = Course(job)
-            course.go(3)
+            trainer = trainer_of(settings, problem=problem, transport=transport)
+            trainer.advance(3)
             for what in seen:
                 what.clear()
-            (said,) = course.go(1)
+            (said,) = trainer.advance(1)
         blocks = problem.num_tasks if isinstance(problem, SharedProblem) else None
-        tasks = blocks or job.step_run(0).tasks
+        tasks = blocks or trainer.step_run(0).tasks
     launched = {
         op: times
         for op, times in seen.ran.items()

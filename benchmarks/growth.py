@@ -47,17 +47,15 @@ from benchmarks.growth_report import figure, tables
 from bomemeta.assembly import (
     BuildWorker,
     build_problem,
-    build_solver,
     open_transport,
     torch_threads,
+    trainer_of,
 )
 from bomemeta.config import Config
 from bomemeta.distributed.serial import SerialTransport
-from bomemeta.engine import Job
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
 from bomemeta.live_bytes import LiveBytes
-from bomemeta.profile import Course
 
 NETWORK = (
     "problem={name: few_shot, form: network, width: 16}",
@@ -131,7 +129,7 @@ def peak_of(config: Config) -> int:
         return weighed[-1]
 
     problem = build_problem(config)
-    Course(Job(config, problem, build_solver(config, problem), SerialTransport(build))).go(1)
+    trainer_of(config, problem=problem, transport=SerialTransport(build)).advance(1)
     return weighed[0].peak
 
 
@@ -148,12 +146,12 @@ def serial(sweep: Sweep, values: Sequence[int], rounds: int) -> list[dict[str, A
             rows.append({**counted(points[-1]), "peak_bytes": peak})
             say(rows[-1])
     seconds = in_turn(
-        [functools.partial(p.course.go, 1) for p in points], rounds, time.process_time
+        [functools.partial(p.trainer.advance, 1) for p in points], rounds, time.process_time
     )
     for solver in sweep.solvers:
         here = [i for i, p in enumerate(points) if p.solver == solver]
         peaks = line(
-            [sweep.size(points[i].sizes, points[i].job.solver) for i in here],
+            [sweep.size(points[i].sizes, points[i].trainer.solver) for i in here],
             [rows[i]["peak_bytes"] for i in here],
         )
         for i, peak in zip(here, peaks, strict=True):

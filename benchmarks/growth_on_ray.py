@@ -44,9 +44,9 @@ def workers(counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
             )
         rows = [counted(each) for each in points]
         for each in points:
-            each.course.go(10)  # until every worker has started and has had calls
+            each.trainer.advance(10)  # until every worker has started and has had calls
         seconds = in_turn(
-            [functools.partial(p.course.go, 1) for p in points], rounds, time.perf_counter
+            [functools.partial(p.trainer.advance, 1) for p in points], rounds, time.perf_counter
         )
     medians = [statistics.median(each) for each in seconds]
     cores = len(os.sched_getaffinity(0))
@@ -87,7 +87,7 @@ def sums(shards: Sequence[int], rounds: int, upper: int) -> list[dict[str, Any]]
                 )
         rows = [counted(each) | {"reduce": each.solver} for each in points]
         seconds = in_turn(
-            [functools.partial(p.course.go, 1) for p in points], rounds, time.perf_counter
+            [functools.partial(p.trainer.advance, 1) for p in points], rounds, time.perf_counter
         )
     for row, own in zip(rows, seconds, strict=True):
         row |= {"ms": 1000 * statistics.median(own)}

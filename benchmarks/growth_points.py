@@ -11,13 +11,12 @@ import torch
 
 from benchmarks import cost_model
 from benchmarks.cost_model import Cost, Sizes, Where
-from bomemeta.assembly import build_problem, build_solver
+from bomemeta.assembly import build_problem, trainer_of
 from bomemeta.config import Config, load_config
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.distributed.transport import Transport
-from bomemeta.engine import Job
-from bomemeta.profile import Course
+from bomemeta.engine import Trainer
 
 COUNTS = ("gradient_evaluations", "hessian_products", "reduces", "bytes_reduced", "driver_bytes")
 BOME = "{name: bome, barrier: per_task, diagnose_every: 0, inner_lr: 0.05, lower_lr: 0.05, upper_lr: 0.001}"
@@ -40,12 +39,11 @@ class Point(NamedTuple):
 
     solver: str
     value: int
-    course: Course
-    job: Job
+    trainer: Trainer
     sizes: Sizes
 
     def predicted(self, step: int = 0) -> Cost:
-        return cost_model.cost(self.job.solver, self.sizes, step)
+        return cost_model.cost(self.trainer.solver, self.sizes, step)
 
 
 def sizes_of(config: Config, problem: Problem) -> Sizes:
@@ -88,8 +86,8 @@ def config_of(keys: Sequence[str], solver: str = BOME) -> Config:
 
 def point(name: str, value: int, config: Config, transport: Transport) -> Point:
     problem = build_problem(config)
-    job = Job(config, problem, build_solver(config, problem), transport)
-    return Point(name, value, Course(job), job, sizes_of(config, problem))
+    trainer = trainer_of(config, problem=problem, transport=transport)
+    return Point(name, value, trainer, sizes_of(config, problem))
 
 
 def counted(of: Point, steps: int = 2) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def counted(of: Point, steps: int = 2) -> dict[str, Any]:
         "upper": of.sizes.upper,
         "lower": of.sizes.lower,
     }
-    for step, said in enumerate(of.course.go(steps)):
+    for step, said in enumerate(of.trainer.advance(steps)):
         model = of.predicted(step)._asdict()
         got: dict[str, float] = {name: said.get(name, 0.0) for name in COUNTS}
         wanted = {name: float(model[name]) for name in COUNTS}

@@ -22,13 +22,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import build_problem, open_transport, torch_threads, trainer_of
 from bomemeta.config import load_config
 from bomemeta.core import spans
-from bomemeta.engine import Job
+from bomemeta.engine import Trainer
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
-from bomemeta.profile import Course
 
 KEYS = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1", "workers=0")
 
@@ -40,13 +39,13 @@ class Taken(NamedTuple):
     idle: float
 
 
-def taken(course: Course) -> Taken:
+def taken(course: Trainer) -> Taken:
     """One step. A step that follows others' without a pause finds its tasks as far as they are
     loaded by then.
     """
     idle, wall, cpu = _idle_s(), time.perf_counter(), time.process_time()
     with spans.heard() as heard:
-        course.go(1)
+        course.advance(1)
     return Taken(
         time.perf_counter() - wall,
         time.process_time() - cpu,
@@ -67,14 +66,14 @@ def measure(config: str, keys: Sequence[str], rounds: int, steps: int) -> dict[s
             settings = load_config(config, [*KEYS, *keys, f"load_ahead={str(on).lower()}"])
             problem = build_problem(settings)
             transport = stack.enter_context(closing(open_transport(settings, print)))
-            courses[on] = Course(Job(settings, problem, build_solver(settings, problem), transport))
-            courses[on].go(5)
+            courses[on] = trainer_of(settings, problem=problem, transport=transport)
+            courses[on].advance(5)
         pairs = []
         for _ in range(rounds):
             # The first step of each turn is not counted: its tasks were loaded in the other's turn.
             of = {}
             for on, course in courses.items():
-                course.go(1)
+                course.advance(1)
                 each = [taken(course) for _ in range(steps)]
                 of[on] = Taken(*(sum(parts) for parts in zip(*each, strict=True)))
             pairs.append(of)

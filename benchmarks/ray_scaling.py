@@ -30,15 +30,14 @@ from benchmarks.pipes import PipeTransport
 from bomemeta.assembly import (
     BuildWorker,
     build_problem,
-    build_solver,
     open_transport,
     torch_threads,
+    trainer_of,
 )
 from bomemeta.config import load_config
-from bomemeta.engine import Job
+from bomemeta.engine import Trainer
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
-from bomemeta.profile import Course
 
 WARM_UP = 10
 BLOCK, SKIPPED = 10, 2  # steps
@@ -47,7 +46,7 @@ KEYS = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1")
 
 def course(
     config: str, keys: Sequence[str], workers: int, stack: ExitStack, plain: bool = False
-) -> Course:
+) -> Trainer:
     """`plain`: the workers are processes over pipes."""
     settings = load_config(config, [*KEYS, *keys, f"workers={workers}"])
     problem = build_problem(settings)
@@ -57,15 +56,15 @@ def course(
         else open_transport(settings, print)
     )
     transport = stack.enter_context(closing(opened))
-    return Course(Job(settings, problem, build_solver(settings, problem), transport))
+    return trainer_of(settings, problem=problem, transport=transport)
 
 
-def seconds_of(one: Course) -> float:
+def seconds_of(one: Trainer) -> float:
     """Of a step: the median over a block."""
     times = []
     for _ in range(BLOCK):
         start = time.perf_counter()
-        one.go(1)
+        one.advance(1)
         times.append(time.perf_counter() - start)
     return statistics.median(times[SKIPPED:])
 
@@ -96,10 +95,10 @@ def neighbours(
 def endless(options: argparse.Namespace) -> None:
     with ExitStack() as stack, torch_threads(1):
         serial = course(options.configs[0], options.keys, 0, stack)
-        serial.go(WARM_UP)
+        serial.advance(WARM_UP)
         print("warm", flush=True)
         while True:
-            serial.go(1)
+            serial.advance(1)
 
 
 def measure(options: argparse.Namespace, config: str, tasks: int | None) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def measure(options: argparse.Namespace, config: str, tasks: int | None) -> dict
         spread = course(config, keys, options.workers, stack)
         plain = course(config, keys, options.workers, stack, plain=True)
         for one in (serial, spread, plain):
-            one.go(WARM_UP)
+            one.advance(WARM_UP)
         times = [
             (seconds_of(serial), seconds_of(spread), seconds_of(plain))
             for _ in range(options.repetitions)

@@ -28,16 +28,14 @@ import numpy as np
 from bomemeta.assembly import (
     BuildWorker,
     build_problem,
-    build_solver,
     open_transport,
     torch_threads,
+    trainer_of,
 )
 from bomemeta.config import Config, load_config
 from bomemeta.distributed.transport import Round, ShardCall, Transport, nothing
-from bomemeta.engine import Job
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
-from bomemeta.profile import Course
 
 WARM_UP = 40  # steps: workers start, the first calls are planned
 KEYS = ("evaluation.every_steps=null", "log.tensorboard=false", "threads=1")
@@ -107,7 +105,7 @@ def clocked(config: Config, steps: int) -> tuple[dict[int, tuple[float, float]],
         factory = BuildClocked(BuildWorker.of(config), folder)
         with torch_threads(1), closing(open_transport(config, print, factory)) as transport:
             rounds = ClockedRounds(transport)
-            Course(Job(config, problem, build_solver(config, problem), rounds)).go(WARM_UP + steps)
+            trainer_of(config, problem=problem, transport=rounds).advance(WARM_UP + steps)
         calls = [
             Call(int(file.name), int(step), float(begun), float(ended))
             for file in Path(folder).iterdir()

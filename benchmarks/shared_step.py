@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.few_shot_step import WARM_UP, interleaved, ratio, spread
-from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads, trainer_of
 from bomemeta.config import load_config
 from bomemeta.core.solver import LowerStates
 from bomemeta.core.upper import UpperVariable
-from bomemeta.engine import Job
+from bomemeta.engine import Trainer
 from bomemeta.environment import environment
 from bomemeta.problems.hyper_cleaning import HyperCleaning
 from bomemeta.solvers.bome import BOME
@@ -39,13 +39,13 @@ CONFIG = Path(__file__).parents[1] / "configs" / "hyper_cleaning_mnist_bome.yaml
 START = 0.5  # of every weight
 
 
-def ours(job: Job) -> tuple[Callable[[], None], UpperVariable]:
-    upper = job.solver.start(job.problem.init_upper(torch.Generator().manual_seed(0)), job.steps)
+def ours(trainer: Trainer) -> tuple[Callable[[], None], UpperVariable]:
+    upper = trainer.state.upper
     lower, number = LowerStates.none(), 0
 
     def step() -> None:
         nonlocal lower, number
-        lower = job.solver.step(upper, lower, job.step_run(number)).lower
+        lower = trainer.solver.step(upper, lower, trainer.step_run(number)).lower
         number += 1
 
     return step, upper
@@ -118,7 +118,9 @@ def measure(inner_steps: int, options: argparse.Namespace) -> dict[str, Any]:
     assert isinstance(problem, HyperCleaning)
     assert isinstance(solver, BOME)
     with torch_threads(config.threads), closing(open_transport(config, print)) as transport:
-        our_step, upper = ours(Job(config, problem, solver, transport))
+        our_step, upper = ours(
+            trainer_of(config, problem=problem, solver=solver, transport=transport)
+        )
         plain_step, x = plain(problem, solver)
         taken = interleaved(
             {"bomemeta": our_step, "plain": plain_step}, options.rounds, lambda number: None

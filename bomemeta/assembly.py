@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import Solver
 from bomemeta.distributed.transport import Transport, WorkerFactory
 from bomemeta.distributed.worker import Computing, ShardWorker, variant_of
+from bomemeta.engine import Trainer
 from bomemeta.errors import BomemetaError, ClusterError, ConfigError
 from bomemeta.imports import Imports
 from bomemeta.limits import check_counts, check_threads, within_memory
@@ -127,6 +128,30 @@ def open_transport(
         if reason is None:
             raise
         raise ConfigError(reason) from error
+
+
+def trainer_of(
+    config: Config,
+    say: Callable[[str], None] = lambda text: None,
+    *,
+    problem: Problem | None = None,
+    solver: Solver | None = None,
+    transport: Transport | None = None,
+) -> Trainer:
+    """The config's run at its start. What is given is used and stays the caller's to close; the
+    rest is built as the config says, with this process's torch threads set until the trainer is
+    closed.
+
+    Raises as `build_problem`, `build_solver` and `open_transport` do.
+    """
+    problem = problem if problem is not None else build_problem(config)
+    solver = solver if solver is not None else build_solver(config, problem)
+    with ExitStack() as resources:
+        resources.enter_context(torch_threads(config.threads))
+        if transport is None:
+            transport = resources.enter_context(closing(open_transport(config, say)))
+        return Trainer(config, problem, solver, transport, resources.pop_all())
+    raise AssertionError("unreachable")
 
 
 def worker_range(config: Config) -> tuple[int, int]:

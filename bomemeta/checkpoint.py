@@ -130,6 +130,14 @@ def load_latest(folder: Path) -> Loaded:
     )
 
 
+def _renamed(checkpoint: Checkpoint) -> Checkpoint:
+    """With the names of today for what older versions called otherwise."""
+    solver = dict(checkpoint.solver)
+    if "figures" in solver and "metrics" not in solver:
+        solver["metrics"] = solver.pop("figures")
+    return checkpoint._replace(solver=solver)
+
+
 def _load(path: Path) -> tuple[Checkpoint, bool]:
     """The checkpoint, and whether its file ends with a digest (that of its content)."""
     try:
@@ -139,7 +147,7 @@ def _load(path: Path) -> tuple[Checkpoint, bool]:
             values = torch.load(path, map_location="cpu", weights_only=True)
         fault = _fault(path, values, sealed)
         if fault is None:
-            return Checkpoint(**values), sealed
+            return _renamed(Checkpoint(**values)), sealed
         reason, cause = fault, None
     # torch.load has no error class of its own: a damaged file surfaces as any of many.
     except Exception as error:

@@ -17,7 +17,7 @@ from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import CheckpointError
 
-SOLVER_KEYS = ("optimizer", "lower_layout", "memory", "figures", "history")
+SOLVER_KEYS = ("optimizer", "lower_layout", "memory", "metrics", "history")
 _PLAIN = (Tensor, str, int, float, bool, type(None))
 
 
@@ -75,18 +75,18 @@ def check_fits(
     for name in SOLVER_KEYS:
         if name not in solver:
             wrong.append(f"  solver.{name}: missing")
-    for name in ("optimizer", "memory", "figures"):
+    for name in ("optimizer", "memory", "metrics"):
         if name in solver and not isinstance(solver[name], dict):
             wrong.append(f"  solver.{name}: {_said(solver[name])}, wanted a mapping")
     if isinstance(solver.get("memory"), dict):
         wrong += _differing("solver.memory", memory, solver["memory"])
-    if isinstance(solver.get("figures"), dict):
-        wrong += _not_figures("solver.figures", solver["figures"])
+    if isinstance(solver.get("metrics"), dict):
+        wrong += _not_metrics("solver.metrics", solver["metrics"])
     history = solver.get("history", [])
     if not isinstance(history, list) or not all(isinstance(each, dict) for each in history):
         wrong.append(f"  solver.history: {_said(history)}, wanted a list of mappings")
     else:
-        wrong += [line for each in history for line in _not_figures("solver.history", each)]
+        wrong += [line for each in history for line in _not_metrics("solver.history", each)]
     for task, tensor in lower.items():
         if tensor.dtype != dtype:
             wrong.append(f"  lower.{task}: {tensor.dtype}, wanted {dtype}")
@@ -173,7 +173,7 @@ def _differing(above: str, wanted: Params, got: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _not_figures(above: str, values: Mapping[Any, Any]) -> list[str]:
+def _not_metrics(above: str, values: Mapping[Any, Any]) -> list[str]:
     return [
         f"  {above}.{name}: {_said(value)}, wanted a number"
         for name, value in values.items()

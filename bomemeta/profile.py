@@ -8,22 +8,19 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import trainer_of
 from bomemeta.config import Config, load_config
 from bomemeta.core import spans
-from bomemeta.core.problem import SharedProblem, start_memory
-from bomemeta.core.randomness import generator
-from bomemeta.core.solver import LowerStates
-from bomemeta.engine import Job, State, fit
+from bomemeta.core.problem import SharedProblem
+from bomemeta.engine import Trainer
 from bomemeta.environment import environment, environment_line
-from bomemeta.errors import ConfigError, LowerStateLost
+from bomemeta.errors import ConfigError
 from bomemeta.files import replace_text
 
 # The parts of a step as metrics.jsonl has them.
@@ -126,27 +123,23 @@ def profile(
     settings = load_config(
         config, [*overrides, "evaluation.every_steps=null"]
     )  # a validation is no part of a step
-    problem = build_problem(settings)
-    solver = build_solver(settings, problem)
-    with torch_threads(settings.threads), closing(open_transport(settings, say)) as transport:
-        job = Job(settings, problem, solver, transport)
-        if job.steps < warm_up + steps:
+    with trainer_of(settings, say) as trainer:
+        if trainer.steps < warm_up + steps:
             raise ConfigError(
-                f"steps: the run has {job.steps}; {warm_up} to warm up and {steps} to profile are more: set fewer with --steps"
+                f"steps: the run has {trainer.steps}; {warm_up} to warm up and {steps} to profile are more: set fewer with --steps"
             )
-        taken = Course(job)
-        taken.go(warm_up)
+        trainer.advance(warm_up)
         say(f"{steps} steps after {warm_up}")
-        measured = taken.go(steps)
-    here = load_config(settings.to_dict() | {"workers": 0})
-    with torch_threads(settings.threads), closing(open_transport(here, say)) as transport:
-        course = Course(Job(here, problem, solver, transport))
-        course.go(warm_up)
-        within = course.within(steps)
-        operations = course.operations(min(steps, 3))
+        measured = trainer.advance(steps)
+    here = settings.model_copy(update={"workers": 0})
+    with trainer_of(here, say) as trainer:
+        trainer.advance(warm_up)
+        inside = within(trainer, steps)
+        operations = operations_of(trainer, min(steps, 3))
+        problem, tasks = trainer.problem, trainer.step_run(0).tasks
     first = measured[0]
     blocks = problem.num_tasks if isinstance(problem, SharedProblem) else None
-    tasks = blocks or job.step_run(0).tasks
+    tasks = blocks or tasks
     return Profile(
         steps=steps,
         tasks=tasks,
@@ -155,7 +148,7 @@ def profile(
         threads=settings.threads,
         step_s=_median(measured, "step_s"),
         parts={name: _median(measured, f"{name}_s") for name in STEP},
-        within=within,
+        within=inside,
         operations=operations,
         gradient_evaluations=first.get("gradient_evaluations"),
         reduces=first["reduces"],
@@ -164,59 +157,32 @@ def profile(
     )
 
 
-class Course:
-    """A run on its way, from the config's start, or as if it stood at `step` with everything else
-    as at the start.
+def within(trainer: Trainer, steps: int) -> dict[str, float]:
+    """Medians over so many steps of the spans in this process, and of what of the computation is in
+    none.
     """
-
-    def __init__(self, job: Job, step: int = 0) -> None:
-        problem, seed = job.problem, job.config.seed
-        upper = job.solver.start(problem.init_upper(generator(seed)), job.steps)
-        self._job, self._state = job, State(step, upper, LowerStates.none(), start_memory(problem))
-
-    def go(self, steps: int) -> list[dict[str, float]]:
-        """So many steps more. Returns what each says for the log."""
-        said: list[dict[str, float]] = []
-        goal = self._state.step + steps
-        fit(
-            self._job,
-            self._state,
-            log=lambda step, metrics: said.append(dict(metrics)),
-            save=lambda state: None,
-            roll_back=_lost,
-            stop=lambda: self._state.step >= goal,
-        )
-        return said
-
-    def within(self, steps: int) -> dict[str, float]:
-        """Medians over so many steps of the spans in this process, and of what of the computation
-        is in none.
-        """
-        each = []
-        for _ in range(steps):
-            with spans.heard() as heard:
-                compute = self.go(1)[0]["compute_s"]
-            each.append(heard.seconds | {REST: max(compute - sum(heard.seconds.values()), 0.0)})
-        return {name: _median(each, name) for name in each[0]}
-
-    def operations(self, steps: int) -> dict[str, float]:
-        """The longest of torch's operations per step, without those that they call. The profiler
-        slows what it looks at.
-        """
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiled:
-            self.go(steps)
-        found = {
-            event.key: event.self_cpu_time_total / 1e6 / steps
-            for event in profiled.key_averages()
-            if "::" in event.key
-        }
-        longest = sorted(found, key=lambda name: -found[name])[:OPERATIONS]
-        others = sum(taken for name, taken in found.items() if name not in longest)
-        return {name: found[name] for name in longest} | {"all others": others}
+    each = []
+    for _ in range(steps):
+        with spans.heard() as heard:
+            compute = trainer.step()["compute_s"]
+        each.append(heard.seconds | {REST: max(compute - sum(heard.seconds.values()), 0.0)})
+    return {name: _median(each, name) for name in each[0]}
 
 
-def _lost(state: State, error: LowerStateLost) -> None:
-    raise error
+def operations_of(trainer: Trainer, steps: int) -> dict[str, float]:
+    """The longest of torch's operations per step, without those that they call. The profiler slows
+    what it looks at.
+    """
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiled:
+        trainer.advance(steps)
+    found = {
+        event.key: event.self_cpu_time_total / 1e6 / steps
+        for event in profiled.key_averages()
+        if "::" in event.key
+    }
+    longest = sorted(found, key=lambda name: -found[name])[:OPERATIONS]
+    others = sum(taken for name, taken in found.items() if name not in longest)
+    return {name: found[name] for name in longest} | {"all others": others}
 
 
 def _median(each: Sequence[Mapping[str, float]], name: str) -> float:

@@ -4,6 +4,7 @@ leaves behind.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -19,23 +20,29 @@ from torch import Tensor
 
 from bomemeta import checkpoint as checkpoints
 from bomemeta import engine
-from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import build_problem, build_solver, trainer_of
 from bomemeta.checkpoint import Checkpoint, Loaded, check_same_run, load_latest, upper_sha256
 from bomemeta.checkpoint_content import check_fits, tasks_after_a_step
 from bomemeta.config import Config, differing_keys
 from bomemeta.contract import check_at_start
+<<<<<<< HEAD
 from bomemeta.core.problem import start_memory
 from bomemeta.core.randomness import generator
 from bomemeta.core.solver import LowerStates
 from bomemeta.core.tree import unflatten
+=======
+from bomemeta.core.problem import Problem
+from bomemeta.core.solver import Solver
+>>>>>>> 6e88844 (One way to build a run: Trainer; memory is part of its state, so bomemeta check takes streams)
 from bomemeta.document import read_document
-from bomemeta.engine import Job, State
+from bomemeta.engine import State, Trainer
 from bomemeta.errors import (
     CheckpointError,
     ConfigError,
     DivergenceError,
     LowerStateLost,
 )
+from bomemeta.evaluation import final_variables
 from bomemeta.extras import versions
 from bomemeta.health import HealthMonitor
 from bomemeta.limits import within_memory
@@ -212,7 +219,7 @@ class _Session:
         self._saving = threading.Lock()
         self._saved_step = 0
 
-    def run(self, problem: Any, solver: Any, saved: Checkpoint | None) -> Result:
+    def run(self, problem: Problem, solver: Solver, saved: Checkpoint | None) -> Result:
         started = time.perf_counter()
         first_step = self._saved_step = saved.step if saved is not None else 0
         steps = engine.run_length(self._config, problem)
@@ -222,40 +229,33 @@ class _Session:
             for text in getattr(made, "notes", ()):
                 self.note(text)
         with (
-            torch_threads(self._config.threads),
             within_memory(self._config.to_dict(), limited=False),
             closing(self),
-            closing(open_transport(self._config, self.note)) as transport,
+            self._trainer(problem, solver, saved) as trainer,
         ):
-            job = Job(self._config, problem, solver, transport)
-            state = self._state(job, saved)
+            state = trainer.state
             if saved is None:
-                self._save(job, state)  # what a lost node or a kill in the first steps goes back to
+                self._save(trainer)  # what a lost node or a kill in the first steps goes back to
             if state.step < steps:
                 self._folder.result_file.unlink(
                     missing_ok=True
                 )  # of a shorter run, which this one takes further
             self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
-
-            def save_kept(kept: State) -> None:
-                self._save_kept(job, kept)
-
+            save_kept = functools.partial(self._save_kept, trainer)
             with stop_on_signal(self._listener.note, save_kept) as stop:
-                transport.guard(lambda: stop.save_now(self.note, save_kept))
+                trainer.transport.guard(lambda: stop.save_now(self.note, save_kept))
                 try:
-                    engine.fit(
-                        job,
-                        state,
+                    trainer.fit(
                         log=self._log_step,
-                        save=lambda state: self._save(job, state),
-                        roll_back=self._roll_back,
+                        save=lambda state: self._save(trainer),
+                        roll_back=functools.partial(self._roll_back, trainer),
                         stop=stop,
                         keep=lambda state: stop.keep(engine.copy_of(state)),
                     )
                 except DivergenceError as error:
                     raise DivergenceError(self._diverged(error)) from error
             interrupted = state.step < steps
-            metrics = {} if interrupted else engine.final_metrics(job, state, self.note)
+            metrics = {} if interrupted else trainer.evaluate(self.note)
             self._listener.close()
             result = self._result(state, metrics, stop.signal if interrupted else None, interrupted)
             if not interrupted:
@@ -264,55 +264,53 @@ class _Session:
                     self._folder.write_file(name, content)
                     if name.endswith(".png"):
                         self._log.image(name.removesuffix(".png"), content, state.step - 1)
-                self._folder.write_result(self._record(job, state, result, first_step, seconds))
+                self._folder.write_result(self._record(trainer, result, first_step, seconds))
         return result
 
-    def evaluate(self, problem: Any, solver: Any, saved: Checkpoint) -> Result:
+    def evaluate(self, problem: Problem, solver: Solver, saved: Checkpoint) -> Result:
         with (
-            torch_threads(self._config.threads),
             within_memory(self._config.to_dict(), limited=False),
-            closing(open_transport(self._config, self.note)) as transport,
+            self._trainer(problem, solver, saved) as trainer,
         ):
-            job = Job(self._config, problem, solver, transport)
-            state = self._state(job, saved)
-            return self._result(state, engine.final_metrics(job, state, self.note))
+            return self._result(trainer.state, trainer.evaluate(self.note))
 
     def close(self) -> None:
         self._listener.close()
         if self._log is not None:
             self._log.close()
 
-    def _state(self, job: Job, saved: Checkpoint | None) -> State:
-        upper = job.problem.init_upper(generator(self._config.seed))
-        state = State(
-            0, job.solver.start(upper, job.steps), LowerStates.none(), start_memory(job.problem)
-        )
+    def _trainer(self, problem: Problem, solver: Solver, saved: Checkpoint | None) -> Trainer:
+        trainer = trainer_of(self._config, self.note, problem=problem, solver=solver)
         if saved is not None:
-            check_fits(
-                saved,
-                upper=state.upper,
-                memory=state.memory,
-                dtype=job.problem.dtype,
-                tasks=tasks_after_a_step(job.problem, self._config.tasks_per_step),
-            )
-            engine.restore(state, saved)
-        return state
+            try:
+                check_fits(
+                    saved,
+                    upper=trainer.state.upper,
+                    memory=trainer.state.memory,
+                    dtype=problem.dtype,
+                    tasks=tasks_after_a_step(problem, self._config.tasks_per_step),
+                )
+                trainer.restore(saved)
+            except BaseException:
+                trainer.close()
+                raise
+        return trainer
 
-    def _save(self, job: Job, state: State) -> None:
+    def _save(self, trainer: Trainer) -> None:
         with self._saving:
-            self._write(job, state)
+            self._write(trainer, trainer.state)
 
-    def _save_kept(self, job: Job, state: State) -> None:
+    def _save_kept(self, trainer: Trainer, state: State) -> None:
         """For a signal in the middle of a step; the loop may be saving a later state, or have saved
         it.
         """
         with self._saving:
             if state.step > self._saved_step:
-                self._write(job, state)
+                self._write(trainer, state)
 
-    def _write(self, job: Job, state: State) -> None:
+    def _write(self, trainer: Trainer, state: State) -> None:
         path = checkpoints.save(
-            self._folder.checkpoints, engine.to_checkpoint(job, state), self._config.checkpoint.keep
+            self._folder.checkpoints, trainer.checkpoint_of(state), self._config.checkpoint.keep
         )
         self._saved_step = state.step
         if self._log is not None:
@@ -320,17 +318,17 @@ class _Session:
         self._folder.publish(self.note)
         self._listener.saved(path)
 
-    def _roll_back(self, state: State, error: LowerStateLost) -> None:
+    def _roll_back(self, trainer: Trainer, error: LowerStateLost) -> None:
         loaded = load_latest(self._folder.checkpoints)
         self.note(
-            f"step {state.step}: {error} Going back to the checkpoint of step {loaded.checkpoint.step}."
+            f"step {trainer.state.step}: {error} Going back to the checkpoint of step {loaded.checkpoint.step}."
         )
         for note in loaded.notes:
             self.note(note)
-        engine.restore(state, loaded.checkpoint)
-        self._saved_step = state.step
+        trainer.restore(loaded.checkpoint)
+        self._saved_step = trainer.state.step
         if self._log is not None:
-            self._log.go_back(state.step)
+            self._log.go_back(trainer.state.step)
 
     def _log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._log is not None:
@@ -378,7 +376,7 @@ class _Session:
         )
 
     def _record(
-        self, job: Job, state: State, result: Result, first_step: int, seconds: float
+        self, trainer: Trainer, result: Result, first_step: int, seconds: float
     ) -> dict[str, Any]:
         return {
             "steps": result.steps,
@@ -388,7 +386,7 @@ class _Session:
             "first_step": first_step,  # where this process began: not 0 after a resume
             "versions": _versions(),
             "metrics": result.metrics,
-            "final": engine.final_variables(job, state),
+            "final": final_variables(trainer),
             "health": self._health.summary(),
             "notes": result.notes,
             "config": self._config.to_dict(),

@@ -455,3 +455,14 @@ def test_x_of_a_run(config: str, tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused(config: str) -> None:
     with pytest.raises(ConfigError, match="--tasks: got 0"):
         check(config, tasks=0)
+
+
+def test_a_streams_memory_is_part_of_what_is_checked() -> None:
+    """Soft targets and stored logits are in the batch as they are in training."""
+    report = check(
+        "continual_quickstart",
+        ["problem.samples_per_task=20", "problem.hidden=8"],
+        settle_steps=2,
+        directions=0,
+    )
+    assert report.numbers["solver"]["steps"] == 2

@@ -58,7 +58,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "layout": (_solver(lower_layout=[3]), r"lower_layout has 3, wanted \(group, name, shape\)"),
     "memory": (_solver(memory={"m": torch.zeros(2)}), r"memory\.m: checkpoint float32 \[2\]"),
-    "figures": (_solver(figures={"reduces": None}), r"figures\.reduces: None, wanted a number"),
+    "metrics": (_solver(metrics={"reduces": None}), r"metrics\.reduces: None, wanted a number"),
     "history": (_solver(history=[None]), r"solver\.history: a list, wanted a list of mappings"),
     "no history": (lambda v: v["solver"].pop("history"), r"solver\.history: missing"),
 }
@@ -77,3 +77,16 @@ def test_an_entry_changed_by_hand_is_said(run: Path, tmp_path: Path, name: str) 
     torch.save(values, path)
     with pytest.raises(CheckpointError, match=said):
         bomemeta.resume(copy, ["steps=4"])
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed(run: Path, tmp_path: Path) -> None:
+    """It calls the run's metrics figures, and has no digest."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    path = copy / "checkpoints" / "step_00000002.pt"
+    values = torch.load(path, weights_only=True)
+    del values["format"]
+    values["solver"]["figures"] = values["solver"].pop("metrics")
+    torch.save(values, path)
+    resumed = bomemeta.resume(copy, ["steps=4"])
+    assert resumed.metrics["reduces"] == bomemeta.resume(run, ["steps=4"]).metrics["reduces"]

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from bomemeta.assembly import build_problem, build_solver, open_transport
+from bomemeta.assembly import open_transport, trainer_of
 from bomemeta.config import load_config
-from bomemeta.core.solver import LowerStates
 from bomemeta.distributed.transport import Round, ShardCall, nothing
-from bomemeta.engine import Job, State, fit
+from bomemeta.engine import Trainer
 from bomemeta.errors import DivergenceError, LowerStateLost
 
 JOB = {
@@ -25,7 +23,7 @@ JOB = {
 
 
 class Loop:
-    """`fit` on a transport that writes down its rounds, and calls `meanwhile` after them: what is
+    """`Trainer.fit` on a transport that writes down its rounds, and calls `meanwhile` after them: what is
     said then was not said before.
 
     `failing`: what the round of a step raises the first time, before anything else.
@@ -35,15 +33,11 @@ class Loop:
 
     def __init__(self, failing: dict[int, Any] | None = None, keys: Sequence[str] = ()) -> None:
         config = load_config(JOB, keys)
-        problem = build_problem(config)
         self._serial = open_transport(config, print)
         self._failing = dict(failing or {})
         self.events: list[tuple[str, int]] = []
-        self.job = Job(config, problem, build_solver(config, problem), self)
-        upper = self.job.solver.start(
-            problem.init_upper(torch.Generator().manual_seed(0)), self.job.steps
-        )
-        self.state = State(0, upper, LowerStates.none())
+        self.trainer: Trainer = trainer_of(config, transport=self)
+        self.state = self.trainer.state
 
     def run(
         self,
@@ -64,12 +58,10 @@ class Loop:
         return getattr(self._serial, name)
 
     def go(self, stop: Callable[[], bool] = lambda: False) -> list[tuple[str, int]]:
-        fit(
-            self.job,
-            self.state,
+        self.trainer.fit(
             log=lambda step, metrics: self.events.append(("log", step)),
             save=lambda state: self.events.append(("save", state.step)),
-            roll_back=lambda state, error: self.events.append(("back", state.step)),
+            roll_back=lambda error: self.events.append(("back", self.state.step)),
             stop=stop,
         )
         return self.events

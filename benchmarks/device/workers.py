@@ -10,10 +10,8 @@ from typing import Any
 
 from benchmarks.device.jobs import NOISE, trained
 from benchmarks.device.sizes import TINY, Say, Sizes, device_here
-from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import build_problem, open_transport, torch_threads, trainer_of
 from bomemeta.config import load_config
-from bomemeta.engine import Job
-from bomemeta.profile import Course
 
 
 class Absent(Exception):
@@ -48,12 +46,12 @@ def step_ms(job: dict[str, Any], keys: list[str], sizes: Sizes) -> float:
         stack.enter_context(torch_threads(settings.threads))
         problem = build_problem(settings)
         transport = stack.enter_context(closing(open_transport(settings, print)))
-        course = Course(Job(settings, problem, build_solver(settings, problem), transport))
-        course.go(1 if sizes is TINY else 3)
+        course = trainer_of(settings, problem=problem, transport=transport)
+        course.advance(1 if sizes is TINY else 3)
         taken = []
         for _ in range(max(sizes.rounds, 2)):
             start = time.perf_counter()
-            course.go(1)
+            course.advance(1)
             taken.append(time.perf_counter() - start)
     return 1000 * statistics.median(taken)
 

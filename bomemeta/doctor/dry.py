@@ -7,7 +7,6 @@ are the same at every run of them.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 import json
@@ -22,21 +21,21 @@ from torch import Tensor
 
 from bomemeta.assembly import computing_of
 from bomemeta.config import Config
+from bomemeta.core.arguments import replaced
 from bomemeta.core.inner import evaluate
 from bomemeta.core.problem import (
     Problem,
     SharedProblem,
     Split,
     StreamProblem,
-    start_memory,
     stream_length,
 )
-from bomemeta.core.randomness import generator
-from bomemeta.core.solver import LowerStates, Solver
+from bomemeta.core.solver import Solver
 from bomemeta.distributed.rounds import SharedRun
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.worker import ShardWorker, variant_of
-from bomemeta.engine import EVALUATION_SHARD, FRESH_TASKS_PER_STEP, Job, State, to_checkpoint
+from bomemeta.engine import FRESH_TASKS_PER_STEP, Trainer
+from bomemeta.evaluation import EVALUATION_SHARD
 from bomemeta.live_bytes import LiveBytes
 
 # A dry step that takes this long is not repeated for anything that can be done without.
@@ -165,30 +164,27 @@ class DryRun:
             )
             return _ObservedWorker(shard_worker, counts, device)
 
-        self.job = Job(
-            config,
-            problem,
-            solver,
-            SerialTransport(worker, threads=config.threads, device=self.device),
-        )
+        transport = SerialTransport(worker, threads=config.threads, device=self.device)
+        self.trainer = Trainer(config, problem, solver, transport)
         # A stream's memory fills up: its last steps are those that need most.
-        self._first = max(self.job.steps - 3, 0) if stream_length(problem) is not None else 0
+        self._first = max(self.trainer.steps - 3, 0) if stream_length(problem) is not None else 0
 
     def steps(self, tasks: int) -> Dry:
         """A counted step, one more where y persists (it then comes with the call), and one that is
         timed. Raises what a step raises.
         """
-        state = self._start()
-        seen = [self._counted(state, tasks)]
-        if self.job.problem.num_tasks is not None:
-            seen.append(self._counted(state, tasks))
+        self._start()
+        state = self.trainer.state
+        seen = [self._counted(tasks)]
+        if self.trainer.problem.num_tasks is not None:
+            seen.append(self._counted(tasks))
         self._counts.reset()
         started = time.perf_counter()
-        run, metrics = self._step(state, tasks)
+        run, metrics = self._step(tasks)
         step_s = time.perf_counter() - started
         handles = [np.asarray(handle).nbytes for handle in state.lower.handles.values()]
         buffer = io.BytesIO()
-        torch.save(to_checkpoint(self.job, state)._asdict(), buffer)
+        torch.save(self.trainer.checkpoint()._asdict(), buffer)
         x = sum(tensor.nbytes for tensor in (*state.upper.params.values(), *state.memory.values()))
         return Dry(
             tasks=tasks,
@@ -208,26 +204,32 @@ class DryRun:
 
     def with_inner_steps(self, inner_steps: int) -> int:
         """Bytes of a worker in one step on one task with another T."""
-        solver: Solver = dataclasses.replace(self.job.solver, inner_steps=inner_steps)  # type: ignore[type-var]
+        solver: Solver = replaced(self.trainer.solver, {"inner_steps": inner_steps})
         other = object.__new__(DryRun)
-        other.__dict__ |= self.__dict__ | {"job": dataclasses.replace(self.job, solver=solver)}
-        return other._counted(other._start(), 1).worker
+        here = self.trainer
+        trainer = Trainer(here.config, here.problem, solver, here.transport)
+        other.__dict__ |= self.__dict__ | {"trainer": trainer}
+        other._start()
+        return other._counted(1).worker
 
     def evaluation(self, tasks: int) -> tuple[int, float]:
         """Bytes and seconds of a worker that evaluates so many tasks at once."""
-        problem, settings = self.job.problem, self.job.config.evaluation
-        state = self._start()
+        problem, settings = self.trainer.problem, self.trainer.config.evaluation
+        self._start()
+        state = self.trainer.state
         split: Split = (
             "test" if problem.meta_tests or isinstance(problem, SharedProblem) else "train"
         )
         own = not problem.meta_tests
         if own:
-            self._step(state, tasks)
-        rest: dict[str, Any] = {"persistent": own, "memory": state.memory}
+            self._step(tasks)
+        rest: dict[str, Any] = {"persistent": own}
         steps = 0 if own else settings.inner_steps
-        run = self.job.run_on(range(tasks), 1, step=0, split=split, differentiable=False, **rest)
+        run = self.trainer.run_on(
+            range(tasks), 1, step=0, split=split, differentiable=False, **rest
+        )
         ask = functools.partial(
-            run, evaluate, self.job.solver, state.upper.params, state.lower, steps=steps
+            run, evaluate, self.trainer.solver, state.upper.params, state.lower, steps=steps
         )
         with self._counting():
             ask()
@@ -238,42 +240,32 @@ class DryRun:
 
     def remembering(self) -> int:
         """Bytes of a worker where the problem's memory is made anew; 0 where it never is."""
-        problem = self.job.problem
+        problem = self.trainer.problem
         if not isinstance(problem, StreamProblem):
             return 0
-        step = next((step for step in range(self.job.steps) if problem.memory_due(step)), None)
+        step = next((step for step in range(self.trainer.steps) if problem.memory_due(step)), None)
         if step is None:
             return 0
-        state = self._start()
-        state.step = step
-        self._step(state, 1)
-        run = self.job.run_on(range(1), 1, step=step, memory=state.memory)
+        self.trainer.start(step)
+        state = self.trainer.state
+        self._step(1)
+        run = self.trainer.run_on(range(1), 1, step=step)
         assert isinstance(run, SharedRun), "the problem is shared"
         with self._counting():
-            run.update_memory(self.job.solver, state.upper.params, state.lower)
+            run.update_memory(self.trainer.solver, state.upper.params, state.lower)
         return self._counts.peak
 
-    def _start(self) -> State:
-        problem, config = self.job.problem, self.job.config
-        upper = problem.init_upper(generator(config.seed))
-        return State(
-            self._first,
-            self.job.solver.start(upper, self.job.steps),
-            LowerStates.none(),
-            start_memory(problem),
-        )
+    def _start(self) -> None:
+        self.trainer.start(self._first)
 
-    def _step(self, state: State, tasks: int) -> tuple[Any, dict[str, float]]:
-        step = min(state.step, self.job.steps - 1)
-        run = self.job.run_on(range(tasks), 1, step=step, memory=state.memory)
-        lower, metrics = self.job.solver.step(state.upper, state.lower, run)
-        state.lower = LowerStates(lower.layout, {**state.lower.handles, **lower.handles})
-        state.step += 1
-        return run, metrics | run.seconds
+    def _step(self, tasks: int) -> tuple[Any, dict[str, float]]:
+        step = min(self.trainer.state.step, self.trainer.steps - 1)
+        run = self.trainer.run_on(range(tasks), 1, step=step)
+        return run, self.trainer.step(run)
 
-    def _counted(self, state: State, tasks: int) -> _Seen:
+    def _counted(self, tasks: int) -> _Seen:
         with self._counting() as driver:
-            run, _ = self._step(state, tasks)
+            run, _ = self._step(tasks)
         return _Seen(
             self._counts.peak,
             driver.peak,

@@ -193,7 +193,7 @@ def _dry(
         )
         return None
     needs, evaluating = measured
-    steps, dry, shared = run.job.steps, dries[-1], isinstance(problem, SharedProblem)
+    steps, dry, shared = run.trainer.steps, dries[-1], isinstance(problem, SharedProblem)
     times = traffic.times_of(
         config,
         problem,
@@ -262,7 +262,7 @@ def _measure(
         evaluation = line_through([(tasks, size) for tasks, size, _ in points])
         evaluating = line_through([(tasks, taken) for tasks, _, taken in points])
     by_steps = None
-    steps = getattr(run.job.solver, "inner_steps", None)
+    steps = getattr(run.trainer.solver, "inner_steps", None)
     if isinstance(steps, int) and steps > 0 and dries[0].step_s < SLOW_S:
         say("a step with another number of inner steps")
         other = steps // 2 if steps > 1 else 2

@@ -5,23 +5,23 @@ verdict.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads
+from bomemeta.assembly import trainer_of
 from bomemeta.checkpoint import load_latest
 from bomemeta.config import Config, load_config
 from bomemeta.core.arguments import replaced
 from bomemeta.core.problem import SharedProblem
-from bomemeta.core.randomness import generator, mixed_seed
+from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import Run, Solver
 from bomemeta.core.tree import Params
-from bomemeta.engine import READABLE_NUMBERS, Job
+from bomemeta.engine import Trainer
 from bomemeta.errors import CheckpointError, ConfigError, DivergenceError
+from bomemeta.evaluation import READABLE_NUMBERS
 from bomemeta.hypercheck import advice
 from bomemeta.hypercheck.advice import Trial
 from bomemeta.hypercheck.frozen import Settled, settle
@@ -79,23 +79,22 @@ def check(
     check: a wrong config, missing data, an x of another shape.
     """
     settings = load_config(config, [*overrides, *OWN_KEYS])
-    problem = build_problem(settings)
-    solver = build_solver(settings, problem)
-    with torch_threads(settings.threads), closing(open_transport(settings, say)) as transport:
-        job = Job(settings, problem, solver, transport)
-        cut = _cut(job, tasks, run_dir, at_step, say)
-        return _report(job, cut, settle_steps, directions, say)
+    with trainer_of(settings, say) as trainer:
+        cut = _cut(trainer, tasks, run_dir, at_step, say)
+        return _report(trainer, cut, settle_steps, directions, say)
 
 
-def _report(job: Job, cut: Subproblem, settle_steps: int, directions: int, say: Say) -> Report:
-    solver, seed = job.solver, mixed_seed(job.config.seed)
-    say(f"the direction of {label(job.config.solver)} at a fixed x")
+def _report(
+    trainer: Trainer, cut: Subproblem, settle_steps: int, directions: int, say: Say
+) -> Report:
+    solver, seed = trainer.solver, mixed_seed(trainer.config.seed)
+    say(f"the direction of {label(trainer.solver)} at a fixed x")
     settled = settle(solver, cut.upper, cut.whole, settle_steps)
     say("the reference: y*, A v = grad_y f, eigenvalues of A")
     reasons = [settled.failure] if settled.failure else []
     known, found, trials, now = None, [], [], None
     try:
-        adapts = job.problem.num_tasks is None and not settled.failure
+        adapts = trainer.problem.num_tasks is None and not settled.failure
         known = reference(
             solver, cut.upper, settled.lower, cut.parts, advice.inner_loop(solver), adapts, seed
         )
@@ -140,7 +139,7 @@ def _report(job: Job, cut: Subproblem, settle_steps: int, directions: int, say: 
         notes.append(
             "finite differences are too rough here to confirm the reference: a loss has kinks, as networks with ReLU do"
         )
-    rows = _rows(job, cut, settled, known, found, now, trials)
+    rows = _rows(trainer, cut, settled, known, found, now, trials)
     numbers = _numbers(settled, known, found, now, trials, cut)
     notes = [note for note in notes if note]
     if reasons or now is None:
@@ -199,12 +198,11 @@ def _headline(now: Comparison, trials: Sequence[Trial], penalty: bool) -> str:
 
 
 def _cut(
-    job: Job, tasks: int, run_dir: str | Path | None, at_step: int | None, say: Say
+    trainer: Trainer, tasks: int, run_dir: str | Path | None, at_step: int | None, say: Say
 ) -> Subproblem:
     if tasks < 1:
         raise ConfigError(f"--tasks: got {tasks}, wanted 1 or more")
-    upper = job.problem.init_upper(generator(job.config.seed))
-    step = 0
+    upper, step = trainer.state.upper.params, 0
     if run_dir is not None:
         loaded = load_latest(RunFolder.open(run_dir).checkpoints)
         for note in loaded.notes:
@@ -223,25 +221,30 @@ def _cut(
                 "own config.yaml"
             )
         upper, step = saved, loaded.checkpoint.step
-    last = job.steps - 1
+        memory = loaded.checkpoint.solver["memory"]
+        trainer.state.memory = {
+            name: tensor.double() if tensor.is_floating_point() else tensor
+            for name, tensor in memory.items()
+        }
+    last = trainer.steps - 1
     if at_step is not None and not 0 <= at_step <= last:
         raise ConfigError(
-            f"--at-step: got {at_step}, wanted 0 to {last}, as the config has steps: {job.config.steps}"
+            f"--at-step: got {at_step}, wanted 0 to {last}, as the config has steps: {trainer.config.steps}"
         )
     step = min(step, last) if at_step is None else at_step
     # In the problem's order of names, which the flat vectors of the check follow.
     upper = {name: upper[name].detach().to(torch.float64) for name in upper}
-    num_tasks, shared = job.problem.num_tasks, isinstance(job.problem, SharedProblem)
+    num_tasks, shared = trainer.problem.num_tasks, isinstance(trainer.problem, SharedProblem)
     count = num_tasks if shared and num_tasks is not None else min(tasks, num_tasks or tasks)
-    whole = job.run_on(range(count), job.config.shards, step=step)
+    whole = trainer.run_on(range(count), trainer.config.shards, step=step)
     parts: list[Run] = (
-        [whole] if shared else [job.run_on([task], 1, step=step) for task in range(count)]
+        [whole] if shared else [trainer.run_on([task], 1, step=step) for task in range(count)]
     )
     return Subproblem(upper, whole, parts, count, step)
 
 
 def _rows(
-    job: Job,
+    trainer: Trainer,
     cut: Subproblem,
     settled: Settled,
     known: Reference | None,
@@ -249,14 +252,14 @@ def _rows(
     now: Comparison | None,
     trials: Sequence[Trial],
 ) -> list[tuple[str, str]]:
-    what = ("block" if isinstance(job.problem, SharedProblem) else "task") + (
+    what = ("block" if isinstance(trainer.problem, SharedProblem) else "task") + (
         "s" if cut.tasks > 1 else ""
     )
     numbers = sum(tensor.numel() for tensor in cut.upper.values())
     rows = [
         (
             "checked",
-            f"{label(job.config.solver)} on {label(job.config.problem)}: {cut.tasks} {what}, {numbers} numbers in x, step {cut.step}",
+            f"{label(trainer.solver)} on {label(trainer.problem)}: {cut.tasks} {what}, {numbers} numbers in x, step {cut.step}",
         )
     ]
     if settled.direction is not None:
