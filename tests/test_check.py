@@ -461,7 +461,12 @@ def test_a_streams_memory_is_part_of_what_is_checked() -> None:
     """Soft targets and stored logits are in the batch as they are in training."""
     report = check(
         "continual_quickstart",
-        ["problem.samples_per_task=20", "problem.hidden=8"],
+        [
+            "problem.samples_per_task=20",
+            "problem.hidden=2",
+            "problem.layers=1",
+            "problem.embedding=2",
+        ],
         settle_steps=2,
         directions=0,
     )
