@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from bomemeta import profile as profile
     from bomemeta import tune as tune
     from bomemeta.api import Result as Result
-    from bomemeta.api import check as check
     from bomemeta.api import evaluate as evaluate
     from bomemeta.api import load as load
     from bomemeta.api import resume as resume
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from bomemeta.core.problem import SharedProblem as SharedProblem
     from bomemeta.core.problem import StreamProblem as StreamProblem
     from bomemeta.core.solver import Solver as Solver
+    from bomemeta.data.cifar10n import Cifar10N as Cifar10N
     from bomemeta.data.episodes_from import EpisodesFrom as EpisodesFrom
     from bomemeta.data.glyphs import Glyphs as Glyphs
     from bomemeta.data.image_folder import ImageFolder as ImageFolder
@@ -47,12 +47,16 @@ if TYPE_CHECKING:
     from bomemeta.data.labelled import Mnist as Mnist
     from bomemeta.data.newsgroups import TwentyNewsgroups as TwentyNewsgroups
     from bomemeta.data.omniglot import Omniglot as Omniglot
+    from bomemeta.data.texts import InstalledTexts as InstalledTexts
+    from bomemeta.inquiries import check as check
     from bomemeta.problems.analytic import Analytic as Analytic
     from bomemeta.problems.continual import Continual as Continual
     from bomemeta.problems.continual_meta import ContinualMeta as ContinualMeta
+    from bomemeta.problems.data_mixing import DataMixing as DataMixing
     from bomemeta.problems.few_shot import FewShot as FewShot
     from bomemeta.problems.hyper_cleaning import HyperCleaning as HyperCleaning
     from bomemeta.problems.regularisation import Regularisation as Regularisation
+    from bomemeta.problems.reweighting import Reweighting as Reweighting
     from bomemeta.solvers.agem import AGem as AGem
     from bomemeta.solvers.aid_cg import AidCG as AidCG
     from bomemeta.solvers.aid_neumann import AidNeumann as AidNeumann
@@ -79,11 +83,12 @@ __version__ = version("bomemeta")
 
 # Where each name comes from; tests/test_objects.py compares it with the registries.
 _NAMES = {
-    "bomemeta.api": ["Result", "check", "evaluate", "load", "resume", "train"],
+    "bomemeta.api": ["Result", "evaluate", "load", "resume", "train"],
     "bomemeta.contract": ["check_problem"],
     "bomemeta.core.problem": ["Problem", "SharedProblem", "StreamProblem"],
     "bomemeta.core.solver": ["Solver"],
     "bomemeta.data.episodes_from": ["EpisodesFrom"],
+    "bomemeta.inquiries": ["check"],
     "bomemeta.solvers.agem": ["AGem"],
     "bomemeta.solvers.aid_cg": ["AidCG"],
     "bomemeta.solvers.aid_neumann": ["AidNeumann"],
@@ -108,9 +113,12 @@ _NAMES = {
     "bomemeta.problems.analytic": ["Analytic"],
     "bomemeta.problems.continual": ["Continual"],
     "bomemeta.problems.continual_meta": ["ContinualMeta"],
+    "bomemeta.problems.data_mixing": ["DataMixing"],
     "bomemeta.problems.few_shot": ["FewShot"],
     "bomemeta.problems.hyper_cleaning": ["HyperCleaning"],
     "bomemeta.problems.regularisation": ["Regularisation"],
+    "bomemeta.problems.reweighting": ["Reweighting"],
+    "bomemeta.data.cifar10n": ["Cifar10N"],
     "bomemeta.data.glyphs": ["Glyphs"],
     "bomemeta.data.image_folder": ["ImageFolder"],
     "bomemeta.data.image_sets": ["Cifar100", "Cifar10Subset", "Digits", "MiniImagenet"],
@@ -124,6 +132,7 @@ _NAMES = {
     "bomemeta.data.labelled": ["FashionMnist", "LabelledArray", "Mnist"],
     "bomemeta.data.newsgroups": ["TwentyNewsgroups"],
     "bomemeta.data.omniglot": ["Omniglot"],
+    "bomemeta.data.texts": ["InstalledTexts"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ["doctor", "errors", "profile", "tune"]  # the first, third and fourth can be called

@@ -1,4 +1,5 @@
 """The Python interface: train, resume, evaluate and load a run; objects or the names of a config.
+What looks into a run without training it is in `inquiries.py`.
 
 bm.train(Mine(tasks=16), bm.BOME(inner_steps=20, upper_lr=0.3), steps=100, workers=4)
 bm.train("quickstart", steps=100)
@@ -7,9 +8,9 @@ bm.train("quickstart", steps=100)
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from bomemeta import runs
 from bomemeta.config import Config, Source, load_config
@@ -21,16 +22,7 @@ from bomemeta.report import Listener, Quiet
 from bomemeta.run_folder import RunFolder
 from bomemeta.session import Result, loaded
 
-if TYPE_CHECKING:
-    from bomemeta.hypercheck import Report
-
-__all__ = ["Result", "check", "evaluate", "load", "resume", "train"]
-
-Say = Callable[[str], None]
-
-
-def _nothing(text: str) -> None:
-    """Hears what is being done."""
+__all__ = ["Result", "evaluate", "load", "resume", "train"]
 
 
 @with_keys
@@ -132,41 +124,6 @@ def load(
     folder = RunFolder.open(run_dir)
     settings = load_config(folder.config_file, (), _objects(problem, solver, data))
     return loaded(settings, folder)
-
-
-@with_keys
-def check(
-    config: Source | Problem,
-    solver: Solver | Sequence[str] | None = None,
-    *,
-    data: Any = None,
-    overrides: Sequence[str] = (),
-    tasks: int = 2,
-    settle_steps: int = 200,
-    directions: int = 3,
-    run_dir: str | Path | None = None,
-    at_step: int | None = None,
-    say: Say = _nothing,
-    **keys: Unpack[RunKeys],
-) -> Report:
-    """Compares the solver's hypergradient with the implicit one and with finite differences, in
-    float64 on a small cut of the problem; writes nothing.
-
-    The first arguments and `keys` are those of `train`; the others those of `bomemeta check`. x is
-    the start's, or that of `run_dir`'s last checkpoint; `at_step` is the step that the solver takes
-    it for. Returns the report: `print(*report.lines(), sep="\\n")`.
-    """
-    from bomemeta.hypercheck import check as compare
-
-    return compare(
-        settings_of(config, solver, data, overrides, keys),
-        tasks=tasks,
-        settle_steps=settle_steps,
-        directions=directions,
-        run_dir=run_dir,
-        at_step=at_step,
-        say=say,
-    )
 
 
 def settings_of(

@@ -25,6 +25,8 @@ class RunKeys(TypedDict, total=False):
     tasks_per_step: int | None
     shards: int
     dtype: Literal["float32", "float64"]
+    compute_dtype: Literal["bfloat16"] | None
+    micro_batch: int | None
     device: Literal["auto", "cpu", "cuda"]
     task_map: Literal["auto", "loop", "vmap"]
     workers: int | Literal["auto"]

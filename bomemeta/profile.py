@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from bomemeta.assembly import trainer_of
+from bomemeta.callable_module import callable_as
 from bomemeta.config import Config, load_config
 from bomemeta.core import spans
 from bomemeta.core.problem import SharedProblem
@@ -195,3 +196,6 @@ def _ms(seconds: float) -> str:
 
 def _line(name: str, taken: float, whole: float) -> str:
     return f"  {name:<30} {_ms(taken):>10} {100 * taken / whole:5.1f} %"
+
+
+callable_as(__name__, "profile")

@@ -237,6 +237,10 @@ def find_class(path: str, key: str) -> type[Any]:
     )
     if not (module and colon and name):
         raise ConfigError(f"got {path!r}, wanted module:Class, as in my_package.problems:Mine")
+    folder, top = Path.cwd(), module.partition(".")[0]
+    if any((folder / name).exists() for name in (f"{top}.py", top)):
+        # As `python script.py` would have it; the command line has only its own folder.
+        sys.path += [str(folder)] if str(folder) not in sys.path else []
     try:
         found: Any = importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises

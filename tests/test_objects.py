@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import inspect
 import os
@@ -93,6 +94,95 @@ def test_the_ideal_program_runs_as_a_script(tmp_path: Path, digest: str, workers
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [digest, "None"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["script.py"]
+
+
+NOTEBOOK = [
+    "import asyncio; assert asyncio.get_running_loop()",
+    IDEAL,
+    "first = bm.train(Mine(tasks=16), bm.BOME(inner_steps=20, upper_lr=0.3), steps=3, workers=2)",
+    """
+import os, signal
+from bomemeta.report import Quiet
+
+class Interrupts(Quiet):
+    def step(self, step, metrics):
+        if step == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+try:
+    bm.train(Mine(tasks=16), bm.BOME(), steps=9, workers=2, listener=Interrupts())
+except KeyboardInterrupt:
+    print("interrupted")
+""",
+    "import ray; assert not ray.is_initialized()",  # no actors, and no cluster, are left over
+    "again = bm.train(Mine(tasks=16), bm.BOME(inner_steps=20, upper_lr=0.3), steps=3, workers=2)",
+    "print(first.upper_sha256, again.upper_sha256)",
+]
+
+
+def test_the_ideal_program_runs_in_a_notebook(tmp_path: Path, digest: str) -> None:
+    """Real cells in a real kernel, which has a loop that runs: once, interrupted, and again."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    cells = [nbformat.v4.new_code_cell(cell) for cell in NOTEBOOK]
+    book = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(
+        book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    said = [
+        output["text"].split()
+        for cell in book.cells
+        for output in cell["outputs"]
+        if output.get("name") == "stdout"
+    ]
+    assert ["interrupted"] in said
+    assert said[-1] == [digest, digest]
+
+
+def test_a_run_inside_a_running_loop(digest: str) -> None:
+    async def cell() -> str:
+        return bm.train(Mine(tasks=16), solver(), **SMALL).upper_sha256
+
+    assert asyncio.run(cell()) == digest
+
+
+def test_an_interrupted_run_leaves_nothing_behind_and_can_be_run_again(digest: str) -> None:
+    class Breaks(Mine):  # type: ignore[misc]
+        def upper_loss(self, *given: Any) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bm.train(Breaks(16), solver(), **SMALL)
+    assert bm.train(Mine(tasks=16), solver(), **SMALL).upper_sha256 == digest
+
+
+def test_doctor_and_profile_take_the_same_arguments() -> None:
+    report = bm.doctor(Mine(tasks=4), solver(), steps=10)
+    assert report.ok, report.lines()
+    found = bm.profile(Mine(tasks=4), solver(), steps=10, measured_steps=2, warm_up=1)
+    assert found.tasks == 4
+    assert bm.check(Mine(tasks=4), solver(), steps=10, directions=1).verdict in ("OK", "POOR")
+    assert "shards" in inspect.signature(bm.doctor).parameters
+
+
+def test_a_search_over_objects_is_checked_before_ray_is_started() -> None:
+    spec = pytest.importorskip("bomemeta.tune.spec")
+    base = load_config({"problem": weighed(), "solver": solver(), "steps": 4})
+    file = {
+        "base": base.to_dict(),
+        "space": {"solver.upper_lr": {"uniform": [0.1, 0.5]}},
+        "metric": "loss",
+        "mode": "min",
+        "report_every_steps": 2,
+    }
+    given = {"problem": base.problem, "solver": base.solver}
+    search = spec.load_search(file, objects=given)
+    trial = search.trial_config({"solver.upper_lr": 0.2})
+    assert trial.problem is base.problem
+    assert trial.solver == dataclasses.replace(base.solver, upper_lr=0.2)
+    with pytest.raises(ConfigError, match=r"space: missing"):
+        bm.tune(Mine(2), solver())
 
 
 def test_nothing_is_kept_without_an_output_dir(
@@ -286,7 +376,7 @@ def test_the_typed_names_are_the_exported_ones() -> None:
 
 def test_all_keys_are_keyword_arguments_with_their_defaults() -> None:
     assert set(RunKeys.__annotations__) == set(Settings.model_fields)
-    for function in (bm.train, bm.resume, bm.evaluate, bm.check):
+    for function in (bm.train, bm.resume, bm.evaluate, bm.check, bm.doctor, bm.profile, bm.tune):
         parameters = inspect.signature(function).parameters
         assert parameters["shards"].default == 2
         assert set(Settings.model_fields) <= set(parameters)

@@ -5,7 +5,10 @@ and at a cluster's nodes; `data.py`, `memory.py`, `traffic.py`, `bundles.py` and
 findings of it; `session.py` does it in order.
 """
 
+from bomemeta.callable_module import callable_as
 from bomemeta.doctor.report import Finding, Report
 from bomemeta.doctor.session import examine
 
 __all__ = ["Finding", "Report", "examine"]
+
+callable_as(__name__, "doctor")

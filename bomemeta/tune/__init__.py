@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bomemeta.callable_module import callable_as
+
 if TYPE_CHECKING:
     from bomemeta.tune.outcome import Row, SearchResult
     from bomemeta.tune.search import tune
@@ -29,3 +31,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(outcome, name)
     raise AttributeError(f"module 'bomemeta.tune' has no attribute {name!r}")
+
+
+callable_as(__name__, "tune")

@@ -21,6 +21,7 @@ from ray.tune.search.variant_generator import generate_variants
 
 from bomemeta.assembly import build_problem, build_solver
 from bomemeta.distributed import cluster
+from bomemeta.distributed.by_value import send_modules_by_value
 from bomemeta.distributed.cluster import MAX_OVERSUBSCRIPTION, RayOptions
 from bomemeta.engine import run_length
 from bomemeta.environment import usable_cores
@@ -47,16 +48,19 @@ def tune(
     *,
     resume: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
+    objects: Mapping[str, Any] | None = None,
 ) -> SearchResult:
     """Searches as the tune file says, and writes results.md, results.json and best.yaml into the
     search's folder.
 
-    `overrides` are `key=value` texts over the tune file. `resume` is the folder of an interrupted
+    `overrides` are `key=value` texts over the tune file, `objects` stand in the place of its base
+    config's sections. `resume` is the folder of an interrupted
     or killed search of the same file; an `output_dir` that holds one is gone on with too. Raises a
     BomemetaError that says what to do; nothing is written before the file, every trial's config and
     the cluster's room have been checked.
     """
-    search = load_search(source, overrides)
+    search = load_search(source, overrides, objects=objects)
+    send_modules_by_value(search.objects)
     steps = _check_run(search)
     values = sampled(search)
     _check_trials(search, values)

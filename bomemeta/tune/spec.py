@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,6 +96,7 @@ class Search:
     base: dict[str, Any]
     space: dict[str, Domain]
     config: Config  # the base config, checked
+    objects: Mapping[str, Any] = field(default_factory=dict)  # given in the place of sections
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
         """A trial's values as `key=value` texts over `base`."""
@@ -103,7 +104,7 @@ class Search:
 
     def trial_config(self, values: Mapping[str, Any]) -> Config:
         """The config that trains with these values. Raises ConfigError where it is none."""
-        return load_config(self.base, self.overrides(values))
+        return load_config(self.base, self.overrides(values), self.objects)
 
     def to_dict(self) -> dict[str, Any]:
         """The tune file with its base config written out and every default: `load_search` of it
@@ -118,9 +119,14 @@ def override_texts(values: Mapping[str, Any]) -> list[str]:
 
 
 def load_search(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), name: str | None = None
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    objects: Mapping[str, Any] | None = None,
 ) -> Search:
     """Reads and checks a tune file, its base config, and every key and end point of its space.
+
+    `objects` stand in the place of the base config's sections.
 
     `source` is a file (or its bare name, as for `train`) or a mapping like one. Raises ConfigError
     with a line for everything that is wrong.
@@ -150,7 +156,7 @@ def load_search(
     found += [ConfigIssue(_place(document, path), text) for path, text in wrong]
     base = _base(document, settings)
     try:
-        config = load_config(base)
+        config = load_config(base, (), objects)
     except ConfigError as error:
         text = "\n".join(
             f"base: {line.removeprefix('config: ')}" for line in str(error).splitlines()
@@ -158,12 +164,12 @@ def load_search(
         raise ConfigError(f"{document.location(('base',))}: {text}") from error
     found += [
         ConfigIssue(_place(document, tuple(key.split("."))), text)
-        for key, text in _wrong_keys(base, config, space, settings)
+        for key, text in _wrong_keys(base, config, space, settings, objects or {})
     ]
     found += [ConfigIssue((key,), text) for key, text in _wrong_settings(settings, config)]
     if found:
         raise _everything(document, found)
-    return Search(name, settings, base, space, config)
+    return Search(name, settings, base, space, config, objects or {})
 
 
 def _base(document: Document, settings: TuneSettings) -> dict[str, Any]:
@@ -193,7 +199,11 @@ def portable(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _wrong_keys(
-    base: dict[str, Any], config: Config, space: dict[str, Domain], settings: TuneSettings
+    base: dict[str, Any],
+    config: Config,
+    space: dict[str, Domain],
+    settings: TuneSettings,
+    objects: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
     """Of the space: keys that the base config does not know, ends that it refuses, and keys that
     are not to be searched.
@@ -205,7 +215,7 @@ def _wrong_keys(
             continue
         for value in domain.ends():
             try:
-                changed = load_config(base, override_texts({key: value}))
+                changed = load_config(base, override_texts({key: value}), objects)
             except ConfigError as error:
                 reason = str(error).splitlines()[0].partition("': ")[2] or str(error)
                 wrong.append((key, f"space.{key}: {reason}"))

@@ -54,6 +54,8 @@ class Plan:
         str | None
     )  # must be in every report; a trial that fails reports it as NaN. None: a failure is raised
     search: str | None = None  # the search's folder; None in a Tuner of the user's own
+    # In the place of the base config's sections; travel by value.
+    objects: Mapping[str, Any] = field(default_factory=dict)
 
 
 def trainable(
@@ -100,6 +102,7 @@ def make_trainable(search: Search, location: str) -> Trainable:
         settings.report_every_steps,
         settings.metric,
         location,
+        search.objects,
     )
     return _trainable(plan, config, settings.driver_cpus)
 
@@ -139,7 +142,7 @@ def run_trial(plan: Plan, config: Mapping[str, Any]) -> None:
         folder.write_config(settings)
         # A folder without a checkpoint begins at step 0, one whose process was killed before its
         # first report goes on.
-        reporter.finish(resume_one(load_config(folder.config_file), folder, reporter))
+        reporter.finish(resume_one(settings, folder, reporter))
     except Exception as error:
         final = isinstance(error, DivergenceError | SearchError) or not isinstance(
             error, WORTH_ANOTHER_TRY
@@ -154,7 +157,7 @@ def _settings(plan: Plan, values: Mapping[str, Any], location: Path) -> Config:
     is the trial's own.
     """
     entries = _imports_here(plan, location)
-    settings = load_config({**plan.base, "imports": entries}, override_texts(values))
+    settings = load_config({**plan.base, "imports": entries}, override_texts(values), plan.objects)
     every = plan.report_every_steps
     return settings.model_copy(
         update={
