@@ -25,15 +25,9 @@ from bomemeta.checkpoint import Checkpoint, Loaded, check_same_run, load_latest,
 from bomemeta.checkpoint_content import check_fits, tasks_after_a_step
 from bomemeta.config import Config, differing_keys
 from bomemeta.contract import check_at_start
-<<<<<<< HEAD
-from bomemeta.core.problem import start_memory
-from bomemeta.core.randomness import generator
-from bomemeta.core.solver import LowerStates
-from bomemeta.core.tree import unflatten
-=======
 from bomemeta.core.problem import Problem
 from bomemeta.core.solver import Solver
->>>>>>> 6e88844 (One way to build a run: Trainer; memory is part of its state, so bomemeta check takes streams)
+from bomemeta.core.tree import unflatten
 from bomemeta.document import read_document
 from bomemeta.engine import State, Trainer
 from bomemeta.errors import (
