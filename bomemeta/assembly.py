@@ -20,6 +20,7 @@ from bomemeta.distributed.transport import Transport, WorkerFactory
 from bomemeta.distributed.worker import Computing, ShardWorker, variant_of
 from bomemeta.engine import Trainer
 from bomemeta.errors import BomemetaError, ClusterError, ConfigError
+from bomemeta.global_random import seeded
 from bomemeta.imports import Imports
 from bomemeta.limits import check_counts, check_threads, within_memory
 from bomemeta.sections import SECTIONS, label
@@ -45,9 +46,11 @@ def build_problem(config: Config) -> Problem:
         if not problem.needs_data and config.data is not None:
             raise ConfigError(f"data: problem {name} reads no data set; take the section out")
         data = copy_of(config.data, "data")
-        if data is not None:
-            data.prepare()
-        problem.attach(seed=mixed_seed(config.seed), dtype=getattr(torch, config.dtype), data=data)
+        seed = mixed_seed(config.seed)
+        with seeded(seed, "setup"):  # alike in every process, whatever it draws from
+            if data is not None:
+                data.prepare()
+            problem.attach(seed=seed, dtype=getattr(torch, config.dtype), data=data)
     length = stream_length(problem)
     if config.steps is None and length is None:
         raise ConfigError(

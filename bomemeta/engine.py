@@ -20,7 +20,7 @@ from bomemeta import evaluation
 from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config
 from bomemeta.core.problem import Problem, StreamProblem, start_memory, stream_length
-from bomemeta.core.randomness import generator, mixed_seed
+from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import LowerStates, Solver
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -28,6 +28,7 @@ from bomemeta.distributed.joint import step_run
 from bomemeta.distributed.rounds import SharedRun, StepRun
 from bomemeta.distributed.transport import Transport, nothing
 from bomemeta.errors import DivergenceError, LowerStateLost
+from bomemeta.global_random import initial_upper
 
 # A default batch for problems without end; pools are taken whole.
 FRESH_TASKS_PER_STEP = 8
@@ -84,7 +85,7 @@ class Trainer:
         """Sets the state to that of the run's start, or to one that stands at `step` with everything
         else as at the start.
         """
-        upper = self.problem.init_upper(generator(self.config.seed))
+        upper = initial_upper(self.problem)
         self.state = State(
             step,
             self.solver.start(upper, self.steps),

@@ -24,15 +24,15 @@ from bomemeta.assembly import build_problem, build_solver, trainer_of
 from bomemeta.checkpoint import Checkpoint, Loaded, check_same_run, load_latest, upper_sha256
 from bomemeta.checkpoint_content import check_fits, tasks_after_a_step
 from bomemeta.config import Config, differing_keys
+from bomemeta.continuation import longer_notes
 from bomemeta.contract import check_at_start
 from bomemeta.core.problem import Problem
 from bomemeta.core.solver import Solver
 from bomemeta.core.tree import unflatten
-from bomemeta.document import read_document
+from bomemeta.data.digest import as_texts, check_same_data, digest_of, other_data
 from bomemeta.engine import State, Trainer
 from bomemeta.errors import (
     CheckpointError,
-    ConfigError,
     DivergenceError,
     LowerStateLost,
 )
@@ -74,16 +74,17 @@ def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
     """
     problem = build_problem(settings)
     solver = build_solver(settings, problem)
+    data = digest_of(problem)
     check_at_start(problem, vmap=settings.task_map == "vmap")
     if settings.output_dir is None and name is None:
         quiet = settings.log.model_copy(update={"tensorboard": False})  # nobody would see it
         settings = settings.model_copy(update={"log": quiet})
         with RunFolder.passing(settings) as passing:
-            return _Session(settings, passing, listener).run(problem, solver, None)
+            return _Session(settings, passing, listener, data).run(problem, solver, None)
     folder = RunFolder.create(settings.output_dir, name or "run", settings)
     try:
         with folder.held(listener.note):
-            return _Session(settings, folder, listener).run(problem, solver, None)
+            return _Session(settings, folder, listener, data).run(problem, solver, None)
     except Exception:  # of a library too
         if (
             checkpoints.latest(folder.checkpoints) is None
@@ -96,9 +97,8 @@ def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Resul
     """Goes on from the folder's newest readable checkpoint."""
     with folder.held(listener.note):
         saved = None
-        if (
-            loaded := _where_it_was(folder)
-        ) is not None:  # else the run died before its first step: begin again
+        loaded = _where_it_was(folder)
+        if loaded is not None:  # else the run died before its first step: begin again
             for note in loaded.notes:
                 listener.note(note)
             saved = loaded.checkpoint
@@ -107,23 +107,14 @@ def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Resul
             )
         problem = build_problem(settings)
         solver = build_solver(settings, problem)
+        session = _Session(settings, folder, listener, data := digest_of(problem))
+        if saved is not None:
+            check_same_data(saved.data, data, saved.step)
+            for note in longer_notes(solver, saved, settings.steps):
+                session.note(note)
         check_at_start(problem, vmap=settings.task_map == "vmap")
         folder.write_config(settings)
-        return _Session(settings, folder, listener).run(problem, solver, saved)
-
-
-def check_continues(settings: Config, folder: RunFolder) -> None:
-    """Raises ConfigError where the folder's run is not the config's, naming the keys."""
-    there = read_document(folder.config_file).data
-    lines = [f"  {key}: there {a!r}, config {b!r}" for key, a, b in differing_keys(there, settings)]
-    if there.get("seeds", 1) != settings.seeds:
-        lines.append(f"  seeds: there {there.get('seeds', 1)!r}, config {settings.seeds!r}")
-    if lines:
-        raise ConfigError(
-            f"output_dir: {folder.location} holds another run, which --auto-resume does not go on with:\n"
-            + "\n".join(lines)
-            + "\nSet these keys back, or choose another output_dir; `bomemeta resume` with steps=N trains longer"
-        )
+        return session.run(problem, solver, saved)
 
 
 def finished(settings: Config, folder: RunFolder) -> Result | None:
@@ -196,8 +187,8 @@ def evaluate_one(settings: Config, folder: RunFolder, listener: Listener) -> Res
     """Evaluates the folder's newest checkpoint."""
     loaded = load_latest(folder.checkpoints)
     problem = build_problem(settings)
-    session = _Session(settings, folder, listener)
-    for note in loaded.notes:
+    session = _Session(settings, folder, listener, data := digest_of(problem))
+    for note in [*loaded.notes, *other_data(loaded.checkpoint.data, data)]:
         session.note(note)
     return session.evaluate(problem, build_solver(settings, problem), loaded.checkpoint)
 
@@ -205,8 +196,11 @@ def evaluate_one(settings: Config, folder: RunFolder, listener: Listener) -> Res
 class _Session:
     """One process's work on one run folder."""
 
-    def __init__(self, config: Config, folder: RunFolder, listener: Listener) -> None:
+    def __init__(
+        self, config: Config, folder: RunFolder, listener: Listener, data: dict[str, Any]
+    ) -> None:
         self._config, self._folder, self._listener = config, folder, listener
+        self._data = data  # its digest
         self._health = HealthMonitor()
         self._notes: list[str] = []
         self._log: MetricsLog | None = None
@@ -230,10 +224,8 @@ class _Session:
             state = trainer.state
             if saved is None:
                 self._save(trainer)  # what a lost node or a kill in the first steps goes back to
-            if state.step < steps:
-                self._folder.result_file.unlink(
-                    missing_ok=True
-                )  # of a shorter run, which this one takes further
+            if state.step < steps:  # the result is of a shorter run, which this one takes further
+                self._folder.result_file.unlink(missing_ok=True)
             self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
             save_kept = functools.partial(self._save_kept, trainer)
             with stop_on_signal(self._listener.note, save_kept) as stop:
@@ -303,9 +295,8 @@ class _Session:
                 self._write(trainer, state)
 
     def _write(self, trainer: Trainer, state: State) -> None:
-        path = checkpoints.save(
-            self._folder.checkpoints, trainer.checkpoint_of(state), self._config.checkpoint.keep
-        )
+        now = trainer.checkpoint_of(state)._replace(data=as_texts(self._data))
+        path = checkpoints.save(self._folder.checkpoints, now, self._config.checkpoint.keep)
         self._saved_step = state.step
         if self._log is not None:
             self._log.flush()
@@ -379,6 +370,7 @@ class _Session:
             "wall_s": seconds,  # of this process, from opening the transport
             "first_step": first_step,  # where this process began: not 0 after a resume
             "versions": _versions(),
+            "data": self._data,
             "metrics": result.metrics,
             "final": final_variables(trainer),
             "health": self._health.summary(),

@@ -182,8 +182,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "Mine.init_lower: got y with NaN or infinite numbers",
     ),
     "init_lower random": (
-        {"init_lower": lambda self, e, b: {"y": torch.rand(3)}},
-        "Mine.init_lower: got random numbers of torch's global generator",
+        {"init_lower": lambda self, e, b: {"y": torch.from_numpy(np.random.rand(3)).float()}},
+        "Mine.init_lower: got random numbers of numpy's global generator",
     ),
     "loss no scalar": (
         g(lambda self, e, y, b: (y["y"] - e["x"]) ** 2),
@@ -201,9 +201,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         plus(lambda e, y, b: (-y["y"].square() - 1).log().sum()),
         "Mine.lower_loss: got nan at the start; wanted a finite loss",
     ),
-    "loss with dropout": (
-        plus(lambda e, y, b: torch.nn.functional.dropout(y["y"]).sum()),
-        "Mine.lower_loss: got random numbers of torch's global generator; .*dropout",
+    "loss with numbers of numpy's": (
+        plus(lambda e, y, b: np.random.rand() * y["y"].sum()),
+        "Mine.lower_loss: got random numbers of numpy's global generator; .*dropout",
     ),
     "gradient NaN": (
         plus(lambda e, y, b: y["y"].norm().sqrt()),
@@ -317,3 +317,12 @@ def test_a_run_begins_with_the_check(tmp_path):
     with pytest.raises(ConfigError, match=r"IgnoresIds\.load: got the same data for the tasks 0"):
         train(str(config), ["workers=0", f"output_dir={folder}"])
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("vmap", [False, True])
+def test_dropout_in_a_loss_and_a_random_start_are_sound(vmap: bool) -> None:
+    """torch's generator is seeded before each task, by seed, step and task."""
+    drops = plus(lambda e, y, b: torch.nn.functional.dropout(y["y"]).sum())
+    starts = {"init_lower": lambda self, e, b: {"y": torch.rand(3)}}
+    for changes in (drops, starts):
+        check_problem(type("Mine", (Good,), changes)(), vmap=vmap)

@@ -461,10 +461,13 @@ def test_episodes_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"y_test": np.array([0, 1] * 6 + [2, 4])}, "y_test has a class 4, y_train none above 3"),
-        ({"y_train": np.full(TRAIN, -1)}, "y_train has a label -1"),
+        (
+            {"y_test": np.array([0, 1] * 6 + [2, 4])},
+            r"y_test has 1 class that y_train has not: 4 \(1 rows\)",
+        ),
+        ({"y_train": np.full(TRAIN, -1)}, "y_train has one class alone, -1"),
         ({"y_train": np.zeros(TRAIN, np.int64)}, "y_train has one class alone"),
-        ({"y_train": np.zeros(TRAIN)}, "y_train is float64"),
+        ({"y_train": np.linspace(0, 1, TRAIN)}, r"y_train has a label 0\.0169.* \(float64\)"),
         ({"y_train": np.arange(3)}, r"y_train is int64 \[3\] for 60 rows"),
         (
             {"x_test": np.zeros((TEST, 5), np.uint8)},

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ class Rows:
     that it can be found again.
     """
 
-    features, classes = SIDE * SIDE, CLASSES
+    features, classes, image_shape = SIDE * SIDE, CLASSES, (1, SIDE, SIDE)
 
     def prepare(self) -> None:
         pass
@@ -206,10 +206,18 @@ def test_rows_that_are_no_images() -> None:
     class Narrow(Rows):
         features = 15
 
+    class Flat:
+        features, classes = SIDE * SIDE, CLASSES  # a square of numbers, but of what?
+
+    rotated_stream = dataclasses.replace(SPEC, kind="rotated")
     with pytest.raises(
-        ConfigError, match="stream: rotated wants images; a row of this data set has 15 numbers"
+        ConfigError, match=r"Narrow\.image_shape is \(1, 4, 4\) and a row has 15 numbers"
     ):
-        build_stream(Narrow(), dataclasses.replace(SPEC, kind="rotated"))
+        build_stream(Narrow(), rotated_stream)
+    with pytest.raises(
+        ConfigError, match="stream: rotated wants pictures; Flat has rows of 16 numbers and no"
+    ):
+        build_stream(cast(Any, Flat()), rotated_stream)
     assert image_shape(Rows(), "a test") == (1, SIDE, SIDE)
 
 

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from bomemeta.core.problem import Problem
+from bomemeta.core.randomness import kept_generator
 from bomemeta.core.tree import Params
 from bomemeta.errors import BomemetaError, ConfigError
+
+# What may draw from torch's global generator, which `map_tasks` seeds before each task.
+DRAW = ("encode", "init_lower", "upper_loss", "lower_loss", "evaluate", "update_memory")
 
 HERE = Path(__file__).parent
 
@@ -39,8 +43,13 @@ class Asker:
 
     def call(self, method: str, *given: Any, **named: Any) -> Any:
         """The method's answer. What it raises is said with the user's own file and line."""
+        function = getattr(self.problem, method)
         try:
-            return getattr(self.problem, method)(*given, **named)
+            if method not in DRAW:
+                return function(*given, **named)
+            with kept_generator(torch.device("cpu")) as drawn:  # as `map_tasks` does
+                drawn.manual_seed(0)
+                return function(*given, **named)
         except BomemetaError:
             raise
         except Exception as error:
@@ -79,7 +88,8 @@ class Asker:
             if drew:
                 self.wrong(
                     method, f"random numbers of {whose}'s global generator", "numbers that are the same in every process",
-                    "draw from a generator of your own, seeded with (self.seed, split, task id); dropout in a loss has no place here",
+                    "draw from a generator of your own, seeded with (self.seed, split, task id). In losses, encode and init_lower "
+                    "torch's global generator will do (dropout): it is seeded from seed, step and task",
                 )  # fmt: skip
 
     def tensors(self, method: str, answer: Any) -> Params:

@@ -37,14 +37,16 @@ from bomemeta.core.problem import (
     SharedProblem,
     StreamProblem,
 )
+from bomemeta.core.randomness import Draws
 from bomemeta.core.spans import ENCODE, INNER_LOOP, LOSSES, PULL_BACK, SECOND_ORDER, span
-from bomemeta.core.task_map import TaskMap, map_lowered, map_tasks
+from bomemeta.core.task_map import TaskMap, map_tasks, rows_of
 from bomemeta.core.tree import Params
 
 
 class LocalOracle(Oracle):
     """Answers for a stack of tasks in this process. `differentiable=False` encodes without a graph:
-    cheaper, and nothing in x is then available.
+    cheaper, and nothing in x is then available. `draws`: what random numbers of losses that draw
+    some follow from (None: tasks 0, 1, ... of step 0).
 
     `compute_dtype`: what `encode`, the losses and their derivatives are computed in, by torch's
     autocast; x, y, what `encode` returned and all answers keep the problem's type. Closed forms in y
@@ -59,9 +61,13 @@ class LocalOracle(Oracle):
         task_map: TaskMap,
         differentiable: bool = True,
         compute_dtype: torch.dtype | None = None,
+        draws: Draws | None = None,
     ) -> None:
         super().__init__(problem, len(next(iter(batch.values()))))
-        self.batch, self._compute_dtype = batch, compute_dtype
+        self.batch = batch
+        # What encode and the losses are computed in, and what their answers are in.
+        self._types = None if compute_dtype is None else (compute_dtype, problem.dtype)
+        self._draws = draws or Draws(problem.seed, 0, "train", range(self.tasks))
         # What follows an encode is small by design (heads on features): vmap on every device.
         # Blocks of a shared problem are few and large.
         self._loss_map: TaskMap = (
@@ -87,8 +93,13 @@ class LocalOracle(Oracle):
             if self._encoding is not None:
                 self._graph: Encoded = {}
             elif self._encodes:
-                self._graph = self._computed(
-                    lambda data: problem.encode(self._leaves, data), (batch,), self.tasks, task_map
+                self._graph = map_tasks(
+                    lambda data: problem.encode(self._leaves, data),
+                    (batch,),
+                    self.tasks,
+                    task_map,
+                    self._seeds("encode"),
+                    self._types,
                 )
             else:
                 self._graph = self._leaves
@@ -99,7 +110,7 @@ class LocalOracle(Oracle):
     def init_lower(self) -> Params:
         with torch.no_grad():
             return tree.detached(
-                self._over_tasks(self.problem.init_lower, self.encoded, lowered=False)
+                self._over_tasks("init_lower", self.problem.init_lower, self.encoded, lowered=False)
             )
 
     def gradients(self, *asked: tuple[Loss, Params]) -> list[Gradient]:
@@ -178,11 +189,10 @@ class LocalOracle(Oracle):
         """As `Oracle.hessian`. The graph of grad_y psi is made once, here; each product is one
         backward pass through it, without a pull-back through `encode`.
         """
-        batch = self.batch if rows is None else _rows(self.batch, rows)
-        encoded = self.encoded if rows is None or not self._encodes else _rows(self.encoded, rows)
+        encoded = self.encoded if rows is None or not self._encodes else rows_of(self.encoded, rows)
         leaf = tree.leaves(at)
         value = torch.stack(
-            [(self._values(loss, encoded, leaf, batch) * weight).sum() for loss, weight in terms]
+            [(self._values(loss, encoded, leaf, rows) * weight).sum() for loss, weight in terms]
         ).sum()
         grads = torch.autograd.grad(
             value, list(leaf.values()), create_graph=True, materialize_grads=True
@@ -242,16 +252,12 @@ class LocalOracle(Oracle):
         """The problem's new memory, summed over the blocks of the stack."""
         assert isinstance(self.problem, StreamProblem), "no other remembers"
         with torch.no_grad():
-            return {
-                name: share.sum(0)
-                for name, share in self._over_tasks(
-                    self.problem.update_memory, self.encoded, at
-                ).items()
-            }
+            found = self._over_tasks("update_memory", self.problem.update_memory, self.encoded, at)
+        return {name: share.sum(0) for name, share in found.items()}
 
     def evaluate(self, at: Params) -> dict[str, Tensor]:
         with torch.no_grad():
-            return self._over_tasks(self.problem.evaluate, self.encoded, at)
+            return self._over_tasks("evaluate", self.problem.evaluate, self.encoded, at)
 
     def _gradient(self, loss: Loss, at: Params) -> Gradient:
         self.gradient_evaluations += 1
@@ -315,36 +321,38 @@ class LocalOracle(Oracle):
         return tree.leaves(self.encoded) if self._encodes else self._leaves
 
     def _values(
-        self, loss: Loss, encoded: Encoded, at: Params, batch: Batch | None = None
+        self, loss: Loss, encoded: Encoded, at: Params, rows: Tensor | None = None
     ) -> Tensor:
         function = self.problem.upper_loss if loss == "upper" else self.problem.lower_loss
         return self._over_tasks(
-            lambda e, y, data: {"loss": function(e, y, data)}, encoded, at, batch=batch
+            loss, lambda e, y, b: {"loss": function(e, y, b)}, encoded, at, rows=rows
         )["loss"]
 
     def _over_tasks(
         self,
+        name: str,
         function: Callable[..., Params],
         encoded: Encoded,
         *stacks: Params,
-        batch: Batch | None = None,
         lowered: bool = True,
+        rows: Tensor | None = None,
     ) -> Params:
-        """`function(encoded, *stacks, batch)` of each task of `batch`, None: of every task of the
-        stack; results stacked. `lowered`: in `compute_dtype`.
+        """`function(encoded, *stacks, batch)` of each task of these rows of the stack (None: of all);
+        results stacked. `lowered`: in `compute_dtype`.
         """
-        batch = self.batch if batch is None else batch
-        tasks = len(next(iter(batch.values())))
-        mapped = self._computed if lowered else map_tasks
+        batch = self.batch if rows is None else rows_of(self.batch, rows)
+        tasks, seeds = len(next(iter(batch.values()))), self._seeds(name, rows)
+        types = self._types if lowered else None
         if self._encodes:
-            return mapped(function, (encoded, *stacks, batch), tasks, self._loss_map)
-        return mapped(
-            lambda *rest: function(encoded, *rest), (*stacks, batch), tasks, self._loss_map
-        )
+            return map_tasks(
+                function, (encoded, *stacks, batch), tasks, self._loss_map, seeds, types
+            )
+        whole, given = (lambda *rest: function(encoded, *rest)), (*stacks, batch)
+        return map_tasks(whole, given, tasks, self._loss_map, seeds, types)
 
     def over_tasks(self, function: Callable[..., Params], *stacks: Params) -> Params:
         """`function(encoded, *stacks, batch)` of each task of the stack; results stacked."""
-        return self._over_tasks(function, self.encoded, *stacks)
+        return self._over_tasks("kernel", function, self.encoded, *stacks)
 
     def in_upper(self, stack: Encoded) -> Params:
         """The gradient in x, summed over the tasks, from each task's gradient in what `encode`
@@ -354,13 +362,9 @@ class LocalOracle(Oracle):
             return self._in_x(tuple(stack[name] for name in self.encoded))
         return {name: rows.sum(0) for name, rows in stack.items()}
 
-    def _computed(
-        self, function: Callable[..., Params], stacks: tuple[Params, ...], tasks: int, how: TaskMap
-    ) -> Params:
-        if self._compute_dtype is None:
-            return map_tasks(function, stacks, tasks, how)
-        types = (self._compute_dtype, self.problem.dtype)
-        return map_lowered(function, stacks, tasks, how, *types)
+    def _seeds(self, name: str, rows: Tensor | None = None) -> Callable[[int], int]:
+        """Of a task by its place among `rows`. The same all through a step: one function of x and y."""
+        return lambda place: self._draws.seed_of(name, place if rows is None else int(rows[place]))
 
     def _in_x(self, cotangent: tuple[Tensor, ...]) -> Params:
         """The gradient in x from that in `_encoded_leaves`."""
@@ -391,7 +395,3 @@ class LocalOracle(Oracle):
             materialize_grads=True,
         )
         return dict(zip(self._leaves, grads, strict=True))
-
-
-def _rows(stack: Params, rows: Tensor) -> Params:
-    return {name: tensor[rows] for name, tensor in stack.items()}

@@ -127,6 +127,14 @@ class Problem(Recorded):
         nothing.
         """
 
+    def check_data(self) -> dict[str, Any]:
+        """Looks at what the data set gives, before a run. Returns a digest of it, as JSON values:
+        checkpoints carry it, and a resumed run compares. Raises DataError where the data is not
+        what the losses take it for. Asked on the driver alone. Default: the data set is not looked
+        at.
+        """
+        return {}
+
     @property
     def num_tasks(self) -> int | None:
         """N: there are the tasks 0..N-1 and their lower variables persist from step to step. None:

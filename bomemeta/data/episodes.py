@@ -19,7 +19,7 @@ class EpisodeSpec(NamedTuple):
 
 class Episode(NamedTuple):
     """One task. Images are float32 `[n, channels, height, width]` in [0, 1]; rows are sorted by
-    label, labels int64 in 0..ways-1.
+    label (a data set may give them in any order), labels int64 in 0..ways-1.
     """
 
     support: Tensor  # [ways * shots, C, H, W]
@@ -30,7 +30,11 @@ class Episode(NamedTuple):
 
 class EpisodeSource(Protocol):
     """A data set registered in `bomemeta.registry.datasets`; its dataclass fields are the keys of
-    the config's `data:` section.
+    the config's `data:` section. Before a run its first episodes of each split are looked at
+    (`episode_check.py`).
+
+    It may also have `value_range`, (lowest, highest) of its images' numbers where that is not
+    (0, 1), and `digest`, a text that tells its content from another's: a resumed run compares it.
     """
 
     @property

@@ -76,6 +76,13 @@ class ImageEpisodes(ABC):
         """The augmentation of training images; None: there is none."""
 
     @property
+    def value_range(self) -> tuple[float, float]:
+        """The numbers that 0 and 255 become, over all channels."""
+        mean, std = self.preprocessing.mean or (0.0,), self.preprocessing.std or (1.0,)
+        pairs = list(zip(mean, std, strict=True))
+        return min(-m / s for m, s in pairs), max((1 - m) / s for m, s in pairs)
+
+    @property
     def augments(self) -> bool:
         """Whether a training image differs from episode to episode."""
         return self._transform() is not None

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from bomemeta.data import archives
+from bomemeta.data.class_labels import numbered
 from bomemeta.data.l2l_tasksets import load as load_learn2learn
 from bomemeta.data.l2l_tasksets import untrusted
 from bomemeta.data.labelled import Examples, Part
@@ -157,7 +158,8 @@ def _digits() -> _Images:
 @functools.cache
 def _cifar10(path: Path) -> _Images:
     arrays = archives.read(path, ["x_train", "y_train", "x_test", "y_test"])
-    return _channels_last(arrays["x_train"], arrays["y_train"], arrays["x_test"], arrays["y_test"])
+    classes = numbered(arrays["y_train"], arrays["y_test"], path)
+    return _channels_last(arrays["x_train"], classes.train, arrays["x_test"], classes.test)
 
 
 @functools.cache

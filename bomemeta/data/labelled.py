@@ -9,23 +9,29 @@ their original order.
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from bomemeta.data import archives
+from bomemeta.data.class_labels import Name, Unknown, numbered
+from bomemeta.data.pictures import Channels, Picture, picture_of_row
 from bomemeta.errors import DataError
 from bomemeta.registry import datasets
 
 Part = Literal["train", "test"]
 PARTS: tuple[Part, ...] = ("train", "test")
 GREY_LEVELS = 255  # what uint8 is divided by
+
+_Side = Annotated[int, Field(ge=1)]
 
 
 class Moments(NamedTuple):
@@ -84,21 +90,38 @@ class _Arrays(ABC):
     """What the data sets below share once they know where their archive lies."""
 
     @abstractmethod
-    def _archive(self) -> _Archive: ...
+    def _read(self) -> _Archive: ...
+
+    @functools.cached_property
+    def _archive(self) -> _Archive:
+        # Kept by the instance: a file that is replaced under a run does not change the run's data.
+        return self._read()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_archive"}
 
     @property
     def features(self) -> int:
-        return self._archive().parts["train"].inputs.shape[1]
+        return self._archive.parts["train"].inputs.shape[1]
 
     @property
     def classes(self) -> int:
-        return self._archive().classes
+        return len(self._archive.names)
+
+    @property
+    def class_names(self) -> tuple[Name, ...]:
+        """What class c is called in the file."""
+        return self._archive.names
+
+    def picture(self) -> Picture | str:
+        """How a row is folded to a picture; where that is not known, why."""
+        return picture_of_row(self._archive.row, None)
 
     def prepare(self) -> None:
-        self._archive()
+        _ = self._archive
 
     def examples(self, part: Part) -> Examples:
-        return self._archive().parts[part]
+        return self._archive.parts[part]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +132,8 @@ class _Prepared(_Arrays):
 
     root: str | None = None
 
-    def _archive(self) -> _Archive:
-        return _read(archives.find(self.name, f"{self.name}.npz", self.root))
+    def _read(self) -> _Archive:
+        return _file(archives.find(self.name, f"{self.name}.npz", self.root), "refuse")
 
 
 @datasets.register("mnist")
@@ -137,43 +160,83 @@ class FashionMnist(_Prepared):
 @dataclass(frozen=True, kw_only=True)
 class LabelledArray(_Arrays):
     """Any archive of x_train [n, ...], y_train [n], x_test and y_test. Rows are flattened, uint8 is
-    divided by 255.
+    divided by 255; labels of any kind become classes 0..C-1, in the order of their names.
+
+    Pictures are [n, H, W], [n, H, W, C] or [n, C, H, W]; of rows that are stored flat `image_shape`
+    says which of these a row is.
     """
 
     path: str
+    image_shape: tuple[_Side, _Side] | tuple[_Side, _Side, _Side] | None = (
+        None  # of a row: [H, W], [H, W, C] or [C, H, W]
+    )
+    channels: Channels | None = None  # first or last; None: the one axis of 1 to 4
+    test_only_classes: Unknown = "refuse"  # test rows of classes without training rows
 
-    def _archive(self) -> _Archive:
+    def _read(self) -> _Archive:
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise DataError(
                 f"labelled_array: {path} (data.path) does not exist. Point data.path at an .npz file of x_train, y_train, x_test and "
                 "y_test, on every machine that has workers"
             )
-        return _read(path)
+        archive = _file(path, self.test_only_classes)
+        if self.image_shape is None:
+            return archive
+        features = archive.parts["train"].inputs.shape[1]
+        flat = len(archive.row) == 1
+        if math.prod(self.image_shape) != features or not (flat or self.image_shape == archive.row):
+            raise DataError(
+                f"data.image_shape: got {list(self.image_shape)}; a row of x_train in {path} is {list(archive.row)}, wanted "
+                + (f"a shape of {features} numbers" if flat else "that shape, or none")
+            )
+        return archive
+
+    def picture(self) -> Picture | str:
+        """As of the stored rows, or of `image_shape`."""
+        row = self.image_shape or self._archive.row
+        found = picture_of_row(row, self.channels)
+        if isinstance(found, Picture):
+            return found
+        do = (
+            "data.channels=first or last says it"
+            if len(row) == 3
+            else "Set data.image_shape to that of a row, as [H, W], [H, W, C] or [C, H, W], or store x_train and x_test as [n, H, W, C]"
+        )
+        return f"{found}. {do}"
 
 
 @dataclass(frozen=True)
 class _Archive:
     parts: dict[Part, Examples]
-    classes: int
+    names: tuple[Name, ...]  # of the classes
+    row: tuple[int, ...]  # the shape of a row, as stored
 
 
-@functools.cache
-def _read(path: Path) -> _Archive:
+def _file(path: Path, unknown: Unknown) -> _Archive:
+    state = path.stat()
+    return _read(path, unknown, (state.st_mtime_ns, state.st_size, state.st_ino))
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: Path, unknown: Unknown, state: tuple[int, ...]) -> _Archive:
+    """`state` tells a file from one that has replaced it."""
     arrays = archives.read(path, [f"{array}_{part}" for part in PARTS for array in "xy"])
     if wrong := _wrong(arrays):
         raise DataError(
-            f"{path}: {wrong}. Wanted x_train and x_test as uint8 or floats [n, ...] with rows of one shape, y_train and y_test as "
-            "integers [n], the classes counted from 0"
+            f"{path}: {wrong}. Wanted x_train and x_test as uint8 or floats [n, ...] with rows of one shape, y_train and y_test [n] as "
+            "whole numbers, truth values or texts"
         )
+    classes = numbered(arrays["y_train"], arrays["y_test"], path, unknown)
     parts: dict[Part, Examples] = {}
     for part in PARTS:
-        inputs, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        inputs, labels = arrays[f"x_{part}"], classes.train if part == "train" else classes.test
+        if part == "test" and classes.test_rows is not None:
+            inputs = inputs[classes.test_rows]
         parts[part] = Examples(
-            torch.from_numpy(inputs.reshape(len(inputs), -1)),
-            torch.from_numpy(labels.astype(np.int64)),
+            torch.from_numpy(inputs.reshape(len(inputs), -1)), torch.from_numpy(labels)
         )
-    return _Archive(parts, int(parts["train"].labels.max()) + 1)
+    return _Archive(parts, classes.names, arrays["x_train"].shape[1:])
 
 
 def _wrong(arrays: dict[str, NDArray[Any]]) -> str | None:
@@ -186,16 +249,11 @@ def _wrong(arrays: dict[str, NDArray[Any]]) -> str | None:
             and inputs.size > 0
         ):
             return f"x_{part} is {inputs.dtype} {list(inputs.shape)}"
-        if labels.dtype.kind not in "iu" or labels.shape != (len(inputs),):
+        if labels.shape != (len(inputs),):
             return f"y_{part} is {labels.dtype} {list(labels.shape)} for {len(inputs)} rows of x_{part}"
-        if labels.min() < 0:
-            return f"y_{part} has a label {labels.min()}"
-        if not np.isfinite(inputs).all():
-            return f"x_{part} has numbers that are NaN or infinite"
+        if inputs.dtype != np.uint8 and not (finite := np.isfinite(inputs)).all():
+            rows = np.flatnonzero(~finite.reshape(len(inputs), -1).all(1))
+            return f"x_{part} has numbers that are NaN or infinite in {len(rows)} of {len(inputs)} rows, first in row {rows[0]}"
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         return f"a row of x_train is {list(arrays['x_train'].shape[1:])}, one of x_test {list(arrays['x_test'].shape[1:])}"
-    if (known := arrays["y_train"].max()) < 1:
-        return "y_train has one class alone"
-    if (found := arrays["y_test"].max()) > known:
-        return f"y_test has a class {found}, y_train none above {known}"
     return None

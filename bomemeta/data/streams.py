@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bomemeta.data.labelled import GREY_LEVELS, Examples, LabelledArrays, Part
+from bomemeta.data.pictures import Picture, picture_of
 from bomemeta.errors import ConfigError, DataError
 
 Kind = Literal["permuted", "rotated", "split"]
@@ -79,19 +80,8 @@ def build_stream(data: LabelledArrays, spec: StreamSpec) -> Stream:
 
 
 def image_shape(data: LabelledArrays, wanted_for: str) -> ImageShape:
-    """Of a row, folded: what the data set says, or else a square of grey levels. Raises ConfigError
-    where neither is to be had.
-    """
-    shape: ImageShape | None = getattr(data, "image_shape", None)
-    if shape is not None:
-        return shape
-    side = math.isqrt(data.features)
-    if side * side != data.features:
-        raise ConfigError(
-            f"{wanted_for} wants images; a row of this data set has {data.features} numbers, which are no square, and the data set has no "
-            "`image_shape` (channels, height, width)"
-        )
-    return 1, side, side
+    """(channels, height, width) of a row. Raises ConfigError where it is not known."""
+    return picture_of(data, wanted_for).shape
 
 
 def rotated(images: Tensor, degrees: float) -> Tensor:
@@ -154,15 +144,15 @@ def _transform(data: LabelledArrays, spec: StreamSpec, task: int) -> Callable[[T
         )
         return lambda rows: rows[:, order]
     if spec.kind == "rotated":
-        shape = image_shape(data, "problem.stream: rotated")
+        picture = picture_of(data, "problem.stream: rotated")
         degrees = task * TURN / spec.tasks
-        return lambda rows: rows if degrees == 0 else _turned(rows, shape, degrees)
+        return lambda rows: rows if degrees == 0 else _turned(rows, picture, degrees)
     return lambda rows: rows
 
 
-def _turned(rows: Tensor, shape: ImageShape, degrees: float) -> Tensor:
+def _turned(rows: Tensor, picture: Picture, degrees: float) -> Tensor:
     floats = rows.float() if rows.dtype == torch.uint8 else rows
-    turned = rotated(floats.reshape(-1, *shape), degrees).flatten(1)
+    turned = picture.flat(rotated(picture.fold(floats), degrees))
     return (
         turned.round().clamp(0, GREY_LEVELS).to(torch.uint8)
         if rows.dtype == torch.uint8

@@ -17,12 +17,17 @@ from bomemeta.core import tree
 from bomemeta.core.arguments import replaced
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.problem import Problem, SharedProblem, Split
+from bomemeta.core.randomness import Draws
 from bomemeta.core.reduced_oracle import ADDITIVE
 from bomemeta.core.solver import Kernel, KernelResult, Layout, LowerGroups, Solver
 from bomemeta.core.spans import LOAD, span
 from bomemeta.core.task_map import TaskMap
 from bomemeta.distributed.ahead import Ahead, Asked
 from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
+from bomemeta.errors import DataError
+from bomemeta.global_random import seeded
+
+SHOWN = 5  # tasks that a message names
 
 
 class Request(NamedTuple):
@@ -102,7 +107,8 @@ class ShardWorker:
     def execute(
         self, request: Request, broadcast: np.ndarray, *states: np.ndarray
     ) -> tuple[Any, ...]:
-        with _repeatable():
+        drawn = (request.step, request.split, *request.task_ids)
+        with _repeatable(), seeded(self.problem(request.variant).seed, *drawn):
             return self._execute(request, broadcast, *states)
 
     def _execute(
@@ -118,8 +124,8 @@ class ShardWorker:
         if size is not None and request.kernel in ADDITIVE:
             assert isinstance(problem, SharedProblem), "build_problem refuses others"
             parts = [
-                self._computed(problem, request, part, x, sent, states)
-                for part in problem.micro_batches(batch, size)
+                self._computed(problem, request, part, x, sent, states, number)
+                for number, part in enumerate(problem.micro_batches(batch, size))
             ]
         else:
             parts = [self._computed(problem, request, batch, x, sent, states)]
@@ -127,6 +133,8 @@ class ShardWorker:
         sums = pack(result.sums, problem.dtype)
         for part in parts[1:]:
             sums.buffer[:] += pack(part.sums, problem.dtype).buffer
+        if not np.isfinite(sums.buffer).all():
+            _blame_data(request, batch)
         if not request.keeps:
             return ShardSums(sums.layout, ()), sums.buffer
         layout, rows = pack_tasks(result.lower)
@@ -140,9 +148,17 @@ class ShardWorker:
         x: tree.Params,
         sent: LowerGroups,
         states: tuple[np.ndarray, ...],
+        part: int = 0,
     ) -> KernelResult:
+        split = f"{request.split} {part}" if part else request.split
         oracle = LocalOracle(
-            problem, x, batch, self._task_map, request.differentiable, self._computing.dtype
+            problem,
+            x,
+            batch,
+            self._task_map,
+            request.differentiable,
+            self._computing.dtype,
+            Draws(problem.seed, request.step, split, request.task_ids),
         )
         lower = (
             _repeated(sent, oracle.tasks) if sent else self._unpack_lower(oracle, request, states)
@@ -241,6 +257,23 @@ def _repeatable() -> Iterator[None]:
         torch.backends.cudnn.benchmark = tries
 
 
+def _blame_data(request: Request, batch: tree.Params) -> None:
+    """Raises DataError where a sum is not finite because the tasks' data was not."""
+    found = []
+    for name, tensor in batch.items():
+        if not tensor.is_floating_point():
+            continue
+        rows = (~tensor.isfinite().reshape(len(tensor), -1).all(1)).nonzero()[:, 0].tolist()
+        if rows:
+            tasks = ", ".join(str(request.task_ids[row]) for row in rows[:SHOWN])
+            found.append(f"{name} (task {tasks}{', ...' if len(rows) > SHOWN else ''})")
+    if found:
+        raise DataError(
+            f"step {request.step}: the data of split {request.split} has NaN or infinite numbers: {', '.join(found)}. Wanted finite "
+            "numbers; no step size is to blame"
+        )
+
+
 def _key(variant: Mapping[str, Any]) -> str:
     return repr(sorted(variant.items()))
 
@@ -258,5 +291,6 @@ def variant_of(problem: Problem, changes: Mapping[str, Any]) -> Problem:
     if not changes:
         return problem
     other = replaced(problem, changes)
-    other.attach(seed=problem.seed, dtype=problem.dtype, data=problem.data)
+    with seeded(problem.seed, "setup"):
+        other.attach(seed=problem.seed, dtype=problem.dtype, data=problem.data)
     return other

@@ -90,6 +90,7 @@ class ReducedResNet18:
     width: int
     filters: int
     classes: int
+    channels_last: bool = False  # of an input row: [H, W, C] and not [C, H, W]
 
     @property
     def modulated(self) -> tuple[int, ...]:
@@ -108,7 +109,11 @@ class ReducedResNet18:
         return params | _linear("head", units, self.classes, generator)
 
     def logits(self, params: Params, inputs: Tensor, films: Sequence[Film]) -> Tensor:
-        images = inputs.reshape(-1, self.channels, self.height, self.width)
+        if self.channels_last:
+            images = inputs.reshape(-1, self.height, self.width, self.channels).movedim(-1, 1)
+            images = images.contiguous()  # one layout of memory for every convolution
+        else:
+            images = inputs.reshape(-1, self.channels, self.height, self.width)
         hidden = functional.max_pool2d(functional.relu(_normed(params, "stem", images)), 3, 2, 1)
         blocks = self._blocks()
         for name, stride, _ in blocks:

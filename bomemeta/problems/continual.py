@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -28,8 +28,10 @@ from torch.nn import functional
 
 from bomemeta.core.problem import Batch, Encoded, Split, StreamProblem
 from bomemeta.core.tree import Params
+from bomemeta.data.digest import check_rows, digest_of_rows
 from bomemeta.data.labelled import GREY_LEVELS, LabelledArrays
-from bomemeta.data.streams import Kind, StreamSpec, build_stream, image_shape
+from bomemeta.data.pictures import picture_of
+from bomemeta.data.streams import Kind, StreamSpec, build_stream
 from bomemeta.errors import ConfigError
 from bomemeta.nets.controller import (
     Mlp,
@@ -136,6 +138,9 @@ class Continual(StreamProblem):
         self._loaded_step = -1
         self._tests: dict[tuple[int, ...], Batch] = {}
 
+    def check_data(self) -> dict[str, Any]:
+        return digest_of_rows(self.data)
+
     def _plan(self) -> Plan:
         weights: dict[str, tuple[float, float]] = {
             "ctn": (1.0, self.distillation),
@@ -166,6 +171,7 @@ class Continual(StreamProblem):
                 f"data.dataset: continual wants labelled rows (digits, mnist, cifar10_subset, labelled_array ...), and "
                 f"{type(self.data).__name__} is none of these"
             )
+        check_rows(self.data)
         if self.method == "ctn" and self.protocol == "class_incremental":
             raise ConfigError(
                 "problem.protocol: class_incremental does not tell the task, which method ctn is a function of. Take method: plain, or "
@@ -187,9 +193,14 @@ class Continual(StreamProblem):
             return Mlp(
                 inputs=self.data.features, hidden=self.hidden, layers=self.layers, classes=classes
             )
-        channels, height, width = image_shape(self.data, "problem.network: resnet18")
+        picture = picture_of(self.data, "problem.network: resnet18")
         return ReducedResNet18(
-            channels=channels, height=height, width=width, filters=self.filters, classes=classes
+            channels=picture.channels,
+            height=picture.height,
+            width=picture.width,
+            filters=self.filters,
+            classes=classes,
+            channels_last=picture.channels_last,
         )
 
     # x and y

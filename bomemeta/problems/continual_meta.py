@@ -45,6 +45,7 @@ from torch.nn import functional
 
 from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient, Problem, Split
 from bomemeta.core.tree import Params
+from bomemeta.data.episode_check import check_episodes, checked
 from bomemeta.data.episodes import EpisodeSource, EpisodeSpec
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.nets.sample_conv import DEPTH, SampleConv
@@ -127,6 +128,9 @@ class ContinualMeta(Problem):
                 ) from error
         self._skeleton = SampleConv(channels, self.width, torch.Generator()).to(self.dtype)
 
+    def check_data(self) -> dict[str, Any]:
+        return check_episodes(self.data, {split: self._spec(split) for split in SPLITS}, self.seed)
+
     @property
     def outputs(self) -> int:
         """Of the head, in every trajectory: as many as the longest one has classes."""
@@ -147,7 +151,7 @@ class ContinualMeta(Problem):
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
         spec, number = self._spec(split), SPLITS.index(split)
-        drawn = [self.data.episode(split, spec, (self.seed, number, task)) for task in task_ids]
+        drawn = [checked(self.data, split, spec, (self.seed, number, task)) for task in task_ids]
         batch = {
             "images": torch.stack(
                 [torch.cat([episode.support, episode.query]) for episode in drawn]

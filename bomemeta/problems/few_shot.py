@@ -22,6 +22,7 @@ from bomemeta.core import tree
 from bomemeta.core.problem import Batch, Encoded, Encoding, Loss, LossGradient, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.class_images import episode_of
+from bomemeta.data.episode_check import check_episodes, checked
 from bomemeta.data.episodes import Episode, EpisodeSource, EpisodeSpec
 from bomemeta.data.feature_cache import frozen_features, has_rows
 from bomemeta.data.image_folder import ImageEpisodes
@@ -147,6 +148,9 @@ class FewShot(NetworkForm):
             if not self._network.mixes and has_rows(self.data):
                 self._table = self._encoded_once()
 
+    def check_data(self) -> dict[str, Any]:
+        return check_episodes(self.data, {split: self._spec(split) for split in SPLITS}, self.seed)
+
     def _encoded_once(self) -> NDArray[Any]:
         """The features of every image, [n, d], for all episodes of the run."""
         encode, weights = functools.partial(self._network.features, {}), self._network.digest()
@@ -199,8 +203,7 @@ class FewShot(NetworkForm):
     def _episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
         """An episode of images, or of their features where these never change."""
         if self._table is None:
-            episode: Episode = self.data.episode(split, spec, key)
-            return episode
+            return checked(self.data, split, spec, key)
         draw = self.data.rows(split, spec, key)
         support, query = (
             torch.from_numpy(self._table[rows.ravel()]) for rows in (draw.support, draw.query)

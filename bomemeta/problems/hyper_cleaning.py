@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient, SharedProblem, Split
 from bomemeta.core.tree import Params
+from bomemeta.data.digest import check_rows, digest_of_rows
 from bomemeta.data.labelled import Examples, LabelledArrays, Moments
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.registry import problems
@@ -90,6 +91,7 @@ class HyperCleaning(SharedProblem):
                 f"data.dataset: hyper_cleaning wants labelled rows (mnist, fashion_mnist, labelled_array), and {type(self.data).__name__} "
                 "is none of these"
             )
+        check_rows(self.data)
         self._samples = self._cut(self.data)
         self._moments = self._scale(self.data)
         if self._moments.deviation == 0:
@@ -98,6 +100,9 @@ class HyperCleaning(SharedProblem):
             )
         self._stacks: dict[bool, Batch] = {}
         self._views: dict[tuple[bool, int, int], Batch] = {}
+
+    def check_data(self) -> dict[str, Any]:
+        return digest_of_rows(self.data)
 
     def _scale(self, data: LabelledArrays) -> Moments:
         if isinstance(self.standardise, bool):

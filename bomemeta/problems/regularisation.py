@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient, SharedProblem, Split
 from bomemeta.core.tree import Params
+from bomemeta.data.digest import digest_of_documents
 from bomemeta.data.newsgroups import Documents, DocumentSource, chosen, stratified_halves
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.registry import problems
@@ -73,6 +74,9 @@ class Regularisation(SharedProblem):
                 f"problem.blocks is {self.blocks}; {fewest} has {rows} rows, and a block needs one: lower it"
             )
         self._cut: dict[tuple[Part, int, torch.device], _Block] = {}
+
+    def check_data(self) -> dict[str, Any]:
+        return digest_of_documents(self.data)
 
     @property
     def num_blocks(self) -> int:
