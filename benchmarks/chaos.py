@@ -40,6 +40,14 @@ STEPS_A_MINUTE = 20  # of undisturbed time a third: the rest is for what is done
 QUIET_S = (5.0, 20.0)  # between a step after one deed and the next deed
 LONGEST_S = 300.0  # without a new step: the run is taken to be lost
 DISK_MIB = 64
+# `ray`, which waits longer than 30 s for a node on a slow machine.
+PATIENT_RAY = """
+import time
+from bomemeta.distributed.cluster import patient
+from ray.scripts.scripts import main
+with patient(time.monotonic() + 300):
+    main()
+"""
 CONFIG: dict[str, Any] = {
     "imports": [str(ROOT / "tests" / "wide.py")],
     "problem": {"name": "wide"},
@@ -83,7 +91,6 @@ class Nodes:
             session = Path(tempfile.mkdtemp(prefix="h", dir=self._folder))
             head = ["--head", f"--port={self.port}", "--num-cpus=0", f"--temp-dir={session}"]
             self.head = process = self._ray(*head, "--include-dashboard=false")
-            # Ray itself gives up after 30 s where the machine is slow.
             _until(lambda: process.poll() is not None or self._answers(), 120)  # noqa: B023
         self.others = [other for other in self.others if other.poll() is None]
         while len(self.others) < NODES:
@@ -111,7 +118,7 @@ class Nodes:
     def _ray(self, *options: str) -> subprocess.Popen[bytes]:
         self._count += 1
         log = (self._folder / f"ray-{self._count}.log").open("w")
-        words = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-gpus=0"]
+        words = [sys.executable, "-c", PATIENT_RAY, "start", "--block", "--num-gpus=0"]
         words += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1", *options]
         return subprocess.Popen(
             words, env=self.environment, stdout=log, stderr=log, start_new_session=True

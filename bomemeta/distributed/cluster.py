@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 from ray._private import ray_constants, services
+from ray._private.parameter import RayParams
 
 from bomemeta.environment import usable_cores
 from bomemeta.errors import ClusterError, ClusterLost, ConfigError
@@ -33,6 +34,8 @@ MAX_OVERSUBSCRIPTION = 4
 # by all workers among themselves.
 Reduce = Literal["driver", "tree", "collective"]
 
+# Ports of Ray's agents, as its parameters name them.
+AGENTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 # A start of Ray's that fails sooner than that was not slow.
 QUICK_S = 5.0
 PROBE_TIMEOUT_S = (
@@ -199,20 +202,19 @@ def local(
 def _start(
     options: RayOptions, on_event: Callable[[str], None], deadline: float, **resources: int | None
 ) -> None:
-    """Ray's own patience with a slow machine ends after 30 s, in a bare exception; ours at the
-    deadline.
-    """
+    """Starts Ray; what fails for slowness is tried again until the deadline."""
     while True:
         before, begun = _children(), time.monotonic()
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-                _system_config={"max_direct_call_object_size": SENT_DIRECTLY},
-                **resources,
-            )
+            with patient(deadline):
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="error",
+                    _system_config={"max_direct_call_object_size": SENT_DIRECTLY},
+                    **resources,
+                )
             return
         except Exception as error:
             ray.shutdown()
@@ -228,6 +230,47 @@ def _start(
                     "workers=0 runs without Ray"
                 ) from error
             on_event(f"Ray did not start in {took_s:.0f} s ({reason}); it is tried again")
+
+
+@contextmanager
+def patient(deadline: float) -> Iterator[None]:
+    """A node of Ray's may take until the deadline (monotonic seconds) to come up.
+
+    Ray's own patience ends after 30 s, in a bare exception; and its raylet dies where an agent of
+    its, a Python process, has not told its port soon. To begin again is no help: on a machine with
+    much other work the next try takes as long (measured: 9 of 9 tries in 300 s). So the agents are
+    told their ports, and the node is waited for.
+    """
+    get_node, start = services.get_node, RayParams.__init__
+
+    def asked(*given: Any) -> Any:
+        while True:
+            try:
+                return get_node(*given)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def with_ports(self: Any, *given: Any, **named: Any) -> None:
+        start(self, *given, **named)
+        missing = [name for name in AGENTS if not getattr(self, name)]
+        for name, port in zip(missing, _free_ports(len(missing)), strict=True):
+            setattr(self, name, port)
+
+    services.get_node, RayParams.__init__ = asked, with_ports
+    try:
+        yield
+    finally:
+        services.get_node, RayParams.__init__ = get_node, start
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
+        ]
+        return [each.getsockname()[1] for each in sockets]
 
 
 def _children() -> set[int]:
