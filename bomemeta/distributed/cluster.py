@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 from ray._private import ray_constants, services
+from ray._private.node import Node
 from ray._private.parameter import RayParams
 
 from bomemeta.environment import usable_cores
@@ -35,7 +36,12 @@ MAX_OVERSUBSCRIPTION = 4
 Reduce = Literal["driver", "tree", "collective"]
 
 # Ports of Ray's agents, as its parameters name them.
-AGENTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+AGENTS = (
+    "metrics_agent_port",
+    "metrics_export_port",
+    "dashboard_agent_listen_port",
+    "runtime_env_agent_port",
+)
 # A start of Ray's that fails sooner than that was not slow.
 QUICK_S = 5.0
 PROBE_TIMEOUT_S = (
@@ -237,18 +243,18 @@ def patient(deadline: float) -> Iterator[None]:
     """A node of Ray's may take until the deadline (monotonic seconds) to come up.
 
     Ray's own patience ends after 30 s, in a bare exception; and its raylet dies where an agent of
-    its, a Python process, has not told its port soon. To begin again is no help: on a machine with
-    much other work the next try takes as long (measured: 9 of 9 tries in 300 s). So the agents are
-    told their ports, and the node is waited for.
+    its, a Python process, has not told its ports within 15 s. To begin again is no help: on a machine with
+    much other work the next try takes as long (measured: 9 of 9 tries in 300 s). So the agents and
+    the raylet are told the ports, and the node is waited for.
     """
-    get_node, start = services.get_node, RayParams.__init__
+    get_node, start, begin = services.get_node, RayParams.__init__, Node.start_raylet
 
     def asked(*given: Any) -> Any:
         while True:
             try:
                 return get_node(*given)
             except RuntimeError:  # it is not there yet
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or _raylet_died():
                     raise
                 time.sleep(0.1)
 
@@ -258,11 +264,18 @@ def patient(deadline: float) -> Iterator[None]:
         for name, port in zip(missing, _free_ports(len(missing)), strict=True):
             setattr(self, name, port)
 
-    services.get_node, RayParams.__init__ = asked, with_ports
+    def announced(self: Any, *given: Any, **named: Any) -> None:
+        # Where the raylet looks for what an agent says of its port.
+        for name in AGENTS:
+            path = Path(self.get_session_dir_path()) / f"{name}_{self._node_id}"
+            path.write_text(str(getattr(self._ray_params, name)))
+        begin(self, *given, **named)
+
+    services.get_node, RayParams.__init__, Node.start_raylet = asked, with_ports, announced
     try:
         yield
     finally:
-        services.get_node, RayParams.__init__ = get_node, start
+        services.get_node, RayParams.__init__, Node.start_raylet = get_node, start, begin
 
 
 def _free_ports(count: int) -> list[int]:
@@ -273,13 +286,26 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+def _raylet_died() -> bool:
+    """Whether a child of ours that was a raylet has ended (a zombie, which Ray does not look at)."""
+    states = []
+    for pid in _all_children():
+        with suppress(OSError):
+            states.append(Path(f"/proc/{pid}/stat").read_text().partition(" ")[2][:10])
+    return "(raylet) Z" in states
+
+
 def _children() -> set[int]:
     """This process's children that are Ray's."""
+    return {pid for pid in _all_children() if b"ray" in _command_of(pid)}
+
+
+def _all_children() -> set[int]:
     found = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # a thread that has just ended
             found |= {int(pid) for pid in (task / "children").read_text().split()}
-    return {pid for pid in found if b"ray" in _command_of(pid)}
+    return found
 
 
 def _command_of(pid: int) -> bytes:
