@@ -440,3 +440,18 @@ def test_the_costs_in_the_docs_are_the_counted_ones() -> None:
     from benchmarks.solver_costs import table
 
     assert "\n".join(table()) in (ROOT / "docs" / "solvers.md").read_text(encoding="utf-8")
+
+
+def test_mixing_compares_learned_weights_with_fixed_ones(tmp_path: Path) -> None:
+    out = tmp_path / "mixing.json"
+    small = [
+        "problem.width=8", "problem.layers=1", "problem.heads=2", "problem.context=8", "problem.blocks=1", "problem.test_sequences=4",
+        "data.domain_bytes=5000", "shards=1",
+    ]  # fmt: skip
+    sizes = ("--seeds", "2", "--steps", "2", "--mixtures", "1", "--json", str(out), "--set", *small)
+    result = run("mixing", *sizes)
+    assert json.loads(out.read_text()) == result
+    assert set(result["learned_minus"]) == {"uniform", "proportional", "retrained", "mixture0"}
+    first = result["runs"][0]
+    assert first["uniform"]["weights"]["shuffled"] == pytest.approx(0.25)
+    assert first["retrained"]["weights"] == pytest.approx(first["learned"]["weights"], rel=1e-5)

@@ -41,12 +41,15 @@ def descend_projected(solver: AGem, oracle: Oracle, lower: LowerGroups | None) -
     at = lower["y"] if lower is not None else oracle.init_lower()
     first: tuple[Tensor, Tensor] | None = None
     share = torch.zeros(oracle.tasks)
+    rule = solver.lower_rule()
+    state = rule.state(lower, at)
     for _ in range(solver.inner_steps):
         g, f = oracle.gradients(("lower", at), ("upper", at))
         first = first or (g.value, f.value)
         direction, conflict = projected(g.lower, f.lower)
         share = share + conflict.to(share) / solver.inner_steps
-        at = oracle.project_lower(tree.axpy(-solver.inner_lr, direction, at))
+        moved, state = rule.move(at, direction, solver.inner_lr, state)
+        at = oracle.project_lower(moved)
     assert first is not None, "inner_steps is 1 or more"
     sums = {
         "lower_loss": first[0].sum(),
@@ -54,7 +57,7 @@ def descend_projected(solver: AGem, oracle: Oracle, lower: LowerGroups | None) -
         "projected_share": share.sum(),
         "gradient_evaluations": torch.tensor(float(oracle.gradient_evaluations * oracle.tasks)),
     }
-    return KernelResult(sums, {"y": at})
+    return KernelResult(sums, {"y": at, **state})
 
 
 def projected(direction: Params, memory: Params) -> tuple[Params, Tensor]:

@@ -39,6 +39,7 @@ from bomemeta.core.solver import (
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import Schedule, UpperVariable, schedule_factor
 from bomemeta.registry import solvers
+from bomemeta.solvers.lower_options import LowerOptions
 from bomemeta.solvers.upper_options import UpperOptions
 
 # T_eval of `examine`: K measured with the training T cannot see the bias that comes from T being
@@ -51,7 +52,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @solvers.register("bome")
 @dataclass(frozen=True, kw_only=True)
-class BOME(UpperOptions):
+class BOME(LowerOptions, UpperOptions):
     """First-order bilevel optimisation with a dynamic barrier (Liu et al., NeurIPS 2022).
 
     Tasks whose y persists take one joint step, as in the paper. Fresh tasks are first adapted
@@ -67,7 +68,6 @@ class BOME(UpperOptions):
     phi: Phi = "grad_norm"
     eta: Annotated[float, Field(gt=0)] = 0.5
     lower_schedule: Schedule = "constant"
-    lower_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # for a y that persists
     adapt_steps: Count = 5  # fresh tasks: steps on g before anything is measured
     barrier_steps: Count = 5  # fresh tasks: R, steps of y alone along grad f + lambda_i grad g
     scale_barrier_steps: bool = (
@@ -158,9 +158,7 @@ def measure(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bo
     at = lower["y"] if lower is not None else oracle.init_lower()
     solved = gradient_steps(oracle, at, solver.inner_steps, solver.inner_lr)
     result = _measure_at(solver, oracle, at, solved, full)
-    waiting = {"y": at, **result.lower}
-    if solver.lower_momentum > 0:
-        waiting["velocity"] = lower["velocity"] if lower is not None else tree.zeros_like(at)
+    waiting = {"y": at, **result.lower, **solver.lower_rule().state(lower, at)}
     if solver.barrier == "global":
         return KernelResult(result.sums, waiting)
     return KernelResult(result.sums, _moved(solver, oracle, waiting, waiting["direction"]))
@@ -246,13 +244,9 @@ def _measure_at(
 
 
 def _moved(solver: BOME, oracle: Oracle, lower: LowerGroups, direction: Params) -> LowerGroups:
-    if solver.lower_momentum == 0:
-        return {"y": oracle.project_lower(tree.axpy(-solver.lower_lr, direction, lower["y"]))}
-    velocity = tree.axpy(solver.lower_momentum, lower["velocity"], direction)
-    return {
-        "y": oracle.project_lower(tree.axpy(-solver.lower_lr, velocity, lower["y"])),
-        "velocity": velocity,
-    }
+    rule = solver.lower_rule()
+    y, kept = rule.move(lower["y"], direction, solver.lower_lr, rule.state(lower, lower["y"]))
+    return {"y": oracle.project_lower(y), **kept}
 
 
 class _Whole(NamedTuple):

@@ -12,7 +12,6 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from bomemeta.core import tree
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.problem import Problem
@@ -29,6 +28,7 @@ from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
+from bomemeta.solvers.lower_options import LowerOptions
 
 Positive = Annotated[float, Field(gt=0)]
 Steps = Annotated[int, Field(ge=1)]
@@ -38,7 +38,7 @@ MEANS = ("lower_loss", "upper_loss", "gradient_evaluations")
 
 @solvers.register("lower_only")
 @dataclass(frozen=True, kw_only=True)
-class LowerOnly(Solver):
+class LowerOnly(LowerOptions, Solver):
     """y on g alone; x stays where it starts. For fine-tuning, replay, DER++, EWC and joint training
     of problem `continual`.
     """
@@ -74,13 +74,15 @@ class LowerOnly(Solver):
 def descend(solver: LowerOnly, oracle: Oracle, lower: LowerGroups | None) -> KernelResult:
     """Kernel: the steps of y. `lower_loss` is g where they began."""
     at = lower["y"] if lower is not None else oracle.init_lower()
-    values = []
+    rule, values = solver.lower_rule(), []
+    state = rule.state(lower, at)
     for number in range(solver.inner_steps):
         with oracle.inner_batch(number):
             g = oracle.lower(at)
         values.append(g.value)
-        at = oracle.project_lower(tree.axpy(-solver.inner_lr, g.lower, at))
+        moved, state = rule.move(at, g.lower, solver.inner_lr, state)
+        at = oracle.project_lower(moved)
     evaluations = torch.tensor(float(oracle.gradient_evaluations * oracle.tasks))
     return KernelResult(
-        {"lower_loss": values[0].sum(), "gradient_evaluations": evaluations}, {"y": at}
+        {"lower_loss": values[0].sum(), "gradient_evaluations": evaluations}, {"y": at, **state}
     )
