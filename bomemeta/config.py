@@ -60,6 +60,7 @@ class Evaluation(_Record):
     validation_episodes: _Positive = 100
     inner_steps: _NotNegative | None = None  # None: as many as in training
     solve_steps: _Positive | None = None
+    examine_steps: _NotNegative | None = None  # None: 10 T, at most 1,000 or T; 0: no such metrics
 
 
 class Checkpointing(_Record):

@@ -31,9 +31,15 @@ def final_metrics(trainer: Trainer, say: Callable[[str], None]) -> dict[str, flo
     """What the run is judged by: meta-test metrics for problems that have test tasks, else metrics
     at the tasks' own y.
     """
+    solver, longest = trainer.solver, trainer.config.evaluation.examine_steps
+    if (capped := solver.examined_steps(longest)) is not None:
+        say(
+            f"the stationarity_*_long metrics are measured with {capped[0]} inner steps and not with the usual {capped[1]}, which would "
+            "take as long as so many steps of training: evaluation.examine_steps sets the number, 0 leaves them out"
+        )
     try:
         last = trainer.step_run(max(trainer.state.step - 1, 0))
-        metrics = trainer.solver.examine(trainer.state.upper, trainer.state.lower, last)
+        metrics = solver.examine(trainer.state.upper, trainer.state.lower, last, longest)
     except DivergenceError as error:
         say(
             f"no metrics with many more inner steps, which diverge ({error}): solver.inner_lr is at the edge of what is stable"
@@ -42,6 +48,8 @@ def final_metrics(trainer: Trainer, say: Callable[[str], None]) -> dict[str, flo
     metrics |= trainer.state.metrics
     if isinstance(trainer.problem, StreamProblem):
         metrics |= trainer.problem.final_metrics(trainer.state.history)
+        if (text := cut_short(trainer.problem, trainer.state.step)) is not None:
+            say(text)
     if not trainer.problem.meta_tests:
         own = own_metrics(trainer)
         if (steps := trainer.config.evaluation.solve_steps) is None:
@@ -65,6 +73,25 @@ def final_metrics(trainer: Trainer, say: Callable[[str], None]) -> dict[str, flo
                 if key in ("test_accuracy", "test_ci95", "test_loss")
             }
     return metrics
+
+
+def cut_short(problem: StreamProblem, steps: int) -> str | None:
+    """What a run of so many steps leaves out of the stream; None: nothing."""
+    if steps >= problem.length:
+        return None
+    ends = [step + 1 for step in range(problem.length) if problem.milestone(step)]
+    done = sum(end <= steps for end in ends)
+    if not ends:
+        return None
+    if done == 0:
+        return (
+            f"no metrics of the stream: it was cut after {steps} of {problem.length} steps, inside its first task, which ends after step "
+            f"{ends[0]}. Give steps={ends[0]} or more, or leave `steps` out"
+        )
+    return (
+        f"the stream was cut after {steps} of {problem.length} steps: its metrics are those of the {done} of {len(ends)} tasks that were "
+        f"learned to their end{'' if ends[done - 1] == steps else f', as they were after step {ends[done - 1]}'}"
+    )
 
 
 def validate(trainer: Trainer) -> dict[str, float]:

@@ -115,11 +115,19 @@ class Solver(Recorded):
         """
         raise must_define(self, "adapt")
 
-    def examine(self, upper: UpperVariable, lower: LowerStates, run: Run) -> dict[str, float]:
+    def examine(
+        self, upper: UpperVariable, lower: LowerStates, run: Run, steps: int | None = None
+    ) -> dict[str, float]:
         """Figures that are worth one more round at the end of a run (stationarity with many more
-        inner steps). Default: none.
+        inner steps: `steps`; None: the solver's own number; 0: no figures). Default: none.
         """
         return {}
+
+    def examined_steps(self, steps: int | None) -> tuple[int, int] | None:
+        """Where `examine` takes fewer inner steps than it usually would: how many, and of how many.
+        None: it takes as many. Default.
+        """
+        return None
 
 
 def mean_sums(sums: Sums, names: tuple[str, ...], tasks: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from bomemeta.assembly import build_problem, build_solver, torch_threads
 from bomemeta.config import Config, load_config
 from bomemeta.copies import copy_of
 from bomemeta.core.problem import Problem, SharedProblem
+from bomemeta.data.digest import digest_of
 from bomemeta.doctor import bundles, data, machine, memory, places, storage, traffic
 from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, Plan, line_through, plan_of
 from bomemeta.doctor.memory import Memory
@@ -52,6 +53,7 @@ def examine(
     figures: dict[str, Any] = {}
     try:
         problem = build_problem(settings)
+        digest_of(problem)  # looks at the data as a run does
     except DataError as error:
         found += _no_data(settings, error)
         found += bundles.bundles(settings, place, places.workers_of(settings, place)) + _elsewhere(

@@ -45,6 +45,8 @@ from bomemeta.solvers.upper_options import UpperOptions
 # T_eval of `examine`: K measured with the training T cannot see the bias that comes from T being
 # finite.
 EXAMINE_FACTOR = 10
+# And no more than so many, or than T: what is to take no longer than a step or two.
+EXAMINE_MOST = 1000
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -110,8 +112,12 @@ class BOME(LowerOptions, UpperOptions):
         metrics |= upper.move(tree.scaled(1 / run.tasks, direction), run.step, run.project_upper)
         return StepResult(pending, metrics)
 
-    def examine(self, upper: UpperVariable, lower: LowerStates, run: Run) -> dict[str, float]:
-        longer = replace(self, inner_steps=EXAMINE_FACTOR * self.inner_steps)
+    def examine(
+        self, upper: UpperVariable, lower: LowerStates, run: Run, steps: int | None = None
+    ) -> dict[str, float]:
+        if steps == 0:
+            return {}
+        longer = replace(self, inner_steps=self._examine_steps(steps))
         sums, _ = run(
             measure if run.persistent else episode, longer, upper.params, lower, full=True
         )
@@ -119,6 +125,15 @@ class BOME(LowerOptions, UpperOptions):
         return {
             f"{name}_long": metrics[name] for name in ("stationarity_gradient", "stationarity_gap")
         }
+
+    def examined_steps(self, steps: int | None) -> tuple[int, int] | None:
+        usual, taken = EXAMINE_FACTOR * self.inner_steps, self._examine_steps(steps)
+        return (taken, usual) if steps is None and taken < usual else None
+
+    def _examine_steps(self, steps: int | None) -> int:
+        if steps is not None:
+            return steps
+        return min(EXAMINE_FACTOR * self.inner_steps, max(EXAMINE_MOST, self.inner_steps))
 
 
 # Scalars that every kernel sums and the log shows as means over tasks.
