@@ -192,7 +192,6 @@ class BuildWorker:
             lambda changes: variant_of(problem, changes),
             self.config.task_map,
             device,
-            _loads_ahead(self.config, device),
             computing_of(self.config, problem),
         )
 
@@ -215,13 +214,6 @@ def computing_of(config: Config, problem: Problem) -> Computing:
         )
     dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
     return Computing(dtype, config.micro_batch)
-
-
-def _loads_ahead(config: Config, device: str) -> bool:
-    """Whether a worker loads the next step's tasks while it computes. auto: not on a CPU, whose
-    cores have enough to do.
-    """
-    return device != "cpu" if config.load_ahead == "auto" else config.load_ahead
 
 
 def _serial_device(config: Config) -> str:

@@ -7,6 +7,7 @@ what was got and wanted.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -99,7 +100,6 @@ class Settings(_Record):
     address_wait_s: Annotated[float, Field(ge=0), _ASIDE] = 600.0  # with --restarts
     reduce: Annotated[Literal["driver", "tree", "collective"], _ASIDE] = "driver"
     backup_after: Annotated[Annotated[float, Field(gt=1)] | None, _ASIDE] = None
-    load_ahead: Annotated[bool | Literal["auto"], _ASIDE] = "auto"
     step_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
     start_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
     max_replacements: Annotated[_NotNegative, _ASIDE] = 100
@@ -134,6 +134,9 @@ class Config(Settings):
         return result_keys(self.to_dict())
 
 
+# Keys that earlier versions wrote into every run folder and that never changed a result.
+RETIRED = {"load_ahead"}
+
 # What a config is read from: a file or its bare name, a mapping like one, or a checked config.
 Source = str | Path | Mapping[str, Any] | Config
 
@@ -152,6 +155,7 @@ def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     may move together.
     """
     aside = {key for key, field in Settings.model_fields.items() if field.json_schema_extra}
+    aside |= RETIRED
     keys: dict[str, Any] = {}
     for key, value in config.items():
         if key == "imports":
@@ -222,6 +226,7 @@ def load_config(
     given |= more
     before = document.data
     document = apply_overrides(document, overrides)
+    _retire(document)
     load_imports([entry for entry in _listed(document.data["imports"]) if isinstance(entry, str)])
     forget_other_classes_keys(
         before, document.data, {override.partition("=")[0].strip() for override in overrides}
@@ -237,6 +242,16 @@ def load_config(
         lines = [f"{document.location(path)}: {text}" for path, text in found]
         raise ConfigError("\n".join(dict.fromkeys(sorted(lines, key=_line_number))))
     return Config(**dict(settings), **made)
+
+
+def _retire(document: Document) -> None:
+    for key in RETIRED & document.data.keys():
+        if document.data.pop(key) is True:
+            warnings.warn(
+                f"{document.location((key,))}: {key} has no effect any more: it measured no gain. "
+                "Take the key out",
+                stacklevel=3,
+            )
 
 
 def _with_keys(document: Document, keys: Mapping[str, Any]) -> tuple[Document, dict[str, Given]]:

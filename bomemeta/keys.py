@@ -38,7 +38,6 @@ class RunKeys(TypedDict, total=False):
     address: str | None
     reduce: Literal["driver", "tree", "collective"]
     backup_after: float | None
-    load_ahead: bool | Literal["auto"]
     step_timeout_s: float
     start_timeout_s: float
     max_replacements: int

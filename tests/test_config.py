@@ -464,3 +464,13 @@ def test_a_class_whose_fields_cannot_be_keys_is_refused(write: Any) -> None:
     )
     assert "solver.thing: got 3" in message_of(write(GOOD), "solver={name: odd, thing: 3}")
     assert "cannot be a config key" in message_of(write(GOOD), "solver={name: lost}")
+
+
+def test_a_key_of_earlier_versions_has_no_effect_and_says_so(write: Any) -> None:
+    path = write(GOOD + "load_ahead: auto\n")
+    plain = load_config(path)  # as every run folder of earlier versions has it
+    with pytest.warns(UserWarning, match="load_ahead has no effect any more.*Take the key out"):
+        asked = load_config(path, ["load_ahead=true"])
+    assert asked == plain
+    assert "load_ahead" not in plain.to_dict()
+    assert differing_keys({**plain.to_dict(), "load_ahead": True}, plain) == []

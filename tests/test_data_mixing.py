@@ -225,4 +225,4 @@ def test_products_in_bfloat16_are_made_in_it() -> None:
     assert seen == {torch.bfloat16}
     answers = [g.value, *g.lower.values(), adjoint.upper["logits"], *adjoint.residual.values()]
     assert {tensor.dtype for tensor in answers} == {torch.float32}
-    assert ShardWorker(lambda changes: problem, "auto", "cpu", False, Computing(torch.bfloat16))
+    assert ShardWorker(lambda changes: problem, "auto", "cpu", Computing(torch.bfloat16))

@@ -43,7 +43,7 @@ def check(job: dict[str, Any], folder: Path, **changes: Any) -> None:
     job = {**job, "steps": 4 if job is STREAM else 2, **sections}
     here = bomemeta.train(job, [f"output_dir={folder / 'here'}", "task_map=vmap"])
     with elsewhere() as seen:
-        there = bomemeta.train(job, [f"output_dir={folder / 'there'}", "load_ahead=true"])
+        there = bomemeta.train(job, [f"output_dir={folder / 'there'}"])
     assert (there.upper_sha256, there.metrics) == (here.upper_sha256, here.metrics)
     used = {operation._schema.name.removeprefix("aten::") for operation in seen.ran}
     assert "mul" in used  # it did compute there

@@ -167,20 +167,12 @@ class StepRun:
             with_state=present,
             keeps=keeps,
             sent=sent,
-            next_ids=self._next_ids(shard),
             inner=inner,
         )
         states = tuple(lower.handles[task] for task, has in zip(shard, present, strict=True) if has)
         return ShardCall(
             request, states, len(shard) if keeps else 0, summed=True, kind=kernel.__name__
         )
-
-    def _next_ids(self, shard: tuple[int, ...]) -> tuple[int, ...]:
-        """The shard's tasks in the next step: fresh tasks are numbered on from step to step, others
-        may be drawn from a pool.
-        """
-        known = self.split == "train" and not self.persistent and self.step + 1 < self.steps
-        return tuple(task + self.tasks for task in shard) if known else ()
 
 
 class SharedRun:

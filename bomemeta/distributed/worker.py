@@ -22,7 +22,6 @@ from bomemeta.core.reduced_oracle import ADDITIVE
 from bomemeta.core.solver import Kernel, KernelResult, Layout, LowerGroups, Solver
 from bomemeta.core.spans import LOAD, span
 from bomemeta.core.task_map import TaskMap
-from bomemeta.distributed.ahead import Ahead, Asked
 from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
 from bomemeta.errors import DataError
 from bomemeta.global_random import seeded
@@ -46,10 +45,16 @@ class Request(NamedTuple):
     keeps: bool  # whether the kernel's lower groups are returned, one array per task
     # what is in the broadcast array: x, the problem's memory, and lower groups that all tasks share
     sent: Layout
-    next_ids: tuple[
-        int, ...
-    ] = ()  # the shard's tasks in the next step, where they can be told; a guess
     inner: int | None = None  # the inner step whose samples are meant; None: the step's
+
+
+class Asked(NamedTuple):
+    """What a load depends on beside the seed."""
+
+    task_ids: tuple[int, ...]
+    step: int
+    split: Split
+    variant: str
 
 
 class Computing(NamedTuple):
@@ -75,18 +80,13 @@ class _Given(NamedTuple):
 
 
 class ShardWorker:
-    """Runs requests for one problem. Stateless between calls but for caches.
-
-    `load_ahead`: the tasks of what will probably be asked for next are loaded in a thread while
-    this computes.
-    """
+    """Runs requests for one problem. Stateless between calls but for caches."""
 
     def __init__(
         self,
         build_problem: Callable[[Mapping[str, Any]], Problem],
         task_map: str,
         device: str,
-        load_ahead: bool = False,
         computing: Computing | None = None,
     ) -> None:
         keep_freed_memory()
@@ -101,7 +101,6 @@ class ShardWorker:
         )
         self._problems: dict[str, Problem] = {}
         self._given: dict[Asked, _Given] = {}
-        self._ahead = Ahead(self._load) if load_ahead else None
         self.problem({})  # what is wrong with it shows before the first step
 
     def execute(
@@ -171,17 +170,8 @@ class ShardWorker:
             problem = self._problems[asked.variant]
             assert isinstance(problem, SharedProblem), "no other has inner batches"
             return self._moved(problem.load_inner(asked.task_ids, asked.step, request.inner))
-        if self._ahead is None:
-            return self._here(asked, self._load(asked))
-        following = (
-            asked._replace(task_ids=request.next_ids, step=request.step + 1)
-            if request.next_ids
-            else None
-        )
-        return self._here(asked, self._ahead.batch(asked, following))
-
-    def _load(self, asked: Asked) -> tree.Params:
-        return self._problems[asked.variant].load(asked.task_ids, asked.step, asked.split)
+        problem = self._problems[asked.variant]
+        return self._here(asked, problem.load(asked.task_ids, asked.step, asked.split))
 
     def _here(self, asked: Asked, batch: tree.Params) -> tree.Params:
         """The batch on the worker's device. What a problem gives again for the same tasks, the very
