@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from bomemeta.data.omniglot import Omniglot as Omniglot
     from bomemeta.data.texts import InstalledTexts as InstalledTexts
     from bomemeta.inquiries import check as check
+    from bomemeta.predict import FewShotClassifier as FewShotClassifier
+    from bomemeta.predict import load_classifier as load_classifier
     from bomemeta.problems.analytic import Analytic as Analytic
     from bomemeta.problems.continual import Continual as Continual
     from bomemeta.problems.continual_meta import ContinualMeta as ContinualMeta
@@ -87,6 +89,7 @@ _NAMES = {
     "bomemeta.contract": ["check_problem"],
     "bomemeta.core.problem": ["Problem", "SharedProblem", "StreamProblem"],
     "bomemeta.core.solver": ["Solver"],
+    "bomemeta.predict": ["FewShotClassifier", "load_classifier"],
     "bomemeta.data.episodes_from": ["EpisodesFrom"],
     "bomemeta.inquiries": ["check"],
     "bomemeta.solvers.agem": ["AGem"],

@@ -19,8 +19,9 @@ from bomemeta.core.solver import Solver
 from bomemeta.errors import ConfigError
 from bomemeta.keys import RunKeys, with_keys
 from bomemeta.report import Listener, Quiet
+from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
-from bomemeta.session import Result, loaded
+from bomemeta.session import loaded
 
 __all__ = ["Result", "evaluate", "load", "resume", "train"]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bomemeta.checkpoint_content import fault_in
 from bomemeta.config import Config, differing_keys
+from bomemeta.core.tree import unflatten
 from bomemeta.errors import CheckpointError
 from bomemeta.files import written_whole
 
@@ -285,3 +286,9 @@ def _disk_error(error: BaseException) -> OSError | None:
     while chain is not None and not isinstance(chain, OSError):
         chain = chain.__cause__ or chain.__context__
     return chain
+
+
+def judged_upper(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The x that a run is judged by: the mean over steps where one is taken, else x."""
+    mean = checkpoint.solver["optimizer"].get("average")
+    return checkpoint.upper if mean is None else unflatten(mean, checkpoint.upper)

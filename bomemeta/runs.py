@@ -15,10 +15,11 @@ from bomemeta.config import Config, Source, load_config
 from bomemeta.continuation import check_continues
 from bomemeta.errors import ConfigError
 from bomemeta.report import Listener, Quiet
+from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
 from bomemeta.sections import label
 from bomemeta.seeds import run_seeds
-from bomemeta.session import Result, evaluate_one, finished, resume_one, train_one
+from bomemeta.session import evaluate_one, finished, resume_one, train_one
 
 __all__ = ["Result", "evaluate", "name_of", "resume", "train"]
 

@@ -25,8 +25,9 @@ from bomemeta.distributed.transport import ShardCall
 from bomemeta.imports import Imports, is_file_entry
 from bomemeta.intervals import half_width
 from bomemeta.report import Listener, Quiet
+from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
-from bomemeta.session import Result, evaluate_one, resume_one, train_one
+from bomemeta.session import evaluate_one, resume_one, train_one
 from bomemeta.storage import below
 
 # A seed is a whole run: no answer for a long time says nothing.

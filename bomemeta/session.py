@@ -12,8 +12,6 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,14 +19,20 @@ from torch import Tensor
 from bomemeta import checkpoint as checkpoints
 from bomemeta import engine
 from bomemeta.assembly import build_problem, build_solver, trainer_of
-from bomemeta.checkpoint import Checkpoint, Loaded, check_same_run, load_latest, upper_sha256
+from bomemeta.checkpoint import (
+    Checkpoint,
+    Loaded,
+    check_same_run,
+    judged_upper,
+    load_latest,
+    upper_sha256,
+)
 from bomemeta.checkpoint_content import check_fits, tasks_after_a_step
 from bomemeta.config import Config, differing_keys
 from bomemeta.continuation import longer_notes
 from bomemeta.contract import check_at_start
 from bomemeta.core.problem import Problem
 from bomemeta.core.solver import Solver
-from bomemeta.core.tree import unflatten
 from bomemeta.data.digest import as_texts, check_same_data, digest_of, other_data
 from bomemeta.engine import State, Trainer
 from bomemeta.errors import (
@@ -42,29 +46,9 @@ from bomemeta.health import HealthMonitor
 from bomemeta.limits import within_memory
 from bomemeta.metrics import MetricsLog
 from bomemeta.report import Listener
+from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
 from bomemeta.signals import stop_on_signal
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a run. `metrics` are the final ones, `upper` is x on the CPU, `upper_sha256`
-    identifies its bits.
-
-    `run_dir` is the run's folder, None where nothing was kept. `uri`: where output_dir is one, the
-    location of everything; `run_dir` was a temporary copy of it. `signal`: the number of the signal
-    that interrupted the run.
-    """
-
-    run_dir: Path | None
-    steps: int
-    metrics: dict[str, float]
-    upper: dict[str, Tensor]
-    upper_sha256: str
-    interrupted: bool = False
-    notes: list[str] = field(default_factory=list)
-    uri: str | None = None
-    signal: int | None = None
 
 
 def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
@@ -126,7 +110,7 @@ def finished(settings: Config, folder: RunFolder) -> Result | None:
         return None
     notes: list[str] = record["notes"]
     last = _where_it_was(folder)
-    if last is None or upper_sha256(_judged(last)) != record["upper_sha256"]:
+    if last is None or upper_sha256(judged_upper(last.checkpoint)) != record["upper_sha256"]:
         if settings.seeds == 1:
             notes = [*notes, f"the final x is not in {folder.location} any more"]
         last = None
@@ -135,15 +119,10 @@ def finished(settings: Config, folder: RunFolder) -> Result | None:
             *notes,
             f"measured with another `evaluation:` than this config's; `bomemeta eval {folder.location}` measures again",
         ]
-    upper = _judged(last) if last is not None else {}
-    return _read(folder, record["steps"], record["metrics"], upper, record["upper_sha256"], notes)
-
-
-def _judged(last: Loaded) -> dict[str, Tensor]:
-    """The x that a run is judged by, of its checkpoint: the mean where one is taken."""
-    upper = last.checkpoint.upper
-    mean = last.checkpoint.solver["optimizer"].get("average")
-    return upper if mean is None else unflatten(mean, upper)
+    upper = judged_upper(last.checkpoint) if last is not None else {}
+    return _read(
+        settings, folder, record["steps"], record["metrics"], upper, record["upper_sha256"], notes
+    )
 
 
 def loaded(settings: Config, folder: RunFolder) -> Result:
@@ -151,11 +130,13 @@ def loaded(settings: Config, folder: RunFolder) -> Result:
     if (result := finished(settings, folder)) is not None:
         return result
     last = load_latest(folder.checkpoints)
-    upper = _judged(last)
-    return _read(folder, last.checkpoint.step, {}, upper, upper_sha256(upper), last.notes)
+    upper = judged_upper(last.checkpoint)
+    digest = upper_sha256(upper)
+    return _read(settings, folder, last.checkpoint.step, {}, upper, digest, last.notes)
 
 
 def _read(
+    settings: Config,
     folder: RunFolder,
     steps: int,
     metrics: Mapping[str, float | None],
@@ -165,7 +146,7 @@ def _read(
 ) -> Result:
     found = {name: math.nan if value is None else value for name, value in metrics.items()}
     uri = folder.mirror.uri if folder.mirror is not None else None
-    return Result(folder.path, steps, found, upper, digest, False, notes, uri)
+    return Result(folder.path, steps, found, upper, digest, False, notes, uri, config=settings)
 
 
 def _where_it_was(folder: RunFolder) -> Loaded | None:
@@ -358,6 +339,7 @@ class _Session:
             list(self._notes),
             uri,
             signal,
+            self._config,
         )
 
     def _record(

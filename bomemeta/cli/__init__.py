@@ -9,7 +9,16 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 import io
 import sys
 
-from bomemeta.cli import comparisons, examinations, inquiries, lists, profiles, runs, searches  # noqa: F401  the commands, in the order in which help shows them
+from bomemeta.cli import (  # noqa: F401  the commands, in the order in which help shows them
+    comparisons,
+    examinations,
+    inquiries,
+    lists,
+    predictions,
+    profiles,
+    runs,
+    searches,
+)
 from bomemeta.cli.app import app
 
 __all__ = ["app", "main"]

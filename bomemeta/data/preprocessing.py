@@ -72,11 +72,14 @@ class Preprocessing:
 
     def floats(self, pixels: Tensor) -> Tensor:
         """uint8 `[n, C, H, W]` as normalised float32."""
-        images = pixels.float().div_(255)
-        if self.mean:
-            images -= torch.tensor(self.mean)[:, None, None]
-            images /= torch.tensor(self.std)[:, None, None]
-        return images
+        return self.normalised(pixels.float().div_(255))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """(images - mean) / std of float32 `[n, C, H, W]` in [0, 1]."""
+        if not self.mean:
+            return images
+        centred = images - torch.tensor(self.mean)[:, None, None]
+        return centred / torch.tensor(self.std)[:, None, None]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` is the way back."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from numpy.typing import NDArray
@@ -66,6 +66,9 @@ class FewShot(NetworkForm):
 
     needs_data = True
     meta_tests = True
+    class_sizes: ClassVar[
+        tuple[int, ...]
+    ] = ()  # of one task, where they differ: few_shot_predict.py
 
     form: Literal["head", "network"] = "head"
     head: Head = "prototype"
@@ -123,13 +126,13 @@ class FewShot(NetworkForm):
             source.check(split, self._spec(split))
             if isinstance(source, ImageEpisodes):
                 self.notes += source.small_notes(split, self._spec(split))
-        self._network = self._built(torch.Generator().manual_seed(self.seed))
-        if self.micro_batch is not None and self._network.mixes:
+        self.network = self._built(torch.Generator().manual_seed(self.seed))
+        if self.micro_batch is not None and self.network.mixes:
             raise ConfigError(
                 "problem.micro_batch: with BatchNorm statistics of the task an image's features depend on all "
                 "images of the task; set problem.batch_norm=running, or take micro_batch out"
             )
-        self._backbone_names = self._network.names
+        self._backbone_names = self.network.names
         # Written out is the plain case; a subclass that changes it is asked for its own `encode`.
         self._has_passes = (
             (self.form, self.backbone, self.batch_norm, self.trainable)
@@ -137,7 +140,7 @@ class FewShot(NetworkForm):
             and type(self).encode is FewShot.encode
             and type(self)._backbone is FewShot._backbone
         )
-        self._features = self._network.width(source.image_shape, self.dtype)
+        self._features = self.network.width(source.image_shape, self.dtype)
         self._table: NDArray[Any] | None = None
         if self.form == "head" and not self._backbone_names:
             if not self._own_entries():
@@ -145,7 +148,7 @@ class FewShot(NetworkForm):
                     f"problem.trainable: none, and head {self.head} has nothing to learn either; set problem.neck=scale "
                     "or linear, or problem.head=r2d2 or svm"
                 )
-            if not self._network.mixes and has_rows(self.data):
+            if not self.network.mixes and has_rows(self.data):
                 self._table = self._encoded_once()
 
     def check_data(self) -> dict[str, Any]:
@@ -153,7 +156,7 @@ class FewShot(NetworkForm):
 
     def _encoded_once(self) -> NDArray[Any]:
         """The features of every image, [n, d], for all episodes of the run."""
-        encode, weights = functools.partial(self._network.features, {}), self._network.digest()
+        encode, weights = functools.partial(self.network.features, {}), self.network.digest()
         return frozen_features(self.data, encode, weights, self.micro_batch, self.dtype)
 
     def _built(self, generator: torch.Generator) -> Backbone:
@@ -171,10 +174,14 @@ class FewShot(NetworkForm):
     def num_tasks(self) -> int | None:
         return self.fixed_tasks
 
+    def _sizes(self, supports: int) -> Sequence[int]:
+        """How many support images each class has; rows are sorted by label."""
+        return self.class_sizes or [self.shots] * (supports // self.shots)
+
     def init_upper(self, generator: torch.Generator) -> Params:
         # Ours are drawn anew from the run's generator; what others bring is kept.
         own = is_own(self.backbone) and self.trainable == "all" and self.weights is None
-        network = self._built(generator) if own else self._network
+        network = self._built(generator) if own else self.network
         upper = network.initial(self.adapter_rank, generator)
         if self.form == "network":
             # A head of zeros starts every class alike, as in MAML's analyses and iMAML's code.
@@ -265,13 +272,10 @@ class FewShot(NetworkForm):
             return {"support": support @ support.mT, "query": query @ support.mT}
         if self.head == "ridge":
             return {"support": support, "query": query}
-        ways = supports // self.shots  # rows are sorted by label
         if self.head == "prototype":
-            prototypes = support.reshape(*support.shape[:-2], ways, self.shots, -1).mean(-2)
-            return {"support": support, "query": query, "prior": prototypes.mT}
-        labels = torch.arange(ways, device=support.device).repeat_interleave(self.shots)
-        targets = functional.one_hot(labels, ways).to(support.dtype)
-        targets = targets.expand(*support.shape[:-2], *targets.shape)
+            means = linear.class_means(support, self._sizes(supports))
+            return {"support": support, "query": query, "prior": means.mT}
+        targets = heads.targets(support, self._sizes(supports))
         solution = heads.solution(self.head, upper, support, targets, self.regularisation)
         return {"query": heads.with_one(query), "solution": solution}
 
@@ -288,7 +292,7 @@ class FewShot(NetworkForm):
         """The backbone with x in its place, as an ordinary module with its buffers: images `[n, C,
         H, W]` to features `[n, d]`, without neck and scale.
         """
-        return self._network.filled(upper)
+        return self.network.filled(upper)
 
     @property
     def encodes(self) -> bool:
@@ -302,12 +306,12 @@ class FewShot(NetworkForm):
             return {"head": encoded["prior"]}
         if "solution" in encoded:
             return {"head": torch.zeros_like(encoded["solution"])}
-        ways = len(batch["support"]) // self.shots
+        ways = len(self._sizes(len(batch["support"])))
         return {"head": encoded["support"].new_zeros(encoded["support"].shape[1], ways)}
 
     def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         return functional.cross_entropy(
-            self._query_logits(encoded, lower, batch), batch["query_labels"]
+            self.query_logits(encoded, lower, batch), batch["query_labels"]
         )
 
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
@@ -345,7 +349,7 @@ class FewShot(NetworkForm):
         """`accuracy` and `loss` on the queries, and `baseline_accuracy` of the nearest support
         image in raw pixels (L2).
         """
-        logits = self._query_logits(encoded, lower, batch)
+        logits = self.query_logits(encoded, lower, batch)
         labels = batch["query_labels"]
         distance = torch.cdist(batch["query"].flatten(1), batch["support"].flatten(1))
         nearest = batch["support_labels"][distance.argmin(1)]
@@ -356,11 +360,12 @@ class FewShot(NetworkForm):
         }
 
     def evaluation_variants(self) -> Mapping[str, Mapping[str, Any]]:
-        if not self._network.mixes:
+        if not self.network.mixes:
             return {}
         return {policy: {"batch_norm": policy} for policy in ("transductive", "inductive")}
 
-    def _query_logits(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
+    def query_logits(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
+        """`[n, ways]` of one task."""
         if "solution" in encoded:
             return encoded["query"] @ (encoded["solution"] + lower["head"])
         if self.form == "head":
@@ -369,6 +374,6 @@ class FewShot(NetworkForm):
 
     def _backbone(self, params: Params, images: Tensor, statistics_rows: int | None) -> Tensor:
         if self._backbone_names:
-            return self._network.features(params, images, statistics_rows)
+            return self.network.features(params, images, statistics_rows)
         with torch.no_grad():
-            return self._network.features(params, images, statistics_rows)
+            return self.network.features(params, images, statistics_rows)

@@ -16,6 +16,8 @@ at a solution it moves nothing and its derivative is that of the implicit functi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,14 @@ def solution(
         return _with_bias(support.mT @ dual * upper["head.log_scale"].exp())
     dual = logistic_dual(support @ support.mT, targets, regularisation)
     return _with_bias(support.mT @ dual)
+
+
+def targets(support: Tensor, sizes: Sequence[int]) -> Tensor:
+    """One-hot labels `[..., n, ways]` of support features `[..., n, d]`, class after class."""
+    counts = torch.tensor(sizes, device=support.device)
+    labels = torch.arange(len(sizes), device=support.device).repeat_interleave(counts)
+    rows = torch.nn.functional.one_hot(labels, len(sizes)).to(support.dtype)
+    return rows.expand(*support.shape[:-2], *rows.shape)
 
 
 def with_one(features: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ stack of tasks: losses, gradients and the inner loop.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,14 @@ from torch.nn import functional
 
 from bomemeta.core.problem import Batch, Encoded, Loss, LossGradient
 from bomemeta.core.tree import Params
+
+
+def class_means(support: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`[..., ways, d]` of support features `[..., n, d]`, class after class, `sizes` of each."""
+    if min(sizes) == max(sizes):
+        return support.reshape(*support.shape[:-2], len(sizes), sizes[0], -1).mean(-2)
+    parts = torch.split(support, list(sizes), -2)
+    return torch.stack([part.mean(-2) for part in parts], -2)
 
 
 def lower_loss(kind: str, rho: float, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:

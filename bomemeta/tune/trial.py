@@ -23,8 +23,9 @@ from bomemeta.document import apply_overrides, document_of, find_config, read_do
 from bomemeta.errors import BomemetaError, ConfigError, DivergenceError
 from bomemeta.imports import Import, is_file_entry, read_imports
 from bomemeta.report import Quiet
+from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
-from bomemeta.session import Result, resume_one
+from bomemeta.session import resume_one
 from bomemeta.tune.placement import bundles_of, check_placement
 from bomemeta.tune.places import REPORT_FILE, folder_here
 from bomemeta.tune.space import flat
