@@ -16,8 +16,8 @@ from bomemeta.errors import DataError
 
 LOOKED_AT = 2  # episodes of each split
 PARTS = ("support", "query")
-# Interpolation overshoots a little.
-SLACK = 0.01
+# Of the range's width: noise and interpolation overshoot; 0 to 255 and standardised numbers do more.
+SLACK = 1.0
 # A data set may have an image twice; a query set that is the support set is another matter.
 SHARED_SHARE = 0.1
 SHOWN = 8
