@@ -37,7 +37,7 @@ from bomemeta.core.solver import (
     mean_sums,
 )
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import Schedule, UpperVariable, schedule_factor
+from bomemeta.core.upper import UpperVariable, schedule_factor
 from bomemeta.registry import solvers
 from bomemeta.solvers.lower_options import LowerOptions
 from bomemeta.solvers.upper_options import UpperOptions
@@ -69,7 +69,7 @@ class BOME(LowerOptions, UpperOptions):
     barrier: Literal["global", "per_task"] = "global"
     phi: Phi = "grad_norm"
     eta: Annotated[float, Field(gt=0)] = 0.5
-    lower_schedule: Schedule = "constant"
+    lower_schedule: Literal["constant", "cosine"] = "constant"
     adapt_steps: Count = 5  # fresh tasks: steps on g before anything is measured
     barrier_steps: Count = 5  # fresh tasks: R, steps of y alone along grad f + lambda_i grad g
     scale_barrier_steps: bool = (
