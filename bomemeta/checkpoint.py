@@ -22,7 +22,7 @@ from torch import Tensor
 from bomemeta.checkpoint_content import fault_in
 from bomemeta.config import Config, differing_keys
 from bomemeta.core.tree import unflatten
-from bomemeta.errors import CheckpointError
+from bomemeta.errors import CheckpointError, ConfigError
 from bomemeta.files import written_whole
 
 # What a file holds beside a Checkpoint's fields: files of format 2 end with a digest.
@@ -46,6 +46,7 @@ class Checkpoint(NamedTuple):
     lower: dict[int, Tensor]  # flat state of each persistent task, by task id
     config: dict[str, Any]  # Config.to_dict()
     data: dict[str, str] = {}  # noqa: RUF012  digests of what was trained on, by name; never changed
+    files: dict[str, str] = {}  # noqa: RUF012  digests of the run folder's other files as they were
 
 
 class Loaded(NamedTuple):
@@ -70,7 +71,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     path = folder / name_of(checkpoint.step)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # the run's own is there, or it was moved away
         with written_whole(path) as file:
             _write_sealed({**checkpoint._asdict(), FORMAT_KEY: FORMAT}, file)
         # A later step than this one is of a past that the run went back from: damaged, or never to
@@ -222,8 +223,13 @@ def _sealed(path: Path) -> bool:
 
 def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
     """Raises CheckpointError listing the result-changing keys in which `config` differs from the
-    checkpoint's.
+    checkpoint's, ConfigError where it has fewer steps than were done.
     """
+    if config.steps is not None and checkpoint.step > config.steps:
+        raise ConfigError(
+            f"steps: got {config.steps}; the run has done {checkpoint.step}. Give {checkpoint.step} or more to train on, or "
+            "leave it out"
+        )
     # The checkpoint's config is compared as plain values: loading it would run the files that it
     # names.
     differences = differing_keys(checkpoint.config, config)

@@ -37,7 +37,7 @@ def fault_in(
     step = values["step"]
     if not _whole(step):
         return f"step is {_said(step)}, wanted a whole number >= 0"
-    for name in ("upper", "solver", "lower", "config", "data"):
+    for name in ("upper", "solver", "lower", "config", "data", "files"):
         if name in values and not isinstance(values[name], dict):
             return f"{name} is {_said(values[name])}, wanted a mapping"
     for name, tensor in values["upper"].items():
@@ -48,9 +48,10 @@ def fault_in(
             return f"lower has a task {_said(task)}, wanted whole numbers >= 0"
         if fault := _not_numbers(tensor, trusted):
             return f"lower.{task} is {fault}"
-    for name, digest in values.get("data", {}).items():
-        if not isinstance(name, str) or not isinstance(digest, str):
-            return f"data.{name} is {_said(digest)}, wanted a digest as text"
+    for section in ("data", "files"):
+        for name, digest in values.get(section, {}).items():
+            if not isinstance(name, str) or not isinstance(digest, str):
+                return f"{section}.{name} is {_said(digest)}, wanted a digest as text"
     if (odd := _odd_in(values["solver"])) is not None:
         return f"solver holds {_said(odd)}"
     return _layout_fault(values["solver"].get("lower_layout"), values["lower"])
@@ -58,17 +59,15 @@ def fault_in(
 
 def check_fits(
     checkpoint: Any,
-    *,
+    problem: Problem,
     upper: UpperVariable,
     memory: Params,
-    dtype: torch.dtype,
-    tasks: int | None,
+    tasks_per_step: int | None,
 ) -> None:
-    """Raises CheckpointError naming the entries with which the run cannot go on.
-
-    `upper` and `memory` are those of the run's start. `tasks`: how many tasks have a lower state
-    after every step; None: any number.
+    """Raises CheckpointError naming the entries with which the run cannot go on. `upper` and `memory`
+    are those of the run's start.
     """
+    dtype, tasks = problem.dtype, _tasks_after_a_step(problem, tasks_per_step)
     step, solver, lower = checkpoint.step, checkpoint.solver, checkpoint.lower
     wrong: list[str] = []
     wrong += _differing("upper", upper.params, checkpoint.upper)
@@ -223,7 +222,7 @@ def _few(tasks: list[int]) -> str:
     return ", ".join(map(str, tasks[:8])) + (" ..." if len(tasks) > 8 else "")
 
 
-def tasks_after_a_step(problem: Problem, tasks_per_step: int | None) -> int | None:
+def _tasks_after_a_step(problem: Problem, tasks_per_step: int | None) -> int | None:
     """How many lower states a run carries from its first step on; None where it depends on what
     was drawn.
     """

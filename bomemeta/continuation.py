@@ -6,7 +6,6 @@ from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config, differing_keys
 from bomemeta.core.solver import Solver
 from bomemeta.core.upper import schedule_factor
-from bomemeta.document import read_document
 from bomemeta.errors import ConfigError
 from bomemeta.run_folder import RunFolder
 
@@ -35,7 +34,7 @@ def longer_notes(solver: Solver, saved: Checkpoint, steps: int | None) -> list[s
 
 def check_continues(settings: Config, folder: RunFolder) -> None:
     """Raises ConfigError where the folder's run is not the config's, naming the keys."""
-    there = read_document(folder.config_file).data
+    there, _ = folder.recorded_config()
     lines = [f"  {key}: there {a!r}, config {b!r}" for key, a, b in differing_keys(there, settings)]
     if there.get("seeds", 1) != settings.seeds:
         lines.append(f"  seeds: there {there.get('seeds', 1)!r}, config {settings.seeds!r}")

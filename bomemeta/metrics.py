@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bomemeta.files import naming, replace_text
+from bomemeta.files import naming, written_whole
 from bomemeta.run_folder import RunFolder, finite
 
 __all__ = ["TENSORBOARD_TAGS", "MetricsLog", "RunFolder", "read_metrics"]
@@ -64,6 +65,8 @@ class MetricsLog:
     """
 
     def __init__(self, folder: RunFolder, tensorboard: bool, from_step: int = 0) -> None:
+        self._hash = hashlib.sha256()
+        self._size = 0
         self._folder = folder
         self._path = folder.metrics_file
         self._tensorboard = tensorboard
@@ -78,12 +81,37 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds one step's numbers. Raises BomemetaError where the disk is full."""
+        line = json.dumps({"step": step, **finite(metrics)}) + "\n"
         with naming(self._path):
-            self._file.write(json.dumps({"step": step, **finite(metrics)}) + "\n")
+            self._file.write(line)
             self._file.flush()
+            self._count(line.encode())
             if self._writer is not None:
                 # add_scalar would write an event for every number, which takes eight times as long.
                 self._writer.file_writer.add_summary(_summary(metrics), step)
+
+    def digest(self) -> str:
+        """`SIZE:SHA256` of the lines so far, for `fault`."""
+        return f"{self._size}:{self._hash.hexdigest()}"
+
+    def fault(self, digest: str | None) -> str | None:
+        """What is to be said where the file does not begin with the lines of which `digest` was. Reads
+        the file.
+        """
+        size, _, wanted = (digest or "").partition(":")
+        if not size.isdigit():
+            return None
+        with naming(self._path), self._path.open("rb") as file:
+            if hashlib.sha256(file.read(int(size))).hexdigest() == wanted:
+                return None
+        return (
+            f"{self._path} is not as the run wrote it: lines were changed or are missing. x and the final metrics "
+            "do not depend on it"
+        )
+
+    def _count(self, content: bytes) -> None:
+        self._hash.update(content)
+        self._size += len(content)
 
     def image(self, name: str, png: bytes, step: int) -> None:
         """Shows a PNG file's picture in TensorBoard; metrics.jsonl holds numbers alone."""
@@ -111,7 +139,8 @@ class MetricsLog:
             self._writer.close()
 
     def _open(self, from_step: int) -> None:
-        _keep_before(self._path, from_step)
+        self._hash, self._size = hashlib.sha256(), 0
+        self._count(_keep_before(self._path, from_step))
         with naming(self._path):
             self._file = self._path.open("a", encoding="utf-8")
         self._writer: Any = None
@@ -170,11 +199,23 @@ def _summary(metrics: Mapping[str, float]) -> Any:
     )
 
 
-def _keep_before(path: Path, step: int) -> None:
+def _keep_before(path: Path, step: int) -> bytes:
+    """Takes the lines of this step and later ones out, and those that are none; what is kept."""
     if not path.exists():
-        return
-    kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] < step)
-    replace_text(path, kept)
+        return b""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = b"".join(line for line in lines if _is_before(line, step))
+    with naming(path), written_whole(path) as file:
+        file.write(kept)
+    return kept
+
+
+def _is_before(line: bytes, step: int) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return line.endswith(b"\n") and any(found["step"] < step for found in parse_metrics(line))
 
 
 def _next_second(folder: Path) -> None:

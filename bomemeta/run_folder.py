@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bomemeta.checkpoint import load_latest
 from bomemeta.config import Config
-from bomemeta.errors import ConfigError, StorageError
+from bomemeta.document import read_document
+from bomemeta.errors import CheckpointError, ConfigError, StorageError
 from bomemeta.extras import installed
 from bomemeta.files import naming, replace_text, unwritten, written_whole
-from bomemeta.paths import absolute
+from bomemeta.paths import absolute, made_absolute
+from bomemeta.records import changes, is_changed, read_sealed, sealed, with_digest
 from bomemeta.storage import Mirror, is_uri
 from bomemeta.yaml_text import dump
 
@@ -78,7 +81,7 @@ class RunFolder:
             else:
                 path = absolute(output_dir, what="output_dir")
                 if not _claim(path):
-                    raise ConfigError(_taken(path.resolve(), path))
+                    raise ConfigError(_taken(path.resolve(), output_dir))
                 folder = cls(path.resolve())
             folder.write_config(config)
         except OSError as error:
@@ -107,6 +110,7 @@ class RunFolder:
     def open(cls, path: str | Path) -> RunFolder:
         """The folder of an earlier run. Raises ConfigError where it is not one."""
         if (folder := cls.find(path)) is not None:
+            folder.check_config()
             return folder
         location = path if is_uri(path) else absolute(path, what="run folder").resolve()
         runs = sorted(str(file.parent) for file in Path("runs").glob("*/config.yaml"))
@@ -186,6 +190,8 @@ class RunFolder:
 
     def abandon(self) -> None:
         """Takes back a folder in which nothing happened; one that holds more than the config stays."""
+        if not self.path.is_dir():
+            return
         if [path.name for path in self.path.iterdir()] == [self.config_file.name]:
             self.config_file.unlink()
             if self.mirror is not None:
@@ -194,11 +200,78 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Every key with its value, so that the run does not depend on a later version's defaults."""
-        replace_text(self.config_file, dump(config.to_dict()))
+        values = config.to_dict()
+        made_absolute(values, Path.cwd())  # those of objects that Python code gave
+        replace_text(self.config_file, with_digest(dump(values)))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Replaces result.json; NaN and infinite numbers, which JSON does not have, become null."""
-        replace_text(self.result_file, json.dumps(finite(result), indent=2) + "\n")
+        # As JSON reads it back, which is what the digest is of.
+        record = json.loads(json.dumps(finite(result)))
+        replace_text(self.result_file, json.dumps(sealed(record), indent=2) + "\n")
+
+    def recorded_config(self) -> tuple[dict[str, Any], str | None]:
+        """The config of the folder's run as plain values, with what had to be passed over: where
+        config.yaml is damaged, that of the newest checkpoint.
+
+        Raises ConfigError where both are.
+        """
+        try:
+            if not is_changed(self.config_file):
+                return read_document(self.config_file).data, None
+            reason = "is not as the run wrote it"
+        except (OSError, ConfigError) as error:
+            reason = f"cannot be read ({str(error).partition(chr(10))[0]})"
+        try:
+            there = load_latest(self.checkpoints).checkpoint.config
+        except CheckpointError as error:
+            raise ConfigError(f"{self.config_file} {reason}, and {error}") from error
+        return (
+            there,
+            f"{self.config_file} {reason}; the newest checkpoint's config is used, and written anew",
+        )
+
+    def check_config(self) -> None:
+        """Raises ConfigError naming the keys where config.yaml was changed after a run wrote it."""
+        try:
+            if not is_changed(self.config_file):
+                return
+            there: Any = read_document(self.config_file).data
+        except (OSError, ConfigError) as error:
+            there, said = None, f" ({str(error).partition(chr(10))[0]})"
+        else:
+            said = ""
+        try:
+            written = load_latest(self.checkpoints).checkpoint.config
+        except CheckpointError:
+            written = {}
+        keys = "; ".join(changes(written, there)[:6]) if written and there is not None else ""
+        raise ConfigError(
+            f"{self.config_file} was changed after the run wrote it{said}{': ' + keys if keys else ''}. Set keys on the command "
+            f"line, as in `bomemeta resume {self.location} steps=N`, and put the file back; `bomemeta train CONFIG "
+            f"output_dir={self.location} --auto-resume` writes it anew. To keep it as it is, take its last line out"
+        )
+
+    def read_result(self) -> tuple[dict[str, Any] | None, str | None]:
+        """result.json, None where there is none that can be used; and what is wrong with it."""
+        return read_sealed(self.result_file) if self.result_file.exists() else (None, None)
+
+    def identity(self) -> tuple[int, int]:
+        """What tells this folder from another one at its path."""
+        status = self.path.stat()
+        return status.st_dev, status.st_ino
+
+    def check_there(self, identity: tuple[int, int]) -> None:
+        """Raises StorageError where the folder was moved or removed, or config.yaml in it."""
+        try:
+            there = self.identity() == identity and self.config_file.is_file()
+        except OSError:
+            there = False
+        if not there:
+            raise StorageError(
+                f"the run folder {self.path} was moved or removed while the run was at work in it; the run stops. What was "
+                "saved is where the folder is now: `bomemeta resume` it there, or put it back first"
+            )
 
     def write_file(self, name: str, content: bytes) -> None:
         """Puts a file of the problem's own into the folder, or replaces it."""

@@ -103,6 +103,9 @@ def _continued(settings: Config, listener: Listener) -> Result | None:
     folder = RunFolder.find(settings.output_dir)
     if folder is None:
         return None
+    for note in (folder.recorded_config()[1], folder.read_result()[1]):
+        if note is not None:
+            listener.note(note)
     check_continues(settings, folder)
     result = finished(settings, folder)
     if result is None:

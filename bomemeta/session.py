@@ -5,7 +5,6 @@ leaves behind.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import platform
 import threading
@@ -27,7 +26,7 @@ from bomemeta.checkpoint import (
     load_latest,
     upper_sha256,
 )
-from bomemeta.checkpoint_content import check_fits, tasks_after_a_step
+from bomemeta.checkpoint_content import check_fits
 from bomemeta.config import Config, differing_keys
 from bomemeta.continuation import longer_notes
 from bomemeta.contract import check_at_start
@@ -103,10 +102,9 @@ def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Resul
 
 def finished(settings: Config, folder: RunFolder) -> Result | None:
     """The result of the folder's run, where it is the config's and has ended; else None."""
-    if not folder.result_file.is_file():
-        return None
-    record = json.loads(folder.result_file.read_text(encoding="utf-8"))
-    if differing_keys(record["config"], settings):  # it ended before it was taken further
+    record, _ = folder.read_result()
+    # It ended before it was taken further, or the file cannot be used.
+    if record is None or differing_keys(record["config"], settings):
         return None
     notes: list[str] = record["notes"]
     last = _where_it_was(folder)
@@ -187,6 +185,7 @@ class _Session:
         self._log: MetricsLog | None = None
         self._saving = threading.Lock()
         self._saved_step = 0
+        self._identity = folder.identity()
 
     def run(self, problem: Problem, solver: Solver, saved: Checkpoint | None) -> Result:
         started = time.perf_counter()
@@ -208,6 +207,8 @@ class _Session:
             if state.step < steps:  # the result is of a shorter run, which this one takes further
                 self._folder.result_file.unlink(missing_ok=True)
             self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
+            if saved is not None and (fault := self._log.fault(saved.files.get("metrics.jsonl"))):
+                self.note(fault)
             save_kept = functools.partial(self._save_kept, trainer)
             with stop_on_signal(self._listener.note, save_kept) as stop:
                 trainer.transport.guard(lambda: stop.save_now(self.note, save_kept))
@@ -226,6 +227,7 @@ class _Session:
             self._listener.close()
             result = self._result(state, metrics, stop.signal if interrupted else None, interrupted)
             if not interrupted:
+                self._folder.check_there(self._identity)
                 seconds = time.perf_counter() - started
                 for name, content in problem.artefacts(state.history, metrics).items():
                     self._folder.write_file(name, content)
@@ -250,13 +252,8 @@ class _Session:
         trainer = trainer_of(self._config, self.note, problem=problem, solver=solver)
         if saved is not None:
             try:
-                check_fits(
-                    saved,
-                    upper=trainer.state.upper,
-                    memory=trainer.state.memory,
-                    dtype=problem.dtype,
-                    tasks=tasks_after_a_step(problem, self._config.tasks_per_step),
-                )
+                per_step, state = self._config.tasks_per_step, trainer.state
+                check_fits(saved, problem, state.upper, state.memory, per_step)
                 trainer.restore(saved)
             except BaseException:
                 trainer.close()
@@ -276,7 +273,10 @@ class _Session:
                 self._write(trainer, state)
 
     def _write(self, trainer: Trainer, state: State) -> None:
+        self._folder.check_there(self._identity)
         now = trainer.checkpoint_of(state)._replace(data=as_texts(self._data))
+        if self._log is not None:
+            now = now._replace(files={"metrics.jsonl": self._log.digest()})
         path = checkpoints.save(self._folder.checkpoints, now, self._config.checkpoint.keep)
         self._saved_step = state.step
         if self._log is not None:
@@ -297,6 +297,7 @@ class _Session:
             self._log.go_back(trainer.state.step)
 
     def _log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._folder.check_there(self._identity)
         if self._log is not None:
             self._log.write(step, metrics)
         self._listener.step(step, metrics)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import sklearn.datasets  # noqa: F401  an import that a time limit cuts short stays half done
+
 from fuzz import configs, data_files, folders
 from fuzz.outcome import Target
 
