@@ -217,8 +217,9 @@ class RunFolder:
         Raises ConfigError where both are.
         """
         try:
-            if not is_changed(self.config_file):
-                return read_document(self.config_file).data, None
+            there = read_document(self.config_file).data
+            if not is_changed(self.config_file) and isinstance(there.get("imports"), list):
+                return there, None
             reason = "is not as the run wrote it"
         except (OSError, ConfigError) as error:
             reason = f"cannot be read ({str(error).partition(chr(10))[0]})"
