@@ -86,7 +86,7 @@ def test_readme_snippet_runs(
 def test_readme_names_commands_that_exist() -> None:
     named = set(
         re.findall(
-            r"bomemeta (train|resume|submit|eval|tune|check|doctor|profile|reproduce|list|data prepare)\b",
+            r"bomemeta (train|resume|submit|eval|tune|check|doctor|profile|reproduce|compare|fit|predict|export|list|data prepare)\b",
             README,
         )
     )
@@ -100,6 +100,10 @@ def test_readme_names_commands_that_exist() -> None:
         "doctor",
         "profile",
         "reproduce",
+        "compare",
+        "fit",
+        "predict",
+        "export",
         "list",
         "data prepare",
     }
