@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
-import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bomemeta.errors import BomemetaError, ConfigError
+from bomemeta.extras import installed
 
 # More threads than cores are slow and no fault: another machine's run may want its number here.
 THREADS_PER_CORE, THREADS_ANYWHERE = 4, 64
@@ -112,11 +113,13 @@ def said(size: int) -> str:
 
 @contextlib.contextmanager
 def _limited(memory: int | None) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     used = _data_bytes()
-    if memory is None or used is None:
+    if memory is None or used is None or not installed("resource"):  # Windows has no such limit
         yield
         return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     wanted = used + memory
     limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     try:
@@ -131,7 +134,7 @@ def _limited(memory: int | None) -> Iterator[None]:
 def _data_bytes() -> int | None:
     """What this process has asked for so far, as RLIMIT_DATA counts it."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text().split()[5]) * mmap.PAGESIZE
     return None
 
 
