@@ -383,7 +383,7 @@ def test_plain_processes_give_the_same_bits() -> None:
     said = []
     with ExitStack() as stack:
         for plain, workers in ((False, 0), (True, 2)):
-            said.append(scaling.course(config, [], workers, stack, plain).go(3))
+            said.append(scaling.course(config, [], workers, stack, plain).advance(3))
     times = {name for line in said[0] for name in line if name.endswith("_s")}
     one, other = (
         [{name: line[name] for name in line if name not in times} for line in lines]

@@ -672,7 +672,7 @@ def test_a_run_from_config_to_files(tmp_path: Path) -> None:
         ({"stream": "split", "tasks": 4}, "do not make 4 equal groups"),
         (
             {"network": "resnet18", "stream": "split"},
-            "network: resnet18 wants images; a row of this data set has 10 numbers",
+            "network: resnet18 wants pictures; Rows has rows of 10 numbers",
         ),
     ],
 )
