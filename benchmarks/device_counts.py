@@ -47,14 +47,16 @@ def counted(config: str, keys: Sequence[str]) -> dict[str, Any]:
     settings = load_config(config, [*KEYS, *keys])
     with elsewhere() as seen, torch_threads(1):
         problem = build_problem(settings)
-        with closing(open_transport(settings, print)) as transport:
-            trainer = trainer_of(settings, problem=problem, transport=transport)
+        with (
+            closing(open_transport(settings, print)) as transport,
+            trainer_of(settings, problem=problem, transport=transport) as trainer,
+        ):
             trainer.advance(3)
             for what in seen:
                 what.clear()
             (said,) = trainer.advance(1)
-        blocks = problem.num_tasks if isinstance(problem, SharedProblem) else None
-        tasks = blocks or trainer.step_run(0).tasks
+            blocks = problem.num_tasks if isinstance(problem, SharedProblem) else None
+            tasks = blocks or trainer.step_run(0).tasks
     launched = {
         op: times
         for op, times in seen.ran.items()

@@ -21,7 +21,7 @@ import yaml
 from test_promises import FEW_SHOT, JOBS, QUADRATIC, struck, wait_for
 
 import bomemeta
-from bomemeta import checkpoint
+from bomemeta import checkpoint, runs
 from bomemeta.errors import CheckpointError, ConfigError
 from bomemeta.metrics import read_metrics
 
@@ -294,7 +294,7 @@ def test_sigterm_while_the_loop_saves_is_no_step_back(tmp_path, monkeypatch):
         return save(folder, state, keep)
 
     monkeypatch.setattr(checkpoint, "save", save_and_strike)
-    result = go(QUADRATIC, tmp_path / "run")
+    result = runs.train(QUADRATIC, [f"output_dir={tmp_path / 'run'}"])
     assert result.interrupted
     assert (saved, result.steps) == ([0, 3, 3], 3)
 
@@ -321,7 +321,7 @@ def test_a_state_that_cannot_be_saved_is_said(tmp_path, monkeypatch):
             said.append(text)
 
     monkeypatch.setattr(checkpoint, "save", full)
-    result = bomemeta.train(QUADRATIC, [f"output_dir={tmp_path / 'run'}"], listener=Loud())
+    result = runs.train(QUADRATIC, [f"output_dir={tmp_path / 'run'}"], listener=Loud())
     assert (result.interrupted, result.steps) == (True, 6)
     assert said[0] == "SIGTERM: the state before this step could not be saved: the disk is full"
 

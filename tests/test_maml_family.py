@@ -99,7 +99,7 @@ def by_hand(problem, solver, x, task, second_order=True):
             for name, tensor in y.items()
             if name not in problem.head_names and STEP_SIZE not in name
         }
-        features = torch.func.functional_call(problem._skeleton, backbone, (images, rows))
+        features = torch.func.functional_call(problem.network.module, backbone, (images, rows))
         logits = features @ y["head.weight"] + y["head.bias"]
         return functional.cross_entropy(logits[len(logits) - len(wanted) :], wanted)
 

@@ -66,7 +66,7 @@ class Whole(nn.Module):
 
     def __init__(self, problem: FewShot, upper: dict[str, torch.Tensor]) -> None:
         super().__init__()
-        self.features = copy.deepcopy(problem._skeleton)
+        self.features = copy.deepcopy(problem.network.module).requires_grad_()
         self.head = nn.Linear(problem._features, WAYS).double()
         with torch.no_grad():
             for name, parameter in self.features.named_parameters():
@@ -119,7 +119,7 @@ def test_anil_from_a_head_of_zeros_is_iterative_differentiation(peer):
     solver = ITD(inner_steps=STEPS, inner_lr=LR)
     ours = oracle.unrolled(oracle.init_lower(), solver.inner_steps, solver.inner_lr)
 
-    backbone = copy.deepcopy(problem._skeleton)
+    backbone = copy.deepcopy(problem.network.module).requires_grad_()
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             parameter.copy_(upper[name])

@@ -171,7 +171,7 @@ def few_shot_step(
 
 
 def _resnet_and_head(problem: OnDevice) -> nn.Module:
-    backbone = problem._network(problem.data.image_shape[0], torch.Generator().manual_seed(0))
+    backbone = problem._built(torch.Generator().manual_seed(0)).module.requires_grad_()
     found = backbone(torch.zeros(2, *problem.data.image_shape))
     return nn.Sequential(backbone, nn.Linear(found.shape[1], problem.ways))
 
