@@ -122,7 +122,8 @@ def test_bytes_and_disk_are_those_of_a_run(config: dict[str, Any], tmp_path: Pat
     )
     largest = max(path.stat().st_size for path in (done.run_dir / "checkpoints").iterdir())
     # What a run counts up from step to step, a few named numbers, is not in a dry step's.
-    assert figures["disk"]["checkpoint"] == pytest.approx(largest, rel=0.02, abs=512)
+    # The digest of the data, up to 0.9 kB, is in the file and doctor does not make one.
+    assert figures["disk"]["checkpoint"] == pytest.approx(largest, rel=0.02, abs=1024)
     logs = sum(path.stat().st_size for path in (done.run_dir / "tensorboard").iterdir())
     logs += (done.run_dir / "metrics.jsonl").stat().st_size
     assert 0.4 < figures["disk"]["logs"] / logs < 2.5
@@ -246,7 +247,7 @@ def test_counts_of_classes_and_images() -> None:
     assert "120 samples of 3 classes, 40 to 40 of each" in of(examine(CLEANING), "data")[0].text
     assert levels(examine(CLEANING, ["problem.validation=9"]), "data") == {"OK", "NOTE"}
     assert (
-        "none of class 1"
+        "no row of class 1"
         in of(examine(CLEANING, ["data.dataset=doctor_one_sided"]), "data")[0].text
     )
 
