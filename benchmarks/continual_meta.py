@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from bomemeta.checkpoint import load_latest
@@ -81,24 +81,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class _FewShotOnSamples(FewShot):
-    """few_shot with the network of continual_meta."""
-
-    def setup(self) -> None:
-        super().setup()
-        channels, height, width = self.data.image_shape
-        self._backbone_names = [name for name, _ in self._skeleton.named_parameters()]
-        self._features = self._skeleton(torch.zeros(2, channels, height, width)).shape[1]
-
-    def _network(self, channels: int, generator: torch.Generator) -> nn.Module:
-        return _WithRows(channels, self.width, generator)
-
-
-class _WithRows(SampleConv):
-    def forward(self, images: Tensor, statistics_rows: int | None = None) -> Tensor:
-        return super().forward(images)
-
-
 def train(step: Callable[[int, float], None], options: argparse.Namespace) -> tuple[int, float]:
     """Calls `step(number, elapsed)` until the budget is used. Returns how many there were, and the
     CPU minutes.
@@ -113,7 +95,9 @@ def train(step: Callable[[int, float], None], options: argparse.Namespace) -> tu
 
 
 def few_shot(data: Any, options: argparse.Namespace) -> tuple[Params, int, float]:
-    problem = _FewShotOnSamples(ways=options.ways, shots=options.shots, width=options.width)
+    drawn = torch.Generator().manual_seed(options.seed)
+    network = SampleConv(data.image_shape[0], options.width, drawn)  # continual_meta's
+    problem = FewShot(ways=options.ways, shots=options.shots, backbone=network)
     problem.attach(seed=options.seed, dtype=torch.float32, data=data)
     solver = BOME(
         barrier="per_task", inner_steps=5, inner_lr=0.2, lower_lr=0.2, adapt_steps=5, barrier_steps=5, diagnose_every=0,

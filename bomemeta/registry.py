@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import pkgutil
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,12 +33,9 @@ class Registry:
 
         def add(cls: C) -> C:
             known = self._classes.get(name)
-            # The same file imported again (driver and worker in one process) defines the same class
-            # anew: that is no clash.
-            if known is not None and (known.__module__, known.__qualname__) != (
-                cls.__module__,
-                cls.__qualname__,
-            ):
+            # The same file imported again (by driver and worker in one process, by a script and by
+            # `imports:`) defines the same class anew: that is no clash.
+            if known is not None and _origin(known) != _origin(cls):
                 raise ConfigError(
                     f"{self.kind} {name!r} is already registered by {known.__module__}, now again by {cls.__module__}: "
                     "choose another name, or import a file that `imports:` names as bomemeta_user.<its name>"
@@ -61,9 +60,8 @@ class Registry:
 
     def name_of(self, cls: type[Any]) -> str | None:
         """The name that the class is registered under; None where it is not."""
-        same = (cls.__module__, cls.__qualname__)
         for name, known in self._classes.items():
-            if (known.__module__, known.__qualname__) == same:
+            if _origin(known) == _origin(cls):
                 return name
         return None
 
@@ -79,6 +77,12 @@ class Registry:
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self._package}.{module.name}")
+
+
+def _origin(cls: type[Any]) -> tuple[str, str]:
+    """Where the class is defined: its file, or its module where that has none, and its name there."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return (os.path.realpath(file) if file else cls.__module__, cls.__qualname__)
 
 
 solvers = Registry("solver", "bomemeta.solvers")

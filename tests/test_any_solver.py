@@ -61,7 +61,7 @@ def test_config_runs_with_any_solver(config: str, name: str, tmp_path: Path) -> 
     "name", sorted(set(solvers.names()) & {"maml", "fomaml", "anil", "meta_sgd", "reptile"})
 )
 def test_solvers_that_adapt_networks_say_that_they_need_one(name: str, tmp_path: Path) -> None:
-    with pytest.raises(bomemeta.errors.ConfigError, match="use problem few_shot"):
+    with pytest.raises(bomemeta.errors.ConfigError, match="y of Analytic does not start from x"):
         bomemeta.train(
             CONFIGS / "analytic_bamm_convex.yaml",
             [f"solver.name={name}", f"output_dir={tmp_path / 'run'}"],

@@ -248,7 +248,7 @@ def test_a_store_that_stays_away_is_an_error_and_everything_is_here(
 
 def test_places_that_cannot_be_are_refused_at_once(tmp_path, scratch):
     with pytest.raises(
-        ConfigError, match=r"output_dir: nowhere://a is no place that pyarrow can write to"
+        ConfigError, match=r"output_dir: 'nowhere://a' is no place that a run can be kept at"
     ):
         bomemeta.train(QUADRATIC, ["output_dir=nowhere://a"])
     (tmp_path / "file").touch()

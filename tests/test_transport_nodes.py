@@ -244,7 +244,7 @@ def test_workers_follow_the_cluster(nodes, reference, tmp_path):
         (6, lambda: nodes.remove_node(first, allow_graceful=False)),
     )
     assert any("the cluster has room for worker" in note for note in result.notes), result.notes
-    assert any("died" in note for note in result.notes), result.notes
+    assert any("lost with its node" in note for note in result.notes), result.notes
     assert result.upper_sha256 == reference.upper_sha256
 
 

@@ -233,7 +233,10 @@ def test_the_mean_of_x_survives_a_copy_and_a_checkpoint() -> None:
 
 def test_every_solver_that_moves_x_has_all_keys_of_its_step() -> None:
     keys = {field.name for field in dataclasses.fields(UpperSteps)}
-    for name in solvers.names():
+    ours = [
+        name for name in solvers.names() if solvers.get(name).__module__.startswith("bomemeta.")
+    ]
+    for name in ours:
         has = {field.name for field in dataclasses.fields(solvers.get(name))}
         assert keys <= has or not keys & has, name
         assert keys <= has or "upper_lr" not in has, name

@@ -112,4 +112,4 @@ def state_lost(error: ObjectLostError) -> str:
 def last_line(error: BaseException) -> str:
     # Ray's messages are a screen long: the reason is in the last line, before advice of every kind.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].split(" Some common causes")[0].rstrip(".")[:300]
+    return lines[-1].split(" Some common causes")[0].strip().rstrip(".")[:300]

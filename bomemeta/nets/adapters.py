@@ -10,6 +10,7 @@ saved as an ordinary one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -48,17 +49,17 @@ def initial(module: nn.Module, kind: Adapter, rank: int, generator: torch.Genera
     return found
 
 
-def effective(module: nn.Module, kind: Adapter, layers: list[str], adapters: Params) -> Params:
-    """The parameters of the adapted layers, by their names in the module."""
+def effective(
+    parameters: Mapping[str, Tensor], kind: Adapter, layers: list[str], adapters: Params
+) -> Params:
+    """The parameters of the adapted layers, by their names in the module; `parameters`: its own."""
     found: Params = {}
     for name in layers:
         prefix = f"{name}." if name else ""
-        weight = _parameter(module, name, "weight")
+        weight = parameters[f"{prefix}weight"]
         if kind == "film":
             found[f"{prefix}weight"] = weight * (1 + adapters[f"{prefix}film_scale"])
-            found[f"{prefix}bias"] = (
-                _parameter(module, name, "bias") + adapters[f"{prefix}film_shift"]
-            )
+            found[f"{prefix}bias"] = parameters[f"{prefix}bias"] + adapters[f"{prefix}film_shift"]
         else:
             change = adapters[f"{prefix}lora_b"] @ adapters[f"{prefix}lora_a"]
             found[f"{prefix}weight"] = weight + change.reshape(weight.shape)

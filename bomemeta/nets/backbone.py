@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -69,6 +69,8 @@ class Backbone:
                 )
         else:
             self.names = _chosen(parameters, trainable)
+        self._in_x = frozenset(self.names)
+        self._own: tuple[torch.device, Params] | None = None
 
     def initial(self, rank: int, generator: torch.Generator) -> Params:
         """The backbone's part of x at step 0."""
@@ -81,8 +83,8 @@ class Backbone:
         """`[n, d]` of images `[n, C, H, W]`; `rows`: how many of the first make the statistics of
         BatchNorms, where these are the task's own. None: all.
         """
-        self._on(images.device)
-        params = self._effective(x)
+        own = self._own_on(images.device)
+        params = own | self._effective(x, own)
         if self._takes_rows:
             features: Tensor = functional_call(self.module, params, (images, rows))
             return features
@@ -115,7 +117,7 @@ class Backbone:
         module = copy.deepcopy(self.module)
         with torch.no_grad():
             own = dict(module.named_parameters())
-            for name, tensor in self._effective(x).items():
+            for name, tensor in self._effective(x, own).items():
                 own[name].copy_(tensor)
         return module
 
@@ -127,16 +129,18 @@ class Backbone:
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return found.hexdigest()
 
-    def _effective(self, x: Params) -> Params:
+    def _effective(self, x: Params, own: Mapping[str, Tensor]) -> Params:
         if self._adapter is not None:
-            return adapters.effective(self.module, self._adapter, self._layers, x)
+            return adapters.effective(own, self._adapter, self._layers, x)
         return {name: x[name] for name in self.names}
 
-    def _on(self, device: torch.device) -> None:
-        """The frozen part follows the images to a device, once."""
-        first = next(iter(self.module.state_dict(keep_vars=True).values()), None)
-        if first is not None and first.device != device:
-            self.module.to(device)
+    def _own_on(self, device: torch.device) -> Params:
+        """What is not in x, parameters and buffers, on the images' device: copied there once."""
+        if self._own is None or self._own[0] != device:
+            named = [*self.module.named_parameters(), *self.module.named_buffers()]
+            kept = {name: t.detach().to(device) for name, t in named if name not in self._in_x}
+            self._own = device, kept
+        return self._own[1]
 
 
 def _chosen(parameters: list[str], trainable: str | Sequence[str]) -> list[str]:
