@@ -242,20 +242,6 @@ def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
-def check_same_data(checkpoint: Checkpoint, data: Mapping[str, str]) -> None:
-    """Raises CheckpointError naming the data that are not what the checkpoint was trained on.
-
-    `data` are digests by name, as in `Checkpoint.data`. A name that only one side has is not
-    compared: an older version recorded none.
-    """
-    changed = [name for name, digest in checkpoint.data.items() if data.get(name, digest) != digest]
-    if changed:
-        raise CheckpointError(
-            f"the data have changed since the checkpoint of step {checkpoint.step}: {', '.join(changed)}. "
-            "Put the old files back to go on, or start a new run with `bomemeta train`"
-        )
-
-
 def upper_sha256(upper: Mapping[str, Tensor]) -> str:
     """SHA-256 over the upper variable's numbers: every tensor's contiguous little-endian bytes, in
     sorted key order.

@@ -177,7 +177,7 @@ def apply_overrides(
 def _place(data: dict[str, Any], path: tuple[str, ...], location: str) -> None:
     """Makes the paths that an override gave absolute; the others are so already."""
     typed = ".".join(path)
-    keys = [key for key in KEYS if key == typed or key.startswith(f"{typed}.")]
+    keys = [key for key in KEYS if f"{key}.".startswith(f"{typed}.") or typed.startswith(f"{key}.")]
     part = data if typed == "imports" else {key: data[key] for key in data if key != "imports"}
     try:
         made_absolute(part, Path.cwd(), keys)

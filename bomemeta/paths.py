@@ -17,7 +17,9 @@ from bomemeta.errors import ConfigError
 from bomemeta.imports import is_file_entry
 
 # Keys of a config that are paths. `imports` is a list of them.
-KEYS = ("output_dir", "data.path", "data.root", "data.cache")
+KEYS = ("output_dir", "data.path", "data.root", "data.cache", "data.files", "problem.weights")
+# What tells a file of weights from a word: problems have both under the name `problem.weights`.
+_WEIGHTS = re.compile(r".*(/|\.(pt|pth|bin|ckpt|safetensors)$)", re.DOTALL)
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, as Linux's file systems have them
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?")
 # Where runs can be kept; pyarrow has others, which keep nothing or need a library of their own.
@@ -114,9 +116,18 @@ def made_absolute(data: dict[str, Any], folder: Path, keys: Sequence[str] = KEYS
         *above, last = key.split(".")
         for part in above:
             section = section.get(part) if isinstance(section, Mapping) else None
-        if not isinstance(section, dict) or not isinstance(section.get(last), str):
+        if not isinstance(section, dict):
             continue
-        typed = section[last]
+        typed = section.get(last)
+        if key == "data.files" and isinstance(typed, dict):
+            section[last] = {
+                name: str(absolute(file, folder, f"{key}.{name}"))
+                if isinstance(file, str)
+                else file
+                for name, file in typed.items()
+            }
+        if not isinstance(typed, str) or (key == "problem.weights" and not _WEIGHTS.match(typed)):
+            continue
         if key == "output_dir":
             section[last] = location(typed, folder, key)
             continue

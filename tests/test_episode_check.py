@@ -54,6 +54,15 @@ def raising(episode: Episode) -> Episode:
     raise IndexError("index 7 is out of bounds")
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+def silent(episode: Episode) -> Episode:
+    raise Mute
+
+
 def from_global_generators(episode: Episode) -> Episode:
     return episode._replace(support=episode.support * (1 - 0.1 * float(np.random.rand())))
 
@@ -119,6 +128,19 @@ FAULTS: dict[str, tuple[Callable[[Episode], Any], str]] = {
         raising,
         r"episode\(\) raised IndexError: index 7 is out of bounds. Wanted an episode of 3 ways, 2 shots and 4 queries",
     ),
+    "raises without a text": (silent, r"episode\(\) raised Mute\. Wanted an episode"),
+    "sparse": (
+        lambda e: e._replace(query=e.query.to_sparse()),
+        "the query images are sparse_coo, on cpu. Wanted a dense tensor on the CPU",
+    ),
+    "no memory": (
+        lambda e: e._replace(query_labels=e.query_labels.to("meta")),
+        "the query labels are strided, on meta. Wanted a dense tensor on the CPU",
+    ),
+    "8 bits": (
+        lambda e: e._replace(support=e.support.to(torch.float8_e4m3fn)),
+        "the support images are torch.float8_e4m3fn. Wanted float32 in 0..1",
+    ),
     "queries are the support": (
         lambda e: e._replace(query=e.support.repeat_interleave(2, 0)),
         "12 of 12 query images are support images, bit for bit",
@@ -151,6 +173,33 @@ def test_a_range_of_its_own_is_allowed():
     check_episodes(Standardised(lambda e: e._replace(support=e.support * 2 - 1)), SPECS, 0)
     with pytest.raises(DataError, match=r"have numbers from -6 to 6. Wanted -1 to 1"):
         check_episodes(Standardised(lambda e: e._replace(support=e.support * 12 - 6)), SPECS, 0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, (1, 0), (0.0,), "01", (float("nan"), 1), (0, float("inf"))]
+)
+def test_a_range_that_is_none_is_refused(wrong):
+    source = Changed(lambda episode: episode)
+    source.value_range = wrong
+    with pytest.raises(DataError, match=r"^Changed.value_range is .*Wanted \(lowest, highest\)"):
+        check_episodes(source, SPECS, 0)
+
+
+@pytest.mark.parametrize("wrong", [None, (16, 16), (1.0, 16.0, 16.0), "abc", (1, -16, 16)])
+def test_a_shape_that_is_none_is_refused(wrong):
+    class Shaped(Changed):
+        image_shape = wrong
+
+    with pytest.raises(DataError, match=r"^Shaped.image_shape is .*Wanted \(channels, height"):
+        check_episodes(Shaped(lambda episode: episode), SPECS, 0)
+
+
+def test_images_of_other_floats_and_of_a_graph_are_taken():
+    def graph(episode):
+        support = episode.support.clone().requires_grad_()
+        return episode._replace(support=support, query=episode.query.to(torch.bfloat16))
+
+    check_episodes(Changed(graph), SPECS, 0)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -14,7 +14,8 @@ import bomemeta
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Term
 from bomemeta.data.regression import RegressionArrays, Sinusoid
-from bomemeta.errors import ConfigError, DataError
+from bomemeta.errors import CheckpointError, ConfigError, DataError
+from bomemeta.problems.few_shot_heads import ridge_regression
 from bomemeta.problems.few_shot_regression import FewShotRegression
 
 
@@ -121,3 +122,74 @@ def test_short_runs(problem: dict[str, Any], tmp_path: Path) -> None:
         assert 0 < metrics["test_loss"] < 100
     else:
         assert metrics["test_loss"] < metrics["baseline_loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"split": np.array([0, 1, 7, 0, 1, 2])}, "split is int64 with 0, 1, 2, 7; wanted whole numbers, 0 train"),
+        ({"split": np.array(["a"] * 6)}, "split is <U1 with a; wanted"),
+        ({"inputs": np.full((6, 20, 3), 1e300)}, "too large numbers, the first in task 0, row 0"),
+        ({"inputs": np.ones((6, 20, 3), complex)}, "inputs are complex128; wanted floats or integers"),
+        ({"targets": np.zeros((6, 20), "U4")}, "targets are <U4; wanted floats or integers"),
+        ({"targets": np.zeros((6, 20), "M8[s]")}, r"targets are datetime64\[s\]; wanted floats"),
+        ({"inputs": np.zeros((6, 20, 0))}, r"wanted inputs \[tasks, rows, d\].* got inputs \[6, 20, 0\]"),
+    ],
+)  # fmt: skip
+def test_arrays_that_are_no_tasks_are_named(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    sound = {"inputs": np.ones((6, 20, 3)), "targets": np.ones((6, 20)), "split": np.arange(6) % 3}
+    np.savez(tmp_path / "tasks.npz", **{**sound, **change})
+    with pytest.raises(DataError, match=words):
+        RegressionArrays(str(tmp_path / "tasks.npz")).prepare()
+
+
+class Drawn(Sinusoid):
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "change", change)
+
+    def task(self, split: Any, shots: int, queries: int, key: tuple[int, ...]) -> Any:
+        task = super().task(split, shots, queries, key)
+        return self.change(task) if split == "test" else task
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: None, r"task\(\) failed: TypeError"),
+        (lambda t: t[:3], r"task\(\) failed: ValueError"),
+        (lambda t: t._replace(query=t.query[1:]), r"query: got torch.float32 \[4, 1\]; wanted floats \[5, 1\]"),
+        (lambda t: t._replace(query=t.query.int()), r"query: got torch.int32 \[5, 1\]"),
+        (lambda t: t._replace(support_targets=t.support_targets / 0), "support targets: NaN or infinite numbers"),
+        (lambda t: t._replace(support=t.support + torch.rand(1)), "support: two draws with one key differ"),
+    ],
+)  # fmt: skip
+def test_first_tasks_of_each_split_are_looked_at(change: Any, words: str) -> None:
+    problem = attached(Drawn(change))
+    with pytest.raises(DataError, match=rf"^Drawn, split test, task 0: {words}"):
+        problem.check_data()
+
+
+def test_tasks_that_are_replaced_under_a_run_are_named(tmp_path: Path) -> None:
+    arrays(tmp_path)
+    settings = {
+        "problem": {"name": "few_shot_regression", "hidden": [4], "shots": 4, "queries": 3, "test_queries": 3},
+        "data": {"dataset": "regression_arrays", "path": str(tmp_path / "tasks.npz")},
+        "solver": {"name": "bome", "inner_steps": 1}, "steps": 2, "tasks_per_step": 2,
+        "evaluation": {"episodes": 2}, "log": {"tensorboard": False}, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    bomemeta.train(settings)
+    with np.load(tmp_path / "tasks.npz") as file:
+        changed = {**file, "targets": file["targets"] + 1}
+    np.savez(tmp_path / "tasks.npz", **changed)
+    with pytest.raises(CheckpointError, match=r"(?s)data is not what .*first train tasks: .* now"):
+        bomemeta.resume(tmp_path / "run", ["steps=3"])
+
+
+def test_numbers_that_no_ridge_can_be_solved_for_are_a_divergence() -> None:
+    huge = torch.full((3, 4), 1e30)
+    assert ridge_regression(huge, torch.ones(3, 1), torch.ones(1)).isnan().all()
+    singular = ridge_regression(torch.ones(3, 4), torch.ones(3, 1), torch.zeros(1))
+    assert singular.isnan().all()

@@ -10,6 +10,7 @@ import pytest
 import bomemeta
 from bomemeta import paths
 from bomemeta.config import load_config
+from bomemeta.document import apply_overrides, read_document
 from bomemeta.errors import ConfigError
 from bomemeta.run_folder import RunFolder
 from bomemeta.yaml_text import dump, parse
@@ -160,3 +161,25 @@ def test_paths_are_one_function(tmp_path: Path) -> None:
     assert paths.absolute("a/../b", tmp_path) == tmp_path.resolve() / "b"
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert paths.absolute("loop", tmp_path) == tmp_path / "loop"
+
+
+def test_files_of_domains_and_of_weights_are_paths_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    file = tmp_path / "configs" / "a.yaml"
+    file.write_text(
+        "problem: {name: few_shot, weights: net.pt}\n"
+        "data: {dataset: installed_texts, files: {plays: plays.txt, notes: ~/notes.txt}}\n"
+    )
+    read = apply_overrides(read_document(file), ["data.files.more=more.txt"]).data
+    assert read["problem"]["weights"] == str(tmp_path / "configs" / "net.pt")
+    assert read["data"]["files"] == {
+        "plays": str(tmp_path / "configs" / "plays.txt"),
+        "notes": str(Path.home() / "notes.txt"),
+        "more": str(tmp_path / "here" / "more.txt"),
+    }
+    for word in ("sample", "labels", "loss_net"):  # of problem reweighting
+        assert apply_overrides(read_document(file), [f"problem.weights={word}"]).data["problem"]["weights"] == word  # fmt: skip

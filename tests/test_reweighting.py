@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_promises import FEW_SHOT
@@ -16,6 +17,7 @@ from toy import Bench, ToyLabelled
 import bomemeta
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Term
+from bomemeta.data.labelled import LabelledArray
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.problems.reweighting import Reweighting
 from bomemeta.problems.reweighting_samples import Cut, samples
@@ -62,7 +64,7 @@ def test_a_long_tail_has_the_counts_of_its_formula() -> None:
         ({"train": 91}, r"problem.train: got 91"),
         ({"labels": "worse"}, r"problem.labels: got 'worse'"),
         ({"batch": 46}, r"problem.batch: got 46"),
-        ({"network": "conv"}, r"problem.network: got conv"),
+        ({"network": "conv"}, r"problem.network: conv wants pictures"),
     ],
 )
 def test_what_does_not_fit_is_named(fields: dict[str, Any], match: str) -> None:
@@ -196,3 +198,36 @@ def test_weights_come_to_tell_right_labels_from_wrong_ones(tmp_path: Any) -> Non
     other = bomemeta.train(job, [f"output_dir={tmp_path / 'b'}", "micro_batch=16", "steps=5"])
     short = bomemeta.train(job, [f"output_dir={tmp_path / 'c'}", "steps=5"])
     assert torch.allclose(other.upper["weights"], short.upper["weights"], atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["first", "last", "grey", "flat"])
+def test_pictures_of_any_layout_are_folded_as_they_lie(layout: str, tmp_path: Any) -> None:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (40, 3, 8, 6), np.uint8)  # [n, C, H, W]
+    pictures = pictures[:, :1] if layout == "grey" else pictures
+    stored = {
+        "first": pictures, "last": pictures.transpose(0, 2, 3, 1), "grey": pictures[:, 0],
+        "flat": pictures.transpose(0, 2, 3, 1).reshape(40, -1),
+    }[layout]  # fmt: skip
+    y = np.arange(40) % 2
+    np.savez(tmp_path / "a.npz", x_train=stored, y_train=y, x_test=stored[:8], y_test=y[:8])
+    shape = [8, 6, 3] if layout == "flat" else None
+    data = LabelledArray(path=str(tmp_path / "a.npz"), image_shape=shape)
+    problem = Reweighting(clean=4, network="conv", width=2, batch=None, clean_batch=None, blocks=1)
+    problem.attach(seed=0, dtype=torch.float64, data=data)
+    moments = data.examples("train").moments()
+    batch = problem.load([0], 0, "test")
+    wanted = (torch.from_numpy(pictures[:8]).double() / 255 - moments.mean) / moments.deviation
+    torch.testing.assert_close(batch["test_inputs"][0], wanted)
+
+
+def test_rows_of_no_known_picture_are_said_to_be_such(tmp_path: Any) -> None:
+    x, y = np.random.default_rng(0).random((40, 12)), np.arange(40) % 2
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    problem = Reweighting(clean=4, network="conv", batch=None, clean_batch=None)
+    with pytest.raises(
+        ConfigError, match=r"problem.network: conv wants pictures.*data.image_shape"
+    ):
+        problem.attach(
+            seed=0, dtype=torch.float64, data=LabelledArray(path=str(tmp_path / "a.npz"))
+        )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bomemeta.boundary import refusing
 from bomemeta.errors import DataError
 from bomemeta.limits import available_memory, said
 from bomemeta.paths import absolute
@@ -56,36 +57,43 @@ def read(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     that one is larger than what is there or than what this machine has free. What an array declares
     is compared with the bytes that are there before anything is read.
     """
+
+    def unreadable(why: str) -> DataError:
+        wanted = f"{path} is not a readable archive of the arrays {', '.join(names)}"
+        return DataError(f"{wanted}: {why}. Delete it and get it again")
+
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist; wanted an archive of the arrays {', '.join(names)}"
+        )
     try:
-        with zipfile.ZipFile(path) as archive:
+        with refusing(unreadable, named=False), zipfile.ZipFile(path) as archive:
             return {name: _member(archive, name) for name in names}
-    except DataError as error:
-        reason, cause = str(error), error.__cause__
-    # zipfile and numpy's headers fail in any of a dozen ways, which nobody lists.
-    except Exception as error:
-        reason, cause = f"{' '.join(str(error).split())[:200] or type(error).__name__}", error
-    raise DataError(
-        f"{path} is not a readable archive of the arrays {', '.join(names)}: {reason}. Delete it and get it again"
-    ) from cause
+    except _Member as error:
+        raise unreadable(str(error)) from error.__cause__
+
+
+class _Member(DataError):
+    """What is wrong with an array of an archive."""
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """One array. Raises DataError, and whatever zipfile and numpy raise."""
+    """One array. Raises _Member, and whatever zipfile and numpy raise."""
     entries = {entry.filename: entry for entry in archive.infolist()}
     entry = entries.get(f"{name}.npy") or entries.get(name)
     if entry is None:
         there = ", ".join(sorted(entries)[:8]) or "nothing"
-        raise DataError(f"it has no array {name}; there is {there}")
+        raise _Member(f"it has no array {name}; there is {there}")
     if entry.flag_bits & 1:
-        raise DataError(f"{name} is encrypted")
+        raise _Member(f"{name} is encrypted")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(
+        raise _Member(
             f"{name} is compressed by method {entry.compress_type}; numpy's savez and savez_compressed write 0 and 8"
         )
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0), (3, 0)):
-            raise DataError(f"{name} is of version {version[0]}.{version[1]} of numpy's format")
+            raise _Member(f"{name} is of version {version[0]}.{version[1]} of numpy's format")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of headers that Python 2 wrote
             if version == (1, 0):
@@ -93,25 +101,25 @@ def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
             else:  # version 3 differs in the names of fields, which no array here has
                 shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
         if dtype.hasobject:
-            raise DataError(f"{name} holds Python objects, which only a pickle can: it is not read")
+            raise _Member(f"{name} holds Python objects, which only a pickle can: it is not read")
         if not all(type(length) is int and length >= 0 for length in shape):
-            raise DataError(f"{name} has the shape {shape}")
+            raise _Member(f"{name} has the shape {shape}")
         size = math.prod(shape) * dtype.itemsize
         there_are = entry.file_size - file.tell()
         if size != there_are:
-            raise DataError(
+            raise _Member(
                 f"{name} says that it is {dtype} {list(shape)}, {said(size)}, and {there_are} bytes follow"
             )
         memory = available_memory()
         if memory is not None and size > memory:
-            raise DataError(
+            raise _Member(
                 f"{name} is {dtype} {list(shape)}, {said(size)}; this machine has {said(memory)} free"
             )
         content = bytearray(
             file.read(size + 1)
         )  # to the end: only there zipfile compares the checksum
     if len(content) != size:
-        raise DataError(f"{name} ends early")
+        raise _Member(f"{name} ends early")
     array = np.frombuffer(content, dtype, math.prod(shape)) if size else np.zeros(0, dtype)
     array = array.reshape(shape, order="F" if fortran else "C")
     return np.ascontiguousarray(array.astype(dtype.newbyteorder("="), copy=False)).reshape(shape)

@@ -14,6 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bomemeta.boundary import refusing
+from bomemeta.errors import DataError
+
 Augmentation = Literal["none", "flip_crop", "colour"]
 Transform = Callable[[Tensor], Tensor]
 
@@ -38,7 +41,30 @@ def named_transform(name: Augmentation, height: int, width: int) -> Transform:
 
 
 def augmented(images: Tensor, transform: Transform, seed: int) -> Tensor:
-    """Each of `[n, C, H, W]` changed by `transform`, a function of `seed` alone."""
+    """Each of uint8 `[n, C, H, W]` changed by `transform`, a function of `seed` alone. Raises DataError
+    where that fails or gives something else.
+    """
+    shape = list(images.shape[1:])
+
+    def refused(why: str) -> DataError:
+        return DataError(f"augmentation: on an image, uint8 {shape}, it failed: {why}")
+
     with _lock, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return torch.stack([transform(image) for image in images])
+        with refusing(refused):
+            made = [transform(image) for image in images]
+    for image in made:
+        if (
+            not isinstance(image, Tensor)
+            or list(image.shape) != shape
+            or image.dtype != torch.uint8
+        ):
+            got = (
+                f"{image.dtype} {list(image.shape)}"
+                if isinstance(image, Tensor)
+                else type(image).__name__
+            )
+            raise DataError(
+                f"augmentation: gave {got} for uint8 {shape}. Wanted uint8 of that shape"
+            )
+    return torch.stack(made)

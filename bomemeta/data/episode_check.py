@@ -5,17 +5,20 @@ again as it is loaded.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from bomemeta.boundary import refusing
 from bomemeta.data.episodes import Episode, EpisodeSource, EpisodeSpec, Split
 from bomemeta.errors import DataError
 
 LOOKED_AT = 2  # episodes of each split
 PARTS = ("support", "query")
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of the range's width: noise and interpolation overshoot; 0 to 255 and standardised numbers do more.
 SLACK = 1.0
 # A data set may have an image twice; a query set that is the support set is another matter.
@@ -35,8 +38,9 @@ def check_episodes(
     """
     content: dict[str, Any] = {
         "data set": type(source).__name__,
-        "image shape": list(source.image_shape),
+        "image shape": list(_image_shape(source)),
     }
+    low, high = _value_range(source)
     for number, (split, spec) in enumerate(specs.items()):
         bits = hashlib.sha256()
         for task in range(LOOKED_AT):
@@ -44,7 +48,7 @@ def check_episodes(
             episode, again = (_drawn(source, split, spec, key) for _ in range(2))
             where = f"{type(source).__name__}, split {split}, episode {task}"
             for part in PARTS:
-                _check_numbers(source, getattr(episode, part), f"{where}: the {part} images")
+                _check_numbers(getattr(episode, part), low, high, f"{where}: the {part} images")
             for name, one, other in zip(Episode._fields, episode, again, strict=True):
                 if not torch.equal(one, other):
                     _refuse(
@@ -52,7 +56,7 @@ def check_episodes(
                         f"two draws with the key {key} gave different {name.replace('_', ' ')}",
                         "the same bits for the same key, in every process: draw from np.random.default_rng(key) alone",
                     )
-                bits.update(one.contiguous().numpy().tobytes())
+                bits.update(_bytes(one))
             _check_disjoint(episode, where)
         content[f"first {split} episodes"] = bits.hexdigest()
     return content
@@ -90,29 +94,56 @@ def in_order(episode: Any, source: EpisodeSource, spec: EpisodeSpec, which: str)
         _check_images(
             images, (spec.ways * each, *source.image_shape), f"{where}: the {name} images"
         )
-        found += _sorted(images, labels, spec.ways, each, f"{where}: the {name} labels")
+        found += _sorted(images.detach(), labels, spec.ways, each, f"{where}: the {name} labels")
     return Episode(*found)
 
 
 def _drawn(source: EpisodeSource, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
-    try:
-        return checked(source, split, spec, key)
-    except DataError:
-        raise
-    # A data set's own code: it may raise anything.
-    except Exception as error:
-        raise DataError(
-            f"{type(source).__name__}, split {split}, episode {key[-1]}: episode() raised {type(error).__name__}: {error}. Wanted an "
+    def refused(why: str) -> DataError:
+        return DataError(
+            f"{type(source).__name__}, split {split}, episode {key[-1]}: episode() raised {why}. Wanted an "
             f"episode of {spec.ways} ways, {spec.shots} shots and {spec.queries} queries"
-        ) from error
+        )
+
+    with refusing(refused):
+        return checked(source, split, spec, key)
+    raise AssertionError("unreachable")
+
+
+def _image_shape(source: EpisodeSource) -> tuple[int, ...]:
+    name = f"{type(source).__name__}.image_shape"
+    with refusing(lambda why: DataError(f"{name}: {why}")):
+        shape: Any = source.image_shape
+        if (
+            not isinstance(shape, tuple | list)
+            or len(shape) != 3
+            or not all(type(side) is int and side > 0 for side in shape)
+        ):
+            _refuse(name, f"is {shape!r}", "(channels, height, width), three whole numbers")
+    return tuple(shape)
+
+
+def _value_range(source: EpisodeSource) -> tuple[float, float]:
+    name = f"{type(source).__name__}.value_range"
+    with refusing(lambda why: DataError(f"{name}: {why}")):
+        found: Any = getattr(source, "value_range", (0.0, 1.0))
+        if (
+            not isinstance(found, tuple | list)
+            or len(found) != 2
+            or not all(isinstance(end, int | float) and math.isfinite(end) for end in found)
+            or not found[0] < found[1]
+        ):
+            _refuse(name, f"is {found!r}", "(lowest, highest), two finite numbers")
+    return float(found[0]), float(found[1])
 
 
 def _check_images(images: Any, shape: Sequence[int], where: str) -> None:
     if not isinstance(images, Tensor):
         _refuse(where, f"are {type(images).__name__}", "a torch tensor, float32")
-    if not images.is_floating_point():
+    if images.dtype not in FLOATS:
         hint = ": divide by 255" if images.dtype == torch.uint8 else ""
         _refuse(where, f"are {images.dtype}", f"float32 in 0..1{hint}")
+    _check_memory(images, where)
     if tuple(images.shape) != tuple(shape):
         _refuse(
             where,
@@ -126,6 +157,7 @@ def _sorted(images: Tensor, labels: Any, ways: int, each: int, where: str) -> tu
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         _refuse(where, f"are {got}", "a torch tensor, int64")
+    _check_memory(labels, where)
     if labels.shape != (ways * each,):
         _refuse(where, f"are {list(labels.shape)}", f"[{ways * each}]: one for each image")
     wanted = torch.arange(ways).repeat_interleave(each)
@@ -142,7 +174,13 @@ def _sorted(images: Tensor, labels: Any, ways: int, each: int, where: str) -> tu
     return _refuse(where, f"are {got}", f"each of 0..{ways - 1} {each} times")
 
 
-def _check_numbers(source: EpisodeSource, images: Tensor, where: str) -> None:
+def _check_memory(tensor: Tensor, where: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+        got = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        _refuse(where, f"are {got}, on {tensor.device}", "a dense tensor on the CPU")
+
+
+def _check_numbers(images: Tensor, low: float, high: float, where: str) -> None:
     finite = images.isfinite()
     if not finite.all():
         rows = (~finite.flatten(1).all(1)).nonzero()[:, 0]
@@ -151,7 +189,6 @@ def _check_numbers(source: EpisodeSource, images: Tensor, where: str) -> None:
             f"have NaN or infinite numbers, in {len(rows)} of {len(images)} images (first in row {int(rows[0])})",
             "finite numbers",
         )
-    low, high = getattr(source, "value_range", (0.0, 1.0))
     least, most = float(images.min()), float(images.max())
     slack = SLACK * (high - low)
     if least < low - slack or most > high + slack:
@@ -165,16 +202,18 @@ def _check_numbers(source: EpisodeSource, images: Tensor, where: str) -> None:
 def _check_disjoint(episode: Episode, where: str) -> None:
     support, query = (part.flatten(1) for part in (episode.support, episode.query))
     varied = (query != query[:, :1]).any(1)  # flat pictures may be alike and yet two
-    known = {row.numpy().tobytes() for row in support}
-    shared = [
-        row for row in varied.nonzero()[:, 0].tolist() if query[row].numpy().tobytes() in known
-    ]
+    known = {_bytes(row) for row in support}
+    shared = [row for row in varied.nonzero()[:, 0].tolist() if _bytes(query[row]) in known]
     if len(shared) > SHARED_SHARE * len(query):
         _refuse(
             f"{where}:",
             f"{len(shared)} of {len(query)} query images are support images, bit for bit (first in row {shared[0]})",
             "support and query without a common image: accuracy would be measured on what was learned",
         )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _refuse(where: str, got: str, wanted: str) -> NoReturn:

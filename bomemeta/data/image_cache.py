@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bomemeta.data.image_decoding import Pixels, Resize, Size, UnreadableImage, decode
+from bomemeta.data.image_decoding import Pixels, Resize, Size, UnreadableImage, content_of, decode
 from bomemeta.data.image_files import shown
 from bomemeta.errors import DataError
 from bomemeta.extras import installed
@@ -85,14 +85,7 @@ def open_images(
         with locked(folder / f"{digest[:32]}.lock"):
             if not (here / "rows.json").is_file():
                 _write(here, paths, size, channels, resize)
-    try:
-        record = json.loads((here / "rows.json").read_text(encoding="utf-8"))
-        images = np.load(here / "images.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"image_folder: the cache {here} is damaged ({error}): delete it"
-        ) from error
-    unreadable: list[tuple[int, str]] = [(int(i), why) for i, why in record["unreadable"]]
+    images, unreadable = _stored(here, (len(paths), channels, *size))
     if unreadable:
         named = [f"{_short(paths[i], root)} ({why})" for i, why in unreadable]
         notes.append(f"{len(named)} files cannot be read and are left out: {shown(named)}")
@@ -103,6 +96,25 @@ def open_images(
     of_row = np.repeat(np.arange(len(names)), [len(kept[name]) for name in names])[readable]
     count = np.bincount(of_row, minlength=len(names)).astype(np.int64)
     return Stored(images, count, [paths[i] for i in readable], digest, notes)
+
+
+def _stored(here: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], list[tuple[int, str]]]:
+    """The images of a cache, and which of `shape[0]` files could not be read and why. Raises
+    DataError.
+    """
+    try:
+        record = json.loads((here / "rows.json").read_text(encoding="utf-8"))
+        images = np.load(here / "images.npy", mmap_mode="r", allow_pickle=False)
+        unreadable = [(int(i), str(why)) for i, why in record["unreadable"]]
+        wanted = (shape[0] - len(unreadable), *shape[1:])
+        if images.shape != wanted or images.dtype != np.uint8:
+            raise ValueError(f"images.npy is {images.dtype} {list(images.shape)}, not {wanted}")
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"image_folder: the cache {here} is damaged ({reason}). Delete it: it is made again"
+        ) from error
+    return images, unreadable
 
 
 def write_folder(here: Path, write: Callable[[Path], None]) -> None:
@@ -175,20 +187,20 @@ def _write(here: Path, paths: list[Path], size: Size, channels: int, resize: Res
 def _decoded(path: Path, size: Size, channels: int, resize: Resize) -> Pixels | str:
     """The image, or why there is none."""
     try:
-        return decode(path.read_bytes(), size, channels, resize)
-    except (OSError, UnreadableImage) as error:
+        return decode(content_of(path), size, channels, resize)
+    except UnreadableImage as error:
         return str(error)
 
 
 def _hashes(paths: list[Path], root: Path, folder: Path) -> dict[Path, str]:
     """SHA-256 of every file; those whose size and time are in the index are not read."""
-    index_file = (
-        folder / f"index-{hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]}.json"
-    )
-    known: dict[str, list[Any]] = {}
+    name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
+    index_file = folder / f"index-{name}.json"
+    known: Any = {}
     # An index that cannot be read is made again.
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         known = json.loads(index_file.read_text(encoding="utf-8"))
+    known = known if isinstance(known, dict) else {}
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         found = list(threads.map(lambda path: _entry(path, known.get(str(path))), paths))
     index = {str(path): entry for path, entry in zip(paths, found, strict=True)}
@@ -199,14 +211,19 @@ def _hashes(paths: list[Path], root: Path, folder: Path) -> dict[Path, str]:
     return {path: str(entry[2]) for path, entry in zip(paths, found, strict=True)}
 
 
-def _entry(path: Path, known: list[Any] | None) -> list[Any]:
+def _entry(path: Path, known: Any) -> list[Any]:
     """Size, time of change in ns, and hash."""
     try:
-        stat = path.stat()
-        if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+        state = path.stat()
+        if (
+            isinstance(known, list)
+            and len(known) == 3
+            and known[:2] == [state.st_size, state.st_mtime_ns]
+        ):
             return known
-        return [stat.st_size, stat.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()]
-    except OSError:  # a link that leads nowhere, or no right to read: named when it is decoded
+        return [state.st_size, state.st_mtime_ns, hashlib.sha256(content_of(path)).hexdigest()]
+    # A link that leads nowhere, a pipe, no right to read: named when it is decoded.
+    except (OSError, UnreadableImage):
         return [0, 0, ABSENT]
 
 

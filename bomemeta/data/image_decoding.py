@@ -6,10 +6,16 @@ Pillow is imported when a file is decoded: `import bomemeta` and the registry st
 from __future__ import annotations
 
 import io
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bomemeta.boundary import refusing
+from bomemeta.errors import DataError
+from bomemeta.limits import available_memory, said
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,26 +28,37 @@ Size = tuple[int, int]  # height, width
 # size: several times faster, and far above what the final resize needs.
 DRAFT_FACTOR = 4
 SIXTEEN_BITS = 65535
+LARGE = 2**28  # bytes: of less than this nobody asks whether they are free
+BYTES_PER_PIXEL = 8  # as RGBA, once before and once after what is transparent is made white
 
 
-class UnreadableImage(Exception):
+class UnreadableImage(DataError):
     """One file that is not an image that can be used; the message says why."""
+
+
+def content_of(path: Path) -> bytes:
+    """A file's bytes. Raises UnreadableImage, also for a pipe or a device, which have no end."""
+    with refusing(UnreadableImage):
+        if path.exists() and not path.is_file():
+            raise UnreadableImage("a folder, a pipe or a device; wanted a file")
+        return path.read_bytes()
 
 
 def decode(data: bytes, size: Size, channels: int, resize: Resize) -> Pixels:
     """The image in a file's bytes as uint8 `[channels, height, width]`. Raises UnreadableImage."""
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if min(image.size) > DRAFT_FACTOR * max(size):
-                image.draft(None, (DRAFT_FACTOR * size[1], DRAFT_FACTOR * size[0]))
-            return pixels_of(image, size, channels, resize)
-    except UnreadableImage:
-        raise
-    # Pillow raises many types for damaged files, SyntaxError and struct.error among them.
-    except Exception as error:
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+    with refusing(UnreadableImage), Image.open(io.BytesIO(data)) as image:
+        if min(image.size) > DRAFT_FACTOR * max(size):
+            image.draft(None, (DRAFT_FACTOR * size[1], DRAFT_FACTOR * size[0]))
+        wanted = math.prod(image.size) * BYTES_PER_PIXEL
+        memory = available_memory() if wanted > LARGE else None
+        if memory is not None and wanted > memory:
+            raise UnreadableImage(
+                f"it says that it is {image.width} x {image.height} pixels, which takes {said(wanted)}; this "
+                f"machine has {said(memory)} free"
+            )
+        return pixels_of(image, size, channels, resize)
 
 
 def pixels_of(image: Image.Image, size: Size, channels: int, resize: Resize) -> Pixels:
@@ -78,10 +95,15 @@ def pillow_image(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     tensor = isinstance(value, torch.Tensor)
-    array = value.detach().cpu().numpy() if tensor else np.asarray(value)
+    with refusing(lambda why: UnreadableImage(f"got {type(value).__name__}, no array ({why})")):
+        array = value.detach().cpu().numpy() if tensor else np.asarray(value)
     if array.ndim == 3 and tensor:
         array = array.transpose(1, 2, 0)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+    if (
+        array.size == 0
+        or array.ndim not in (2, 3)
+        or (array.ndim == 3 and array.shape[2] not in (1, 3, 4))
+    ):
         order = "[C, H, W]" if tensor else "[H, W, C]"
         raise UnreadableImage(
             f"got an array of shape {tuple(np.shape(value))}; wanted [H, W] or {order} with C = 1, 3 or 4"

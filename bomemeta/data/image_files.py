@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from bomemeta.data.episodes import Split
-from bomemeta.errors import DataError
+from bomemeta.errors import ConfigError, DataError
+from bomemeta.paths import absolute
 
 SUFFIXES = (
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".avif", ".tga"}
@@ -200,7 +201,12 @@ def _from_csv(path: Path) -> tuple[dict[str, list[Path]], dict[Split, list[str]]
                 label, image = (row["label"] or "").strip(), (row["path"] or "").strip()
                 if not label or not image:
                     raise DataError(f"image_folder: {path}:{reader.line_num}: no path or no label")
-                files.setdefault(label, []).append(path.parent / Path(image).expanduser())
+                # A `$` in a picture's name is a letter like others.
+                where, plain = f"image_folder: {path}:{reader.line_num}", image.replace("$", "S")
+                named = (
+                    absolute(plain, path.parent, where) if plain == image else path.parent / image
+                )
+                files.setdefault(label, []).append(named)
                 if "split" in columns:
                     part = SPLIT_FOLDERS.get((row["split"] or "").strip().lower())
                     if part is None:
@@ -214,7 +220,11 @@ def _from_csv(path: Path) -> tuple[dict[str, list[Path]], dict[Split, list[str]]
                             f"in {split_of[label]} above; a class belongs to one split"
                         )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"image_folder: {path} is not a readable CSV file: {error}") from error
+        raise DataError(
+            f"image_folder: {path} is not a readable CSV file in UTF-8: {error}"
+        ) from error
+    except ConfigError as error:
+        raise DataError(str(error)) from error
     files = {label: sorted(set(paths)) for label, paths in files.items()}
     if not split_of:
         return files, None
@@ -231,13 +241,20 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
             for entry in entries:
                 if entry.name.startswith((".", "__MACOSX")):
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     folders.append(folder / entry.name)
                 elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
                     images.append(folder / entry.name)
     except OSError as error:
         raise DataError(f"image_folder: {folder} cannot be read: {error}") from error
     return sorted(folders), sorted(images)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: named when it is decoded
+        return False
 
 
 def _images_below(folder: Path, notes: list[str]) -> list[Path]:

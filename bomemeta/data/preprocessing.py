@@ -18,6 +18,7 @@ from bomemeta.data.image_decoding import (
     Pixels,
     Resize,
     UnreadableImage,
+    content_of,
     decode,
     pillow_image,
     pixels_of,
@@ -56,11 +57,11 @@ class Preprocessing:
         size = (self.height, self.width)
         try:
             if isinstance(image, str | os.PathLike):
-                return decode(Path(image).read_bytes(), size, self.channels, self.resize)
+                return decode(content_of(Path(image)), size, self.channels, self.resize)
             if isinstance(image, bytes):
                 return decode(image, size, self.channels, self.resize)
             return pixels_of(pillow_image(image), size, self.channels, self.resize)
-        except (OSError, UnreadableImage) as error:
+        except UnreadableImage as error:
             what = (
                 image
                 if isinstance(image, str | os.PathLike)

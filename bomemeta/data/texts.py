@@ -10,13 +10,15 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from bomemeta.boundary import refusing
 from bomemeta.errors import DataError
+from bomemeta.paths import absolute
 from bomemeta.registry import datasets
 
 Bytes = NDArray[np.uint8]
@@ -55,30 +57,37 @@ class InstalledTexts:
     def prepare(self) -> None:
         _ = self.texts
 
-    @property
+    @functools.cached_property
     def texts(self) -> Mapping[str, Bytes]:
-        return _read(self.domain_bytes, tuple(sorted(self.files.items())))
+        # Kept by the instance: a file that is replaced under a run does not change the run's data.
+        return _read(self.domain_bytes, self.files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "texts"}
 
 
-@functools.cache
-def _read(most: int, files: tuple[tuple[str, str], ...]) -> Mapping[str, Bytes]:
+def _read(most: int, files: Mapping[str, str]) -> Mapping[str, Bytes]:
     found = {"english": _english(), "python": _python(most), "licences": _licences()}
     texts = {name: np.frombuffer(text[:most], np.uint8) for name, text in found.items()}
     everything = np.concatenate(list(texts.values()))
     texts["shuffled"] = np.random.default_rng(0).permutation(everything)[:most]
-    for name, path in files:
-        try:
-            texts[name] = np.frombuffer(Path(path).expanduser().read_bytes()[:most], np.uint8)
-        except OSError as error:
+    for name, given in sorted(files.items()):
+        path = absolute(given, what=f"data.files.{name}")
+        if not path.is_file():  # a pipe or a device has no end
             raise DataError(
-                f"data.files: domain {name}: {path} cannot be read ({error.strerror}). Name a text file that is on every machine "
-                "that has workers"
-            ) from error
+                f"data.files.{name}: {path} is no file. Name a text file that is on every machine that has workers"
+            )
+        with refusing(functools.partial(_unreadable, name, path)), path.open("rb") as file:
+            texts[name] = np.frombuffer(file.read(most), np.uint8)
     if short := [name for name, text in texts.items() if len(text) < 1000]:
         raise DataError(
             f"installed_texts: {', '.join(short)} has fewer than 1,000 bytes here; name files of text with data.files"
         )
     return texts
+
+
+def _unreadable(name: str, path: Path, why: str) -> DataError:
+    return DataError(f"data.files.{name}: {path} cannot be read: {why}")
 
 
 def _english() -> bytes:

@@ -10,6 +10,7 @@ y is ONE network; every block draws sequences of its own, by (seed, step, block)
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -114,6 +115,13 @@ class DataMixing(SharedProblem):
         self._start = self._mixture({name: len(text) for name, text in texts.items()})
         self._net = self.network().to(self.dtype)
         self._tests: Batch | None = None
+
+    def check_data(self) -> dict[str, Any]:
+        digests = {
+            f"domain {name}": f"{len(text)} bytes, {hashlib.sha256(text.tobytes()).hexdigest()}"
+            for name, text in self.data.texts.items()
+        }
+        return {"data set": type(self.data).__name__, **digests}
 
     def _mixture(self, sizes: Mapping[str, int]) -> Tensor:
         given = self.mixture

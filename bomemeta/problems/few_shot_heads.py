@@ -96,13 +96,21 @@ def protonet(support: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([2 * means, -means.square().sum(-2, keepdim=True)], -2)
 
 
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """A^-1 right, NaN where A is singular or not finite: what diverges is then named as such, with
+    the step and the checkpoint before it. torch.linalg.solve would raise an error of LAPACK's.
+    """
+    found, info = torch.linalg.solve_ex(matrix, right)
+    return torch.where((info == 0)[..., None, None], found, torch.nan)
+
+
 def ridge_regression(support: Tensor, targets: Tensor, ridge: Tensor) -> Tensor:
     """argmin |Z W - E|^2 + ridge |W|^2 = Z' (Z Z' + ridge I)^-1 E, which inverts n x n and not
     d x d numbers.
     """
     kernel = support @ support.mT
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    dual: Tensor = torch.linalg.solve(kernel + ridge * eye, targets)
+    dual: Tensor = _solved(kernel + ridge * eye, targets)
     return support.mT @ dual
 
 
@@ -122,7 +130,7 @@ def logistic_dual(kernel: Tensor, targets: Tensor, regularisation: float) -> Ten
     residual = _residual(kernel, targets, regularisation, at)
     with torch.no_grad():
         jacobian = _jacobian(kernel, targets, regularisation, at)
-    moved: Tensor = torch.linalg.solve(jacobian, residual.flatten(-2)[..., None])
+    moved: Tensor = _solved(jacobian, residual.flatten(-2)[..., None])
     return at - moved.reshape(at.shape)
 
 
@@ -170,7 +178,7 @@ def svm_dual(kernel: Tensor, targets: Tensor, bound: float) -> Tensor:
         ],
         -1,
     )
-    solved: Tensor = torch.linalg.solve(matrix, right[..., None])[..., : mask.shape[-1], 0]
+    solved: Tensor = _solved(matrix, right[..., None])[..., : mask.shape[-1], 0]
     return bound * targets - solved.reshape(shape)
 
 
@@ -209,7 +217,7 @@ def _jacobian(kernel: Tensor, targets: Tensor, regularisation: float, at: Tensor
 def _newton(kernel: Tensor, targets: Tensor, regularisation: float, at: Tensor) -> Tensor:
     residual = _residual(kernel, targets, regularisation, at)
     jacobian = _jacobian(kernel, targets, regularisation, at)
-    step: Tensor = torch.linalg.solve(jacobian, residual.flatten(-2)[..., None])
+    step: Tensor = _solved(jacobian, residual.flatten(-2)[..., None])
     return step.reshape(at.shape)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bomemeta.core.problem import Batch, Encoded, Problem, Split
 from bomemeta.core.tree import Params
-from bomemeta.data.regression import SPLITS, RegressionSource
+from bomemeta.data.regression import SPLITS, RegressionSource, check_tasks
 from bomemeta.errors import ConfigError
 from bomemeta.problems.few_shot_heads import ridge_regression, with_one
 from bomemeta.registry import problems
@@ -62,6 +62,10 @@ class FewShotRegression(Problem):
             source.check_task(split, self.shots + self._queries(split))
         self._sizes = [source.inputs, *self.hidden]
         self._outputs = source.outputs
+
+    def check_data(self) -> dict[str, Any]:
+        sizes: dict[Split, tuple[int, int]] = {s: (self.shots, self._queries(s)) for s in SPLITS}
+        return check_tasks(self.data, sizes, self.seed)
 
     def _queries(self, split: Split) -> int:
         return self.queries if split == "train" else self.test_queries

@@ -23,6 +23,7 @@ from torch.nn import functional
 from bomemeta.core.problem import Batch, Encoded, SharedProblem, Split
 from bomemeta.core.tree import Params
 from bomemeta.data.labelled import LabelledArrays
+from bomemeta.data.pictures import Picture, picture_of
 from bomemeta.errors import ConfigError
 from bomemeta.nets.small import SmallConv, mlp
 from bomemeta.problems.blocks import block_rows
@@ -90,11 +91,9 @@ class Reweighting(SharedProblem):
             return nn.Sequential(nn.Flatten(), nn.Linear(features, classes))
         if self.network == "mlp":
             return mlp(features, classes, self.width)
-        if len(self._shape) != 3:
-            raise ConfigError(
-                f"problem.network: got conv; the rows of {type(self.data).__name__} have no known image shape: take mlp or linear"
-            )
-        return SmallConv(self._shape[0], classes, self.width)
+        return SmallConv(
+            picture_of(self.data, "problem.network: conv").channels, classes, self.width
+        )
 
     def setup(self) -> None:
         if not isinstance(self.data, LabelledArrays):
@@ -103,7 +102,8 @@ class Reweighting(SharedProblem):
                 f"{type(self.data).__name__} is none of these"
             )
         part = self.data.examples("train")
-        self._shape: tuple[int, ...] = getattr(self.data, "image_shape", (self.data.features,))
+        self._picture = _picture(self.data)
+        self._shape = (self.data.features,) if self._picture is None else self._picture.shape
         cut = Cut(self.train, self.clean, self.labels, self.noise, self.imbalance, self.seed)
         self._samples = samples(self.data, cut)
         self._moments = part.moments()
@@ -194,7 +194,9 @@ class Reweighting(SharedProblem):
     def _inputs(self, part: Literal["train", "test"], rows: Tensor) -> Tensor:
         found: Tensor = self.data.examples(part).rows(rows, self.dtype)
         found = found.sub_(self._moments.mean).div_(self._moments.deviation)
-        return found.view(*rows.shape, *self._shape)
+        if self._picture is not None:
+            found = self._picture.fold(found.flatten(0, -2))
+        return found.reshape(*rows.shape, *self._shape)
 
     def _test(self, block: int) -> Batch:
         if block not in self._tests:
@@ -326,6 +328,15 @@ def _weight(net: Params, inputs: Tensor) -> Tensor:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
+
+
+def _picture(data: LabelledArrays) -> Picture | None:
+    """How a row is folded; None: it is a row of numbers, or how is not known."""
+    if not hasattr(data, "picture") and not hasattr(data, "image_shape"):
+        return None
+    if hasattr(data, "picture") and isinstance(data.picture(), str):
+        return None
+    return picture_of(data, "problem.network")
 
 
 def _stacked(blocks: list[Batch]) -> Batch:

@@ -34,14 +34,14 @@ def archive(rng: random.Random, folder: Path) -> None:
     path = folder / "a.npz"
     change = rng.randrange(5)
     if change == 0:
-        content = mutate.data(rng, _npz(arrays, rng))
+        content = mutate.data(rng, npz(arrays, rng))
     elif change == 1:
         content = _odd_zip(rng, arrays)
     elif change == 2:
         content = _odd_header(rng, arrays)
     elif change == 3:
         arrays = _odd_arrays(rng, arrays)
-        content = _npz(arrays, rng)
+        content = npz(arrays, rng)
     else:
         content = rng.choice(
             (
@@ -49,7 +49,7 @@ def archive(rng: random.Random, folder: Path) -> None:
                 b"PK",
                 _npy(arrays["x_train"]),
                 b"x" * 100,
-                _npz({}, rng),
+                npz({}, rng),
                 mutate.data(rng, _npy(arrays["x_train"])),
             )
         )
@@ -81,7 +81,7 @@ def _npy(array: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _npz(arrays: dict[str, Any], rng: random.Random) -> bytes:
+def npz(arrays: dict[str, Any], rng: random.Random) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(
         buffer, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))

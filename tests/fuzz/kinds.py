@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import sklearn.datasets  # noqa: F401  an import that a time limit cuts short stays half done
 
-from fuzz import configs, data_files, folders
+from fuzz import configs, data_files, folders, pictures, sources
 from fuzz.outcome import Target
 
 
@@ -22,6 +22,10 @@ KINDS = {
     "npz": Kind(data_files.archive, 22),
     "checkpoint": Kind(folders.checkpoint, 12),
     "folder": Kind(folders.run_folder, 8),
+    "images": Kind(pictures.folder, 5),
+    "episodes": Kind(sources.episodes, 6),
+    "items": Kind(sources.items, 6),
+    "tasks": Kind(sources.tasks, 2),
 }
 
 
