@@ -8,6 +8,7 @@ torch's files are). It is compared before anything is read.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import struct
@@ -73,7 +74,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     try:
         folder.mkdir(exist_ok=True)  # the run's own is there, or it was moved away
         with written_whole(path) as file:
-            _write_sealed({**checkpoint._asdict(), FORMAT_KEY: FORMAT}, file)
+            _write_sealed(checkpoint, file)
         # A later step than this one is of a past that the run went back from: damaged, or never to
         # be reached again.
         later = [other for other in _checkpoints(folder) if step_of(other) > checkpoint.step]
@@ -92,6 +93,13 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "Make room, then `bomemeta resume` the run"
         ) from error
     return path
+
+
+def written_bytes(checkpoint: Checkpoint) -> int:
+    """How large its file is."""
+    file = io.BytesIO()
+    _write_sealed(checkpoint, file)
+    return len(file.getvalue())
 
 
 def latest(folder: Path) -> Path | None:
@@ -176,9 +184,10 @@ def _fault(path: Path, values: Any, sealed: bool) -> str | None:
     return None
 
 
-def _write_sealed(values: Mapping[str, Any], file: IO[bytes]) -> None:
+def _write_sealed(checkpoint: Checkpoint, file: IO[bytes]) -> None:
     """torch's file of the values, with the digest of all of it as the archive's comment."""
     hashing = _Hashing(file)
+    values = {**checkpoint._asdict(), FORMAT_KEY: FORMAT}
     torch.save(values, cast(IO[bytes], hashing))  # it asks for `write` alone
     # The digest is of an archive without a comment: the comment's length is set afterwards.
     file.seek(-_LENGTH_BYTES, os.SEEK_END)

@@ -122,8 +122,7 @@ def test_bytes_and_disk_are_those_of_a_run(config: dict[str, Any], tmp_path: Pat
     )
     largest = max(path.stat().st_size for path in (done.run_dir / "checkpoints").iterdir())
     # What a run counts up from step to step, a few named numbers, is not in a dry step's.
-    # Not predicted yet: files are up to 0.9 kB larger than it says, probably by the digest of the data.
-    assert figures["disk"]["checkpoint"] == pytest.approx(largest, rel=0.02, abs=1024)
+    assert figures["disk"]["checkpoint"] == pytest.approx(largest, rel=0.02, abs=512)
     logs = sum(path.stat().st_size for path in (done.run_dir / "tensorboard").iterdir())
     logs += (done.run_dir / "metrics.jsonl").stat().st_size
     assert 0.4 < figures["disk"]["logs"] / logs < 2.5
