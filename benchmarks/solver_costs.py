@@ -61,7 +61,10 @@ def counts(name: str) -> Counts | None:
 def table() -> list[str]:
     """The table's lines, as docs/solvers.md has them."""
     lines = ["| solver | gradients | Hessian products |", "|---|---|---|"]
-    for name in solvers.names():
+    ours = [
+        name for name in solvers.names() if solvers.get(name).__module__.startswith("bomemeta.")
+    ]
+    for name in ours:
         if (found := counts(name)) is not None:
             gradients, products = map(found.mean, ("gradient_evaluations", "hessian_products"))
             lines.append(f"| `{name}` | {gradients:g} | {products:g} |")

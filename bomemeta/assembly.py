@@ -183,7 +183,8 @@ class BuildWorker:
     @classmethod
     def of(cls, config: Config) -> BuildWorker:
         """Raises ConfigError where a file of `imports:` cannot be read."""
-        return cls(Imports.of(config.imports), config)
+        objects = [getattr(config, key) for key in SECTIONS]
+        return cls(Imports.of(config.imports, objects), config)
 
     def __call__(self, device: str) -> ShardWorker:
         pin(self.config.threads)  # the user's files, which have just been executed, may set others

@@ -87,9 +87,16 @@ class Imports:
         self._entries = entries
 
     @classmethod
-    def of(cls, entries: Sequence[str]) -> Imports:
-        """Raises ConfigError as `read_imports` does."""
-        return cls(tuple(read_imports(entries)))
+    def of(cls, entries: Sequence[str], objects: Iterable[object] = ()) -> Imports:
+        """With the files that an earlier config's `imports:` executed here and that these objects'
+        classes are of. Raises ConfigError as `read_imports` does.
+        """
+        found = {entry.module: entry for entry in read_imports(entries)}
+        for name in {cls.__module__ for made in objects for cls in type(made).__mro__}:
+            module = sys.modules.get(name)
+            if name.startswith(f"{USER_PACKAGE}.") and name not in found and module is not None:
+                found[name] = Import(name, module.__dict__["__bomemeta_source__"], module.__file__)
+        return cls(tuple(found.values()))
 
     def __reduce__(self) -> tuple[Callable[..., Imports], tuple[Any, ...]]:
         return _unpickled, (self._entries,)

@@ -20,6 +20,7 @@ from bomemeta.config import Config, differing_keys, load_config
 from bomemeta.core.arguments import values_of
 from bomemeta.document import find_config, shipped_configs
 from bomemeta.errors import ConfigError
+from bomemeta.imports import Imports
 from bomemeta.registry import datasets, problems, solvers
 
 
@@ -431,6 +432,17 @@ def test_an_error_in_a_users_file_names_its_line(
     )
     assert isinstance(error.value.__cause__, cause)
     assert "bomemeta_user.bad" not in sys.modules
+
+
+def test_a_class_of_an_earlier_configs_import_travels_with_its_file(write: Any) -> None:
+    write(USER_FILE, "my-solver.py")
+    text = "steps: 1\nproblem: {name: fake, ways: 2}\nsolver: {name: mine}\n"
+    first = load_config(write("imports: [my-solver.py]\n" + text))
+    second = load_config(write(text))
+    assert type(second.solver) is type(first.solver)
+    sent = pickle.dumps((Imports.of(second.imports, [second.solver]), second.solver))
+    del sys.modules["bomemeta_user.my_solver"]  # as in a worker
+    assert type(pickle.loads(sent)[1]).__name__ == type(first.solver).__name__
 
 
 def test_imports_that_cannot_be_found(write: Any, tmp_path: Path) -> None:
