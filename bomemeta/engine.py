@@ -203,9 +203,15 @@ class Trainer:
         say()
         save(state)
 
-    def evaluate(self, say: Callable[[str], None] = lambda text: None) -> dict[str, float]:
-        """What the run is judged by, at its state; `say` hears what a person should know of it."""
-        return evaluation.final_metrics(self, say)
+    def evaluate(
+        self,
+        say: Callable[[str], None] = lambda text: None,
+        doing: Callable[[str], None] = lambda text: None,
+    ) -> dict[str, float]:
+        """What the run is judged by, at its state; `say` hears what a person should know of it,
+        `doing` what is measured from now on.
+        """
+        return evaluation.final_metrics(self, say, doing)
 
     def checkpoint(self) -> Checkpoint:
         """The state as plain tensors; fetches persistent lower states from wherever they are."""

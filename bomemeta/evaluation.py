@@ -27,9 +27,13 @@ ACCURACY_LOSS = 0.01
 READABLE_NUMBERS = 1000
 
 
-def final_metrics(trainer: Trainer, say: Callable[[str], None]) -> dict[str, float]:
+def final_metrics(
+    trainer: Trainer,
+    say: Callable[[str], None],
+    doing: Callable[[str], None] = lambda text: None,
+) -> dict[str, float]:
     """What the run is judged by: meta-test metrics for problems that have test tasks, else metrics
-    at the tasks' own y.
+    at the tasks' own y. `say` hears findings, `doing` what is measured from now on.
     """
     solver, longest = trainer.solver, trainer.config.evaluation.examine_steps
     if (capped := solver.examined_steps(longest)) is not None:
@@ -37,6 +41,7 @@ def final_metrics(trainer: Trainer, say: Callable[[str], None]) -> dict[str, flo
             f"the stationarity_*_long metrics are measured with {capped[0]} inner steps and not with the usual {capped[1]}, which would "
             "take as long as so many steps of training: evaluation.examine_steps sets the number, 0 leaves them out"
         )
+    doing("the closing examination, with more inner steps than in training")
     try:
         last = trainer.step_run(max(trainer.state.step - 1, 0))
         metrics = solver.examine(trainer.state.upper, trainer.state.lower, last, longest)
@@ -50,6 +55,7 @@ def final_metrics(trainer: Trainer, say: Callable[[str], None]) -> dict[str, flo
         metrics |= trainer.problem.final_metrics(trainer.state.history)
         if (text := cut_short(trainer.problem, trainer.state.step)) is not None:
             say(text)
+    doing("the closing test")
     if not trainer.problem.meta_tests:
         own = own_metrics(trainer)
         if (steps := trainer.config.evaluation.solve_steps) is None:

@@ -8,6 +8,7 @@ named there.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 import traceback
@@ -50,7 +51,7 @@ def read_imports(entries: Sequence[str]) -> list[Import]:
         if not is_file_entry(entry):
             imports[entry] = Import(entry, None, None)
             continue
-        path = Path(entry).expanduser().resolve()
+        path = Path(os.path.realpath(Path(entry).expanduser()))
         try:
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -54,7 +54,7 @@ def absolute(typed: str | Path, folder: Path | None = None, what: str = "") -> P
         ) from None
     found = folder / given if folder is not None else given
     try:
-        found = found.resolve() if ".." in found.parts else found.absolute()
+        found = real(found) if ".." in found.parts else found.absolute()
         size, longest = (
             len(os.fsencode(found)),
             max((len(os.fsencode(part)) for part in found.parts), default=0),
@@ -70,6 +70,13 @@ def absolute(typed: str | Path, folder: Path | None = None, what: str = "") -> P
             f"{LONGEST_NAME} between two slashes"
         )
     return found
+
+
+def real(path: Path) -> Path:
+    """The absolute path without links. Path.resolve would raise where one leads to itself: what opens
+    the path says so with its name.
+    """
+    return Path(os.path.realpath(path))
 
 
 def location(typed: str | Path, folder: Path | None = None, what: str = "output_dir") -> str:

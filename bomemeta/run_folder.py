@@ -19,7 +19,7 @@ from bomemeta.document import read_document
 from bomemeta.errors import CheckpointError, ConfigError, StorageError
 from bomemeta.extras import installed
 from bomemeta.files import naming, replace_text, unwritten, written_whole
-from bomemeta.paths import absolute, made_absolute
+from bomemeta.paths import absolute, made_absolute, real
 from bomemeta.records import changes, is_changed, read_sealed, sealed, with_digest
 from bomemeta.storage import Mirror, is_uri
 from bomemeta.yaml_text import dump
@@ -81,8 +81,8 @@ class RunFolder:
             else:
                 path = absolute(output_dir, what="output_dir")
                 if not _claim(path):
-                    raise ConfigError(_taken(path.resolve(), output_dir))
-                folder = cls(path.resolve())
+                    raise ConfigError(_taken(real(path), output_dir))
+                folder = cls(real(path))
             folder.write_config(config)
         except OSError as error:
             raise ConfigError(
@@ -112,7 +112,7 @@ class RunFolder:
         if (folder := cls.find(path)) is not None:
             folder.check_config()
             return folder
-        location = path if is_uri(path) else absolute(path, what="run folder").resolve()
+        location = path if is_uri(path) else real(absolute(path, what="run folder"))
         runs = sorted(str(file.parent) for file in Path("runs").glob("*/config.yaml"))
         hint = (
             f"Runs here: {', '.join(runs)}"
@@ -125,9 +125,7 @@ class RunFolder:
     def find(cls, path: str | Path) -> RunFolder | None:
         """The folder of an earlier run, or None where none has written its config."""
         folder = (
-            cls.fetched(str(path))
-            if is_uri(path)
-            else cls(absolute(path, what="run folder").resolve())
+            cls.fetched(str(path)) if is_uri(path) else cls(real(absolute(path, what="run folder")))
         )
         if folder.config_file.is_file():
             return folder

@@ -42,6 +42,7 @@ from bomemeta.errors import (
 from bomemeta.evaluation import final_variables
 from bomemeta.extras import versions
 from bomemeta.health import HealthMonitor
+from bomemeta.heartbeat import Heartbeat
 from bomemeta.limits import within_memory
 from bomemeta.metrics import MetricsLog
 from bomemeta.report import Listener
@@ -223,7 +224,7 @@ class _Session:
                 except DivergenceError as error:
                     raise DivergenceError(self._diverged(error)) from error
             interrupted = state.step < steps
-            metrics = {} if interrupted else trainer.evaluate(self.note)
+            metrics = {} if interrupted else self._evaluated(trainer)
             self._listener.close()
             result = self._result(state, metrics, stop.signal if interrupted else None, interrupted)
             if not interrupted:
@@ -241,7 +242,12 @@ class _Session:
             within_memory(self._config.to_dict(), limited=False),
             self._trainer(problem, solver, saved) as trainer,
         ):
-            return self._result(trainer.state, trainer.evaluate(self.note))
+            return self._result(trainer.state, self._evaluated(trainer))
+
+    def _evaluated(self, trainer: Trainer) -> dict[str, float]:
+        with Heartbeat(self._listener.note) as life:  # no part of the result's notes
+            return trainer.evaluate(self.note, life.doing)
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
         self._listener.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 from bomemeta.errors import BomemetaError, ConfigError
 from bomemeta.files import written_whole
+from bomemeta.paths import absolute, real
 from bomemeta.reproduce.experiment import Record, Run
 
 MARKER = "experiment.json"
@@ -25,7 +26,7 @@ class Folder:
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path.expanduser().resolve()
+        self.path = real(absolute(path, what="--out"))
         self._check(identity)
         try:
             (self.path / "runs").mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from bomemeta.distributed.cluster import MAX_OVERSUBSCRIPTION, RayOptions
 from bomemeta.engine import run_length
 from bomemeta.environment import usable_cores
 from bomemeta.errors import ClusterError, ConfigError
+from bomemeta.paths import absolute, real
 from bomemeta.storage import Store, below, is_uri
 from bomemeta.tune.outcome import SearchResult, check_any, rows_of, write_outcome
 from bomemeta.tune.placement import bundles_of, check_placement
@@ -210,9 +211,7 @@ class _Folder(NamedTuple):
         wanted = resume if resume is not None else search.settings.output_dir
         if wanted is None:
             return cls(None, False)
-        location = (
-            str(wanted).rstrip("/") if is_uri(wanted) else Path(wanted).expanduser().resolve()
-        )
+        location = str(wanted).rstrip("/") if is_uri(wanted) else real(absolute(wanted))
         store = Store.at(location)
         if _is_free(location, store):
             if resume is not None:
