@@ -5,13 +5,15 @@ imports none of it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from bomemeta.boundary import reason
 from bomemeta.config import Config
+from bomemeta.contract.asking import place
 from bomemeta.copies import copy_of
 from bomemeta.core.problem import Problem, SharedProblem, stream_length
 from bomemeta.core.randomness import mixed_seed
@@ -19,10 +21,10 @@ from bomemeta.core.solver import Solver
 from bomemeta.distributed.transport import Transport, WorkerFactory
 from bomemeta.distributed.worker import Computing, ShardWorker, variant_of
 from bomemeta.engine import Trainer
-from bomemeta.errors import BomemetaError, ClusterError, ConfigError
+from bomemeta.errors import BomemetaError, ClusterError, ConfigError, DataError
 from bomemeta.global_random import seeded
 from bomemeta.imports import Imports
-from bomemeta.limits import check_counts, check_threads, within_memory
+from bomemeta.limits import asks_too_much, check_counts, check_threads, within_memory
 from bomemeta.sections import SECTIONS, label
 from bomemeta.torch_settings import pin, pinned
 
@@ -49,8 +51,10 @@ def build_problem(config: Config) -> Problem:
         seed = mixed_seed(config.seed)
         with seeded(seed, "setup"):  # alike in every process, whatever it draws from
             if data is not None:
-                data.prepare()
-            problem.attach(seed=seed, dtype=getattr(torch, config.dtype), data=data)
+                with _naming(f"data set {label(data)}: prepare()", DataError):
+                    data.prepare()
+            with _naming(f"problem {name}: setup()", ConfigError):
+                problem.attach(seed=seed, dtype=getattr(torch, config.dtype), data=data)
     length = stream_length(problem)
     if config.steps is None and length is None:
         raise ConfigError(
@@ -62,6 +66,19 @@ def build_problem(config: Config) -> Problem:
         )
     computing_of(config, problem)
     return problem
+
+
+@contextmanager
+def _naming(what: str, kind: type[BomemetaError]) -> Iterator[None]:
+    """Says what a data set's or a problem's own code raises, with its line. What asks for more than
+    there is passes: `within_memory` knows the numbers.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BomemetaError) or asks_too_much(error):
+            raise
+        raise kind(f"{what} raised {reason(error)}{place(error)}") from error
 
 
 def build_solver(config: Config, problem: Problem) -> Solver:

@@ -274,7 +274,8 @@ def step_of(path: Path) -> int:
 
 def _checkpoints(folder: Path, before: Path | None = None) -> list[Path]:
     """Newest first."""
-    found = [path for path in folder.glob("step_*.pt") if step_of(path) >= 0]
+    # A folder or a pipe of that name is none of ours.
+    found = [path for path in folder.glob("step_*.pt") if step_of(path) >= 0 and path.is_file()]
     found.sort(key=step_of, reverse=True)
     return found if before is None else [path for path in found if step_of(path) < step_of(before)]
 

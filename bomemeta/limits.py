@@ -74,12 +74,18 @@ def within_memory(values: Mapping[str, Any], *, limited: bool) -> Iterator[None]
             yield
     except BomemetaError:
         raise
-    except (MemoryError, OverflowError) as error:
-        raise _refusal(values, error, memory) from error
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if _TOO_LARGE.search(str(error)) and _largest(values):
+    except Exception as error:
+        if asks_too_much(error) and _largest(values):
             raise _refusal(values, error, memory) from error
         raise
+
+
+def asks_too_much(error: Exception) -> bool:
+    """Whether this is what torch, numpy or Python say of a size that cannot be had."""
+    if isinstance(error, MemoryError | OverflowError):
+        return True
+    sized = isinstance(error, RuntimeError | ValueError | TypeError | IndexError)
+    return sized and _TOO_LARGE.search(str(error)) is not None
 
 
 def available_memory() -> int | None:

@@ -270,10 +270,15 @@ def test_only_our_own_names_are_checkpoints(tmp_path: Path) -> None:
     for name in ("step_best.pt", "step_7.pt", "step_00000009.pt.bak"):
         (tmp_path / name).write_bytes((tmp_path / "step_100000000.pt").read_bytes())
     assert latest(tmp_path) == tmp_path / "step_100000000.pt"
+    (tmp_path / "step_200000000.pt").symlink_to("nowhere")
+    (tmp_path / "step_300000000.pt").mkdir()
+    assert latest(tmp_path) == tmp_path / "step_100000000.pt"
     save(tmp_path, state(100_000_001), keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step_00000009.pt.bak",
         "step_100000001.pt",
+        "step_200000000.pt",
+        "step_300000000.pt",
         "step_7.pt",
         "step_best.pt",
     ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bomemeta.data import archives
+from bomemeta.data.image_sets import check_images
 from bomemeta.data.labelled import Examples, Part
 from bomemeta.errors import DataError
 from bomemeta.registry import datasets
@@ -61,10 +62,15 @@ class Cifar10N:
                 f"cifar10_subset.npz, as int64 arrays {', '.join(HUMAN.values())}; or set problem.labels=own"
             )
         found = archives.read(path, [HUMAN[name]])[HUMAN[name]]
-        if len(found) != len(self.examples("train").labels):
+        rows = len(self.examples("train").labels)
+        if found.shape != (rows,):
             raise DataError(
-                f"{path}: {len(found)} labels for {len(self.examples('train').labels)} images of cifar10_subset.npz; the two belong "
-                "together, row by row"
+                f"{path}: labels {list(found.shape)} for {rows} images of cifar10_subset.npz; the two belong together, row by row"
+            )
+        if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= self.classes:
+            raise DataError(
+                f"{path}: {HUMAN[name]} is {found.dtype} from {found.min()} to {found.max()}; wanted whole numbers from 0 to "
+                f"{self.classes - 1}"
             )
         return torch.from_numpy(found.astype("int64"))
 
@@ -72,6 +78,14 @@ class Cifar10N:
 @functools.cache
 def _images(path: Path) -> dict[Part, Examples]:
     arrays = archives.read(path, ["x_train", "y_train", "x_test", "y_test"])
+    check_images(arrays, path)
+    if arrays["x_train"].shape[1:3] != Cifar10N.image_shape[1:]:
+        raise DataError(
+            f"{path}: x_train is {list(arrays['x_train'].shape)}; wanted images of 32 x 32"
+        )
+    for name in ("y_train", "y_test"):
+        if arrays[name].min() < 0 or arrays[name].max() >= Cifar10N.classes:
+            raise DataError(f"{path}: {name} has labels beyond 0 to {Cifar10N.classes - 1}")
     parts: dict[Part, Examples] = {}
     for part in ("train", "test"):
         images = torch.from_numpy(arrays[f"x_{part}"]).permute(0, 3, 1, 2).flatten(1)

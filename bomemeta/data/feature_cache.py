@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bomemeta.boundary import refusing
 from bomemeta.data.class_images import Draw
 from bomemeta.data.episodes import EpisodeSpec, Split
 from bomemeta.data.image_cache import cache_folder, locked, write_folder
 from bomemeta.data.preprocessing import preprocessing_of
+from bomemeta.errors import DataError
 
 VERSION = 1
 IMAGES_PER_PASS = 32
@@ -66,8 +68,14 @@ def frozen_features(
                 write_folder(
                     here, lambda part: _write(part, dataset, encode, images_per_pass, dtype)
                 )
-    found: NDArray[Any] = np.load(here / "features.npy", mmap_mode="r", allow_pickle=False)
-    return found
+    with refusing(
+        lambda why: DataError(f"the cache {here} is damaged ({why}). Delete it: it is made again")
+    ):
+        found: NDArray[Any] = np.load(here / "features.npy", mmap_mode="r", allow_pickle=False)
+        if found.ndim != 2 or len(found) != dataset.count:
+            raise ValueError(f"features {list(found.shape)} of {dataset.count} images")
+        return found
+    raise AssertionError("unreachable")
 
 
 def _write(

@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,9 +203,9 @@ def _over_neighbours(images: Tensor, pick: Callable[[Tensor, Tensor], Tensor]) -
 
 def cache_folder(root: str | None) -> Path:
     """Where the rendered archive lies: `root`, `BOMEMETA_CACHE` or the user's cache."""
-    return Path(
-        root or os.environ.get("BOMEMETA_CACHE") or Path.home() / ".cache" / "bomemeta"
-    ).expanduser()
+    from bomemeta.data.image_cache import cache_folder as shared
+
+    return shared(root)
 
 
 def cache_path(folder: Path) -> Path:
@@ -228,6 +227,7 @@ def _glyphs(folder: Path) -> Rendered:
     path = cache_path(folder)
     try:
         arrays = archives.read(path, ("images", "count", "code_point", "split"))
+        _check(arrays, path)
     except DataError:  # absent or damaged: rendering replaces it
         arrays = render(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
         with contextlib.suppress(
@@ -247,6 +247,20 @@ def _glyphs(folder: Path) -> Rendered:
         ]
         splits[split] = ClassRows(start[of_split], count[of_split], names)
     return Rendered(torch.from_numpy(arrays["images"]), splits)
+
+
+def _check(arrays: dict[str, NDArray[Any]], path: Path) -> None:
+    """Raises DataError where the arrays are not those that `render` makes."""
+    images, count, code_point, split = arrays.values()
+    whole = all(a.ndim == 1 and a.dtype.kind in "iu" for a in (count, code_point, split))
+    if (
+        not whole
+        or not len(count) == len(code_point) == len(split)
+        or images.dtype != np.uint8
+        or images.shape != (count.sum(), IMAGE_PX, IMAGE_PX)
+        or not np.isin(split, range(len(SPLITS))).all()
+    ):
+        raise DataError(f"{path} has not the arrays that were rendered")
 
 
 def render(fonts: Path) -> dict[str, NDArray[Any]]:

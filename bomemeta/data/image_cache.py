@@ -28,6 +28,7 @@ from bomemeta.data.image_decoding import Pixels, Resize, Size, UnreadableImage, 
 from bomemeta.data.image_files import shown
 from bomemeta.errors import DataError
 from bomemeta.extras import installed
+from bomemeta.paths import absolute
 
 VERSION = 1  # of what is stored; another one makes other keys
 CHUNK = 256  # files decoded between two writes
@@ -49,7 +50,9 @@ class Stored(NamedTuple):
 def cache_folder(folder: str | None = None) -> Path:
     """`folder`, or the environment's BOMEMETA_CACHE, or ~/.cache/bomemeta."""
     chosen = folder or os.environ.get("BOMEMETA_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "bomemeta"
+    if not chosen:
+        return Path.home() / ".cache" / "bomemeta"
+    return absolute(chosen, what="data.cache" if folder else "BOMEMETA_CACHE")
 
 
 def open_images(

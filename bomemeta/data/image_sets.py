@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bomemeta.boundary import refusing
 from bomemeta.data import archives
 from bomemeta.data.class_labels import numbered
 from bomemeta.data.l2l_tasksets import load as load_learn2learn
@@ -158,6 +159,7 @@ def _digits() -> _Images:
 @functools.cache
 def _cifar10(path: Path) -> _Images:
     arrays = archives.read(path, ["x_train", "y_train", "x_test", "y_test"])
+    check_images(arrays, path)
     classes = numbered(arrays["y_train"], arrays["y_test"], path)
     return _channels_last(arrays["x_train"], classes.train, arrays["x_test"], classes.test)
 
@@ -166,16 +168,17 @@ def _cifar10(path: Path) -> _Images:
 def _cifar100(folder: Path) -> _Images:
     import torchvision
 
-    try:
+    def refused(why: str) -> DataError:
+        return DataError(
+            f"cifar100: torchvision finds no whole CIFAR-100 in {folder} ({why}). Get it with `bomemeta data prepare cifar100 --root "
+            f"{folder}`, or point data.root or BOMEMETA_DATA at a folder that has cifar-100-python"
+        )
+
+    with refusing(refused, named=False):
         parts = [
             torchvision.datasets.CIFAR100(str(folder), train=train, download=False)
             for train in (True, False)
         ]
-    except (RuntimeError, OSError) as error:
-        raise DataError(
-            f"cifar100: torchvision finds no whole CIFAR-100 in {folder} ({error}). Get it with `bomemeta data prepare cifar100 --root "
-            f"{folder}`, or point data.root or BOMEMETA_DATA at a folder that has cifar-100-python"
-        ) from error
     (x_train, y_train), (x_test, y_test) = (
         (np.asarray(part.data), np.asarray(part.targets)) for part in parts
     )
@@ -209,6 +212,23 @@ def _mini_imagenet(folder: Path) -> _Images:
 
 def _mini_file(mode: str) -> str:
     return f"mini-imagenet-cache-{mode}.pkl"
+
+
+def check_images(arrays: dict[str, NDArray[Any]], path: Path) -> None:
+    """Raises DataError where x_train and x_test are not uint8 images [n, H, W, 3] of one size, or y_train
+    and y_test not a whole number for each.
+    """
+    size = arrays["x_train"].shape[1:3]
+    for part in ("train", "test"):
+        images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if images.dtype != np.uint8 or images.shape != (labels.size, *size, 3) or not labels.size:
+            raise DataError(
+                f"{path}: x_{part} is {images.dtype} {list(images.shape)}; wanted uint8 [{labels.size}, H, W, 3], of one size in both parts"
+            )
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(
+                f"{path}: y_{part} is {labels.dtype} {list(labels.shape)}; wanted whole numbers [n]"
+            )
 
 
 def _channels_last(

@@ -91,8 +91,14 @@ class _Archive:
 def _read(path: Path) -> _Archive:
     names = [f"{part}_{array}" for part in PARTS for array in ("indptr", "indices", "counts")]
     arrays = archives.read(path, [*names, "y_train", "y_test", "label_name", "vocabulary_utf8"])
-    classes = len(arrays["label_name"])
-    features = int(np.count_nonzero(arrays["vocabulary_utf8"] == ord("\n"))) + 1
+    named, vocabulary = arrays["label_name"], arrays["vocabulary_utf8"]
+    if named.ndim != 1 or vocabulary.ndim != 1 or vocabulary.dtype != np.uint8:
+        raise DataError(
+            f"{path}: wanted label_name [classes] and vocabulary_utf8 as uint8 [bytes]; got {list(named.shape)} and {vocabulary.dtype} "
+            f"{list(vocabulary.shape)}. Delete it and run `bomemeta data prepare twenty_newsgroups`"
+        )
+    classes = len(named)
+    features = int(np.count_nonzero(vocabulary == ord("\n"))) + 1
     parts: dict[Part, Documents] = {}
     for part in PARTS:
         start, column, count = (

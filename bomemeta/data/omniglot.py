@@ -83,18 +83,18 @@ class Omniglot:
 def _read(path: Path) -> Characters:
     arrays = archives.read(path, ("images", "label", "class_name", "class_vinyals_split"))
     images, label, names, split_number = arrays.values()
-    classes = len(names)
-    count = (
-        np.bincount(label, minlength=classes)
-        if label.size and label.min() >= 0
-        else np.zeros(0, np.int64)
-    )
+    classes = names.size
+    labelled = label.ndim == 1 and label.dtype.kind in "iu" and label.size > 0
+    within = labelled and label.min() >= 0 and label.max() < classes  # bincount takes any size
+    count = np.bincount(label, minlength=classes) if within else np.zeros(0, np.int64)
     if (
         images.dtype != np.uint8
-        or images.shape != (len(label), IMAGE_PX, IMAGE_PX)
+        or images.shape != (label.size, IMAGE_PX, IMAGE_PX)
+        or names.ndim != 1
         or split_number.shape != (classes,)
+        or not np.isin(split_number, list(SPLIT_NUMBER.values())).all()
         or count.shape != (classes,)
-        or np.any(np.diff(label) < 0)
+        or np.any(label[1:] < label[:-1])
     ):
         raise DataError(
             f"{path}: wanted uint8 images [rows, {IMAGE_PX}, {IMAGE_PX}], rows sorted by a label below {classes}, and a split per "
