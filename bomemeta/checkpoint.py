@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from bomemeta.boundary import reason
 from bomemeta.checkpoint_content import fault_in
 from bomemeta.config import Config, differing_keys
 from bomemeta.core.tree import unflatten
@@ -158,13 +159,13 @@ def _load(path: Path) -> tuple[Checkpoint, bool]:
         fault = _fault(path, values, sealed)
         if fault is None:
             return _renamed(Checkpoint(**values)), sealed
-        reason, cause = fault, None
+        why, cause = fault, None
     # torch.load has no error class of its own: a damaged file surfaces as any of many.
     except Exception as error:
-        reason, cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", error
+        why, cause = reason(error), error
     older = _checkpoints(path.parent, before=path)
     hint = f"The one before it is {older[0]}" if older else "There is none before it"
-    raise CheckpointError(f"{path} is not a readable checkpoint ({reason}). {hint}") from cause
+    raise CheckpointError(f"{path} is not a readable checkpoint ({why}). {hint}") from cause
 
 
 def _fault(path: Path, values: Any, sealed: bool) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bomemeta.boundary import reason
 from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -128,9 +129,7 @@ def _optimizer_fault(upper: UpperVariable, checkpoint: Any) -> list[str]:
         )
         known = set(probe.state_dict())
     except Exception as error:  # whatever an optimiser makes of another one's state
-        return [
-            f"  solver.optimizer: no step can be taken with it ({type(error).__name__}: {error})"
-        ]
+        return [f"  solver.optimizer: no step can be taken with it ({reason(error)})"]
     if state.keys() != known and checkpoint.step > 0:
         return [f"  solver.optimizer: has {sorted(state)}, wanted {sorted(known)}"]
     return []

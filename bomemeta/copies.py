@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from bomemeta.boundary import reason
 from bomemeta.errors import ConfigError
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def cannot(
         name = f"{name}{attribute}"
     return (
         f"{name}: an object of {type(culprit).__qualname__} cannot be {what} "
-        f"({type(error).__name__}: {error}). Each worker gets a copy of the {section}: make in `setup()`, "
+        f"({reason(error)}). Each worker gets a copy of the {section}: make in `setup()`, "
         "which runs there, what cannot be copied"
     )
 

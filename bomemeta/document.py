@@ -76,6 +76,8 @@ def find_config(name: str | Path) -> Path:
     for path in candidates:
         if _is_file(path):
             return path
+    if given.exists():
+        raise ConfigError(f"config: {given.absolute()} is no file; wanted a .yaml file")
     parents = dict.fromkeys(path.parent for path in candidates)
     shipped = {path.stem: path.stem for path in sorted(shipped_configs().glob("*.yaml"))}
     there = {

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bomemeta.boundary import reason
 from bomemeta.errors import BomemetaError, ConfigError
 from bomemeta.extras import installed
 
@@ -145,10 +146,9 @@ def _data_bytes() -> int | None:
 
 
 def _refusal(values: Mapping[str, Any], error: Exception, memory: int | None) -> ConfigError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
     there = f"; this machine has {said(memory)} free" if memory is not None else ""
     return ConfigError(
-        f"the config's numbers ask for more than this machine has ({reason}){there}. The largest are "
+        f"the config's numbers ask for more than this machine has ({reason(error, named=False)}){there}. The largest are "
         + ", ".join(f"{key}: {number}" for key, number in _largest(values))
     )
 

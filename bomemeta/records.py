@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bomemeta.boundary import reason
+
 _CONFIG_MARK = "# sha256 of the lines above: "
 DIGEST_KEY = "digest"  # of result.json: the SHA-256 of all its other keys
 
@@ -44,7 +46,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     except (OSError, ValueError, RecursionError) as error:
         return (
             None,
-            f"{path} cannot be read ({' '.join(str(error).split())[:120]}); it is made again",
+            f"{path} cannot be read ({reason(error, named=False)}); it is made again",
         )
     if not isinstance(record, dict):
         return None, f"{path} is not a mapping; it is made again"

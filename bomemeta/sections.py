@@ -22,6 +22,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.errors import PydanticUserError
 from typing_extensions import TypedDict  # pydantic does not take typing's before Python 3.12
 
+from bomemeta.boundary import reason
 from bomemeta.core.arguments import MISSING, fields_of, replaced, values_of
 from bomemeta.document import Document, KeyPath, describe
 from bomemeta.errors import ConfigError
@@ -245,7 +246,7 @@ def find_class(path: str, key: str) -> type[Any]:
         found: Any = importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises
         raise ConfigError(
-            f"module {module} cannot be imported here ({type(error).__name__}: {error}). {give}"
+            f"module {module} cannot be imported here ({reason(error)}). {give}"
         ) from error
     for part in name.split("."):
         found = getattr(found, part, None)

@@ -41,6 +41,7 @@ from bomemeta.errors import (
 )
 from bomemeta.evaluation import final_variables
 from bomemeta.extras import versions
+from bomemeta.files import naming
 from bomemeta.health import HealthMonitor
 from bomemeta.heartbeat import Heartbeat
 from bomemeta.limits import within_memory
@@ -82,7 +83,9 @@ def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Resul
     with folder.held(listener.note):
         saved = None
         loaded = _where_it_was(folder)
-        if loaded is not None:  # else the run died before its first step: begin again
+        if loaded is None:  # it died before its first step, or somebody cleared up
+            listener.note(f"no checkpoint in {folder.checkpoints}: the run begins again at step 0")
+        else:
             for note in loaded.notes:
                 listener.note(note)
             saved = loaded.checkpoint
@@ -206,7 +209,8 @@ class _Session:
             if saved is None:
                 self._save(trainer)  # what a lost node or a kill in the first steps goes back to
             if state.step < steps:  # the result is of a shorter run, which this one takes further
-                self._folder.result_file.unlink(missing_ok=True)
+                with naming(self._folder.result_file):
+                    self._folder.result_file.unlink(missing_ok=True)
             self._log = MetricsLog(self._folder, self._config.log.tensorboard, from_step=state.step)
             if saved is not None and (fault := self._log.fault(saved.files.get("metrics.jsonl"))):
                 self.note(fault)

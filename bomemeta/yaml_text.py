@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from bomemeta.boundary import reason
 from bomemeta.errors import ConfigError
 
 DEEPEST = 20  # of nested lists and mappings; a config has four
@@ -73,9 +74,7 @@ def parse(text: str, name: str, *, lines: bool = True) -> tuple[yaml.Node | None
             f"{name}{line}: not valid YAML: {error.problem or error.context}"
         ) from error
     except (yaml.YAMLError, UnicodeError) as error:
-        raise ConfigError(
-            f"{name}: not valid YAML: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ConfigError(f"{name}: not valid YAML: {reason(error, named=False)}") from error
     # PyYAML takes some of its input's letters for an end or an index.
     except (ValueError, IndexError, RecursionError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(f"{name}: not valid YAML ({type(error).__name__})") from error

@@ -116,7 +116,7 @@ def test_thecache_folder_follows_the_environment(
 ) -> None:
     monkeypatch.setenv("BOMEMETA_CACHE", str(tmp_path))
     assert glyphs.cache_folder(None) == tmp_path
-    assert glyphs.cache_folder("elsewhere") == Path("elsewhere")
+    assert glyphs.cache_folder("elsewhere") == Path("elsewhere").absolute()
     monkeypatch.delenv("BOMEMETA_CACHE")
     assert glyphs.cache_folder(None) == Path.home() / ".cache" / "bomemeta"
 

@@ -155,3 +155,38 @@ def test_junk_beside_tensorboard_s_files(tmp_path: Path) -> None:
     for name in ("foo", "", "99x.y", "9" * 30):
         (board / f"events.out.tfevents.{name}").write_text("")
     bomemeta.resume(tmp_path / "run", ["steps=5", "log.tensorboard=true"])
+
+
+def test_a_run_without_checkpoints_says_that_it_begins_again(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    listener = Notes()
+    assert bomemeta.resume(run, ["steps=5"], listener=listener).steps == 5
+    assert f"no checkpoint in {run / 'checkpoints'}: the run begins again at step 0" in (
+        listener.notes
+    )
+
+
+def test_folders_in_the_place_of_files(run: Path) -> None:
+    (run / "checkpoints" / "step_00000050.pt").mkdir()
+    (run / "checkpoints" / "step_00000060.pt").symlink_to("nowhere")
+    assert bomemeta.resume(run, ["steps=5"]).steps == 5
+    (run / "result.json").unlink()
+    (run / "result.json").mkdir()
+    with pytest.raises(BomemetaError, match=r"result.json could not be written: Is a directory"):
+        bomemeta.resume(run, ["steps=6"])
+
+
+def test_a_link_to_itself_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("loop", "loop.py", "loop.yaml"):
+        (tmp_path / name).symlink_to(name)
+    with pytest.raises(ConfigError, match=r"imports: cannot read .*loop.py: Too many levels"):
+        bomemeta.train(CONFIG, imports=["loop.py"])
+    with pytest.raises(ConfigError, match=r"output_dir: .*loop.* cannot be written"):
+        bomemeta.train(CONFIG, output_dir="loop/run")
+    for function, name in ((bomemeta.train, "loop.yaml"), (bomemeta.resume, "loop")):
+        with pytest.raises(ConfigError, match="loop"):
+            function(name)
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"folder.yaml is no file; wanted a .yaml file"):
+        bomemeta.train("folder.yaml")

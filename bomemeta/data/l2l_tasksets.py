@@ -41,6 +41,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from bomemeta.boundary import reason
 from bomemeta.data.archives import data_folder
 from bomemeta.data.class_images import check_size, episode_of
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
@@ -240,7 +241,7 @@ def load(benchmark: str, folder: Path) -> dict[Split, Any]:
     # pickle raise.
     except Exception as error:
         raise DataError(
-            f"learn2learn/{benchmark}: learn2learn cannot read or get its files in {folder}: {type(error).__name__}: {error}. "
+            f"learn2learn/{benchmark}: learn2learn cannot read or get its files in {folder}: {reason(error)}. "
             f"Delete what is damaged there and run `bomemeta data prepare learn2learn/{benchmark} --root {folder}` on a machine "
             f"with internet"
         ) from error

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bomemeta.boundary import reason
 from bomemeta.data import archives, glyphs, l2l_tasksets, newsgroups, omniglot
 from bomemeta.errors import DataError
 from bomemeta.registry import datasets
@@ -85,9 +86,8 @@ def prepare(name: str, root: Path | None, *, trust_pickles: bool = False) -> Pat
         if name in names():
             return _learn2learn(name, root, trust_pickles)
     except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())  # torchvision's own has line breaks
         raise DataError(
-            f"{name} could not be got into {root}: {type(error).__name__}: {reason}. This step needs internet and a folder that can "
+            f"{name} could not be got into {root}: {reason(error)}. This step needs internet and a folder that can "
             f"be written: run it where both are, then copy the folder here and set data.root or BOMEMETA_DATA"
         ) from error
     raise DataError(f"{name!r} is nothing that can be prepared. Known: {', '.join(names())}")
