@@ -224,8 +224,8 @@ def _read(path: Path, unknown: Unknown, state: tuple[int, ...]) -> _Archive:
     arrays = archives.read(path, [f"{array}_{part}" for part in PARTS for array in "xy"])
     if wrong := _wrong(arrays):
         raise DataError(
-            f"{path}: {wrong}. Wanted x_train and x_test as uint8 or floats [n, ...] with rows of one shape, y_train and y_test [n] as "
-            "whole numbers, truth values or texts"
+            f"{path}: {wrong}. Wanted x_train and x_test as uint8, float32 or float64 [n, ...] with rows of one shape, y_train and "
+            "y_test [n] as whole numbers, truth values or texts"
         )
     classes = numbered(arrays["y_train"], arrays["y_test"], path, unknown)
     parts: dict[Part, Examples] = {}

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bomemeta.boundary import reason
 from bomemeta.errors import ConfigError
 from bomemeta.nets import adapters
 from bomemeta.nets.backbones import Conv4, ResNet12
@@ -96,7 +95,7 @@ class Backbone:
             layer = layer_at_fault(self.module, images)
             raise ConfigError(
                 f"problem.backbone: layer {layer} fails on images {tuple(images.shape)}: "
-                f"{reason(error)}"
+                f"{type(error).__name__}: {error}"
             ) from error
         finally:
             self._statistics.rows = None

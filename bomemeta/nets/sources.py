@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bomemeta.boundary import reason
 from bomemeta.errors import ConfigError
 from bomemeta.nets.backbones import BACKBONES, build_backbone
 
@@ -102,7 +101,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ConfigError(f"weights: {file} needs the package safetensors ({error})") from error
     except Exception as error:  # what the readers raise for damaged files and for pickled code
         raise ConfigError(
-            f"weights: {file} cannot be read ({reason(error)}). Wanted a safetensors file, or "
+            f"weights: {file} cannot be read ({type(error).__name__}: {error}). Wanted a safetensors file, or "
             "a file of tensors by torch.save(module.state_dict(), FILE)"
         ) from error
     # Training programs put the weights beside other things.

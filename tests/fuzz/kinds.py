@@ -16,15 +16,15 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "config": Kind(configs.config, 30),
-    "override": Kind(configs.override, 20),
-    "tune": Kind(configs.tune, 8),
-    "npz": Kind(data_files.archive, 22),
-    "checkpoint": Kind(folders.checkpoint, 12),
-    "folder": Kind(folders.run_folder, 8),
+    "config": Kind(configs.config, 25),
+    "override": Kind(configs.override, 17),
+    "tune": Kind(configs.tune, 7),
+    "npz": Kind(data_files.archive, 17),
+    "checkpoint": Kind(folders.checkpoint, 10),
+    "folder": Kind(folders.run_folder, 6),
     "images": Kind(pictures.folder, 5),
     "episodes": Kind(sources.episodes, 6),
-    "items": Kind(sources.items, 6),
+    "items": Kind(sources.items, 5),
     "tasks": Kind(sources.tasks, 2),
 }
 
