@@ -177,6 +177,8 @@ ADDED_KEYS: dict[str, Any] = {
     "solver.upper_warmup_steps": 0,
     "solver.step_every": 1000,
     "solver.step_factor": 0.1,
+    "solver.lower_optimizer": "sgd",
+    "solver.lower_decay": 0.0,
 }
 
 

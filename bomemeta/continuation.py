@@ -15,13 +15,13 @@ def longer_notes(solver: Solver, saved: Checkpoint, steps: int | None) -> list[s
     same number.
     """
     before = saved.config.get("steps")
-    if before is None or steps is None or before == steps:
+    if before is None or steps is None or before == steps or saved.step == 0:
         return []
     found = []
     for name in ("upper_schedule", "lower_schedule"):
         if getattr(solver, name, "constant") != "cosine":
             continue
-        warmup = getattr(solver, "warmup_steps", 0) if name == "upper_schedule" else 0
+        warmup = getattr(solver, "upper_warmup_steps", 0) if name == "upper_schedule" else 0
         at = [schedule_factor("cosine", saved.step, n, warmup=warmup) for n in (before, steps)]
         rate = name.replace("schedule", "lr")
         found.append(

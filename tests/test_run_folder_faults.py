@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import bomemeta
+from bomemeta.checkpoint import Checkpoint
+from bomemeta.config import differing_keys, load_config
+from bomemeta.continuation import longer_notes
 from bomemeta.errors import BomemetaError, ConfigError
 from bomemeta.report import Quiet
 
@@ -190,3 +193,20 @@ def test_a_link_to_itself_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ConfigError, match=r"folder.yaml is no file; wanted a .yaml file"):
         bomemeta.train("folder.yaml")
+
+
+@pytest.mark.parametrize(("step", "said"), [(0, False), (2, True)])
+def test_a_stretched_schedule_is_said_where_steps_were_taken(step: int, said: bool) -> None:
+    values = {**CONFIG, "solver": {**CONFIG["solver"], "upper_schedule": "cosine"}}
+    settings = load_config(values)
+    saved = Checkpoint(step, {}, {}, {}, settings.to_dict())
+    notes = longer_notes(settings.solver, saved, 8)
+    assert bool(notes) is said
+
+
+def test_keys_that_an_older_version_had_not_are_no_difference() -> None:
+    settings = load_config(CONFIG)
+    older = settings.to_dict()
+    for key in ("lower_optimizer", "lower_decay", "weight_decay", "step_every"):
+        del older["solver"][key]
+    assert differing_keys(older, settings) == []

@@ -94,7 +94,10 @@ def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0), (3, 0)):
             raise _Member(f"{name} is of version {version[0]}.{version[1]} of numpy's format")
-        with warnings.catch_warnings():
+        with (
+            refusing(lambda why: _Member(f"numpy's header of {name} cannot be read ({why})")),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # of headers that Python 2 wrote
             if version == (1, 0):
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
