@@ -71,6 +71,7 @@ WITH_RAY = {
     "distributed/ray_transport.py",
     "distributed/slots.py",
     "doctor/cluster.py",
+    "serve/serving.py",
     "submit.py",
     "tune/placement.py",
     "tune/progress.py",

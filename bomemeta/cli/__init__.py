@@ -18,6 +18,7 @@ from bomemeta.cli import (  # noqa: F401  the commands, in the order in which he
     profiles,
     runs,
     searches,
+    serving,
 )
 from bomemeta.cli.app import app
 

@@ -5,8 +5,8 @@
     head.safetensors       the fitted head: kilobytes
     examples.safetensors   the examples, for `add_examples`; may be left out
 
-Classifiers of many tasks on one backbone share `model.safetensors`: its content hash is in
-classifier.json, and `save(folder, model=OTHER)` leaves it with the other one.
+Classifiers of many tasks on one backbone may share it: with `shared` no model.safetensors is
+written, its content hash is in classifier.json, and `load` is given the model.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ def is_saved(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file()
 
 
-def save(classifier: FewShotClassifier, folder: Path, examples: bool) -> Path:
-    """Writes a fitted classifier into a new folder, which it returns. Raises ConfigError where the
-    folder holds something, and where a class's name is no number, text or truth value.
+def save(classifier: FewShotClassifier, folder: Path, examples: bool, shared: bool = False) -> Path:
+    """Writes a fitted classifier into a new folder, which it returns; `shared`: without its model.
+
+    Raises ConfigError where the folder holds something, and where a class's name is no number, text
+    or truth value.
     """
     folder = folder.expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -64,7 +66,7 @@ def save(classifier: FewShotClassifier, folder: Path, examples: bool) -> Path:
         raise ConfigError("this model has no preprocessing to save")
     head = task.head
     files: dict[str, dict[str, Tensor]] = {
-        MODEL: _prefixed("x", model.upper) | _prefixed("frozen", frozen(few_shot(model))),
+        MODEL: _model_tensors(model),
         HEAD: {"weight": head.weight, "prototypes": head.prototypes}
         | _prefixed("network", head.network)
         | _prefixed("mean", {name: found.mean for name, found in head.moments.items()})
@@ -78,6 +80,8 @@ def save(classifier: FewShotClassifier, folder: Path, examples: bool) -> Path:
     for name, tensors in files.items():
         data = dump_tensors({key: tensor.contiguous() for key, tensor in tensors.items()})
         digests[name] = hashlib.sha256(data).hexdigest()
+        if name == MODEL and shared:
+            continue
         with written_whole(folder / name) as stream:
             stream.write(data)
     options = classifier.get_params(deep=False)
@@ -95,8 +99,10 @@ def save(classifier: FewShotClassifier, folder: Path, examples: bool) -> Path:
     return folder
 
 
-def load(folder: Path) -> FewShotClassifier:
-    """What `save` wrote. Raises ConfigError where a file is missing or was changed."""
+def load(folder: Path, shared: TrainedModel | None = None) -> FewShotClassifier:
+    """What `save` wrote; `shared`: the model, where it was saved without. Raises ConfigError where a
+    file is missing or was changed, or belongs to another model.
+    """
     from bomemeta.predict.classifier import FewShotClassifier
 
     folder = folder.expanduser().absolute()
@@ -112,8 +118,11 @@ def load(folder: Path) -> FewShotClassifier:
         options = description["options"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / DESCRIPTION} cannot be read: {error!r}") from error
-    stored = {name: _tensors(folder / name, digests[name]) for name in digests}
-    model = TrainedModel.of_config(
+    if shared is not None and digests[MODEL] != model_digest(shared):
+        raise ConfigError(f"{folder} was fitted on another network than the one that is served")
+    own = [name for name in digests if shared is None or name != MODEL]
+    stored = {name: _tensors(folder / name, digests[name]) for name in own}
+    model = shared or TrainedModel.of_config(
         config, _without("x", stored[MODEL]), preprocessing, _without("frozen", stored[MODEL])
     )
     tensors = stored[HEAD]
@@ -126,6 +135,16 @@ def load(folder: Path) -> FewShotClassifier:
     if EXAMPLES in stored:
         kept = Examples(stored[EXAMPLES]["pixels"], stored[EXAMPLES]["labels"], classes)
     return FewShotClassifier(model, **options).restored(task, classes, sizes, kept)
+
+
+def model_digest(model: TrainedModel) -> str:
+    """The SHA-256 of model.safetensors, as classifier.json has it."""
+    tensors = {key: tensor.contiguous() for key, tensor in _model_tensors(model).items()}
+    return hashlib.sha256(dump_tensors(tensors)).hexdigest()
+
+
+def _model_tensors(model: TrainedModel) -> dict[str, Tensor]:
+    return _prefixed("x", model.upper) | _prefixed("frozen", frozen(few_shot(model)))
 
 
 def _tensors(file: Path, digest: str) -> Params:
