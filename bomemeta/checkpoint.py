@@ -13,6 +13,7 @@ import os
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -153,6 +154,8 @@ def _load(path: Path) -> tuple[Checkpoint, bool]:
     """The checkpoint, and whether its file ends with a digest (that of its content)."""
     try:
         sealed = _sealed(path)
+        if not sealed:
+            _check_sums(path)
         with warnings.catch_warnings():  # of layouts that no run writes, which are refused below
             warnings.simplefilter("ignore")
             values = torch.load(path, map_location="cpu", weights_only=True)
@@ -229,6 +232,15 @@ def _sealed(path: Path) -> bool:
     if digest.hexdigest().encode() != seal[len(_MARK) :]:
         raise ValueError("its content is not what was written: the digest at its end is another")
     return True
+
+
+def _check_sums(path: Path) -> None:
+    """Of a file without a digest: the checksums that zip keeps, which torch does not compare. Raises
+    ValueError.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} is not what was written: its checksum is another")
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config) -> None:

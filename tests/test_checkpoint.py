@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import hashlib
 import os
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +284,18 @@ def test_only_our_own_names_are_checkpoints(tmp_path: Path) -> None:
         "step_7.pt",
         "step_best.pt",
     ]
+
+
+def test_a_flipped_bit_of_a_file_without_a_digest_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000003.pt"
+    torch.save(state(3)._asdict(), path)
+    assert module.load_latest(tmp_path).checkpoint.step == 3
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        record = next(info for info in archive.infolist() if "/data/" in info.filename)
+    header = content[record.header_offset + 26 : record.header_offset + 30]
+    start = record.header_offset + 30 + sum(struct.unpack("<HH", header))
+    content[start] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"data/\d+ is not what was written: its checksum"):
+        module.load_latest(tmp_path)
