@@ -46,9 +46,7 @@ def content_of(path: Path) -> bytes:
 
 def decode(data: bytes, size: Size, channels: int, resize: Resize) -> Pixels:
     """The image in a file's bytes as uint8 `[channels, height, width]`. Raises UnreadableImage."""
-    from PIL import Image
-
-    with refusing(UnreadableImage), Image.open(io.BytesIO(data)) as image:
+    with refusing(UnreadableImage), _opened(data) as image:
         if min(image.size) > DRAFT_FACTOR * max(size):
             image.draft(None, (DRAFT_FACTOR * size[1], DRAFT_FACTOR * size[0]))
         wanted = math.prod(image.size) * BYTES_PER_PIXEL
@@ -59,6 +57,15 @@ def decode(data: bytes, size: Size, channels: int, resize: Resize) -> Pixels:
                 f"machine has {said(memory)} free"
             )
         return pixels_of(image, size, channels, resize)
+
+
+def _opened(data: bytes) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # its message is an address in memory
+        raise UnreadableImage("it is no image, or of a kind that Pillow does not read") from error
 
 
 def pixels_of(image: Image.Image, size: Size, channels: int, resize: Resize) -> Pixels:

@@ -165,7 +165,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _fit(self, examples: Examples) -> FewShotClassifier:
         if len(examples.classes) < 2:
             raise DataError(
-                f"y has one class, {examples.classes[0]!r}; wanted two or more to tell apart"
+                f"y has one class, {examples.classes.tolist()[0]!r}; wanted two or more to tell apart"
             )
         policy = self.policy
         model = self.trained

@@ -5,6 +5,7 @@ heads of the tenants that were asked for last.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -129,8 +130,14 @@ def run(
     }
     try:
         with ExitStack() as stack:
-            stack.enter_context(local(options, say) if must_start(options) else joined(options))
-            stack.callback(serve.shutdown)
+            if must_start(options):
+                stack.enter_context(local(options, say))  # which ends with all that runs on it
+            else:
+                stack.enter_context(joined(options))
+                stack.callback(serve.shutdown)
+            logging.getLogger("ray.serve").setLevel(
+                logging.WARNING
+            )  # what is going on is said here
             serve.start(http_options={"host": host, "port": port})
             heads = deployments[0].options(num_replicas=replicas).bind(source, folder)
             serve.run(deployments[1].bind(folder, heads, most_bytes), name=APP, route_prefix="/")
