@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,8 @@ AGENTS = (
     "dashboard_agent_listen_port",
     "runtime_env_agent_port",
 )
+# Where they may listen: above those of Ray's workers, below Linux's ephemeral ones.
+PORTS = (20_000, 32_768)
 # A start of Ray's that fails sooner than that was not slow.
 QUICK_S = 5.0
 PROBE_TIMEOUT_S = (
@@ -210,6 +212,9 @@ def _start(
 ) -> None:
     """Starts Ray; what fails for slowness is tried again until the deadline."""
     while True:
+        for pid in _dead_raylets():  # of an earlier cluster: they say nothing about this one
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
         before, begun = _children(), time.monotonic()
         try:
             with patient(deadline):
@@ -254,7 +259,7 @@ def patient(deadline: float) -> Iterator[None]:
             try:
                 return get_node(*given)
             except RuntimeError:  # it is not there yet
-                if time.monotonic() > deadline or _raylet_died():
+                if time.monotonic() > deadline or _dead_raylets():
                     raise
                 time.sleep(0.1)
 
@@ -279,20 +284,35 @@ def patient(deadline: float) -> Iterator[None]:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [
-            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
-        ]
-        return [each.getsockname()[1] for each in sockets]
+    """Below the ports that the kernel gives to whoever asks for any: one of those may be another's
+    before the agent listens on it, and the raylet dies with its agent.
+    """
+    found: set[int] = set()
+    while len(found) < count:
+        port = PORTS[0] + secrets.randbelow(PORTS[1] - PORTS[0])
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.add(port)
+    return list(found)
 
 
-def _raylet_died() -> bool:
-    """Whether a child of ours that was a raylet has ended (a zombie, which Ray does not look at)."""
-    states = []
+def check_own_node() -> None:
+    """Raises ClusterLost where the raylet of a cluster that this process started has ended."""
+    if _dead_raylets():
+        raise ClusterLost(
+            "the Ray node that this run had started on this machine has died: see raylet.err in the logs of its session "
+            "directory. The same command goes on"
+        )
+
+
+def _dead_raylets() -> list[int]:
+    """Children of ours that were raylets and have ended (zombies, which Ray does not look at)."""
+    found = []
     for pid in _all_children():
         with suppress(OSError):
-            states.append(Path(f"/proc/{pid}/stat").read_text().partition(" ")[2][:10])
-    return "(raylet) Z" in states
+            state = Path(f"/proc/{pid}/stat").read_text().partition(" ")[2]
+            if state.startswith("(raylet) Z"):
+                found.append(pid)
+    return found
 
 
 def _children() -> set[int]:

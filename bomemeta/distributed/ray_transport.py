@@ -213,6 +213,11 @@ class RayTransport:
         self._head = HeadWatch(address, self._on_event, lambda: self._save())
         self._fleet.check, self._fleet.silent = self._head.check, self._head.silent
 
+    def _check_own(self) -> None:
+        assert self._head is not None
+        self._head.check()
+        cluster.check_own_node()
+
     def _leave(self) -> bool:
         """Ends our workers; False where the cluster cannot be spoken to."""
         if self._head is not None:
@@ -227,6 +232,7 @@ class RayTransport:
             with cluster.local(self._options, self._on_event, self._start_by):
                 self._fleet.start(self._start_by)
                 self._watch_head()
+                self._fleet.check = self._check_own
                 self._opened.set()
                 self._closing.wait()
                 self._leave()
