@@ -20,7 +20,7 @@ from ray._raylet import Config
 from ray.cluster_utils import Cluster
 
 import bomemeta
-from bomemeta.distributed import cluster
+from bomemeta.distributed import cluster, private
 from bomemeta.distributed.ray_transport import RayOptions, RayTransport
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.transport import ShardCall
@@ -71,7 +71,7 @@ def nodes() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         # With tokens, as a cluster that bomemeta starts: earlier tests may have done so in this
         # process.
-        cluster._make_token()
+        private.make_token(print)
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         Config.initialize("")  # reads it again
         # The cluster finds a dead node within 3 s instead of 15.

@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +22,7 @@ from ray._private import ray_constants, services
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
+from bomemeta.distributed.private import make_token, session_folder
 from bomemeta.environment import usable_cores
 from bomemeta.errors import ClusterError, ClusterLost, ConfigError
 
@@ -162,8 +161,8 @@ def _probe(address: str) -> None:
 def local(
     options: RayOptions, on_event: Callable[[str], None], deadline: float | None = None
 ) -> Iterator[None]:
-    """A cluster of this machine, for this process: loopback only, token authentication, no
-    dashboard, no statistics.
+    """A cluster of this machine, for this process: loopback only, token authentication, a session
+    folder of this user's alone, no dashboard, no statistics.
 
     The thread that enters must stay alive until it leaves: Linux kills Ray's processes when the
     *thread* that started them ends (PR_SET_PDEATHSIG). What does not start is tried again until
@@ -189,12 +188,13 @@ def local(
             f"{workers} workers of {options.threads} threads share {cores} cores: the machine is oversubscribed, "
             "results stay the same, speed suffers"
         )
-    with _local_settings():
-        _make_token()
+    with session_folder() as folder, _local_settings():
+        make_token(on_event)
         _start(
             options,
             on_event,
             time.monotonic() + options.start_timeout_s if deadline is None else deadline,
+            folder,
             num_cpus=max(cores, math.ceil(wanted)),
             # GPUs are never oversubscribed: Ray counts those that are there.
             num_gpus=None if options.gpus_per_worker else 0,
@@ -208,7 +208,11 @@ def local(
 
 
 def _start(
-    options: RayOptions, on_event: Callable[[str], None], deadline: float, **resources: int | None
+    options: RayOptions,
+    on_event: Callable[[str], None],
+    deadline: float,
+    folder: Path,
+    **resources: int | None,
 ) -> None:
     """Starts Ray; what fails for slowness is tried again until the deadline."""
     while True:
@@ -223,6 +227,7 @@ def _start(
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level="error",
+                    _temp_dir=str(folder),
                     _system_config={"max_direct_call_object_size": SENT_DIRECTLY},
                     **resources,
                 )
@@ -387,29 +392,6 @@ def _local_settings() -> Iterator[None]:
             os.environ.pop(name, None)
             if value_before is not None:
                 os.environ[name] = value_before
-
-
-def _make_token() -> None:
-    """The user's token file, where Ray would make it, but readable by its owner alone (Ray's own is
-    readable by all).
-    """
-    chosen = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    path = Path.home() / ".ray" / "auth_token"
-    if chosen or path.exists() or os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        return
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix="auth_token."
-        ) as file:  # made with mode 0600
-            file.write(secrets.token_hex(32))
-            file.flush()
-            with suppress(FileExistsError):  # another process was faster: its token is as good
-                os.link(file.name, path)
-    except OSError as error:
-        raise ClusterError(
-            f"Ray's token file {path} cannot be written: {error}. Set RAY_AUTH_TOKEN to a secret of your own"
-        ) from error
 
 
 def importable_paths() -> list[str]:

@@ -29,7 +29,7 @@ SHORT = re.compile(
     r"Memory on the node \(IP: (?P<node>[^,]+), ID: [^)]*\) was "
     r"(?P<used>[\d.]+)GB(?: used)? / (?P<all>[\d.]+)GB"
 )
-LOGS = "Ray's logs of it are in logs/worker-* of its session directory (/tmp/ray/session_latest unless set otherwise)"
+LOGS = "Ray's logs of it are in logs/worker-* of its session directory (a cluster started here: /tmp/bm-*, kept where it failed)"
 
 
 class WorkerLost(Exception):
