@@ -22,6 +22,7 @@ from bomemeta.report import Listener, Quiet
 from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
 from bomemeta.session import loaded
+from bomemeta.trust import config_of
 
 __all__ = ["Result", "evaluate", "load", "resume", "train"]
 
@@ -67,6 +68,7 @@ def resume(
     problem: Problem | type[Problem] | None = None,
     solver: Solver | type[Solver] | None = None,
     data: Any = None,
+    trust: bool = False,
     listener: Listener | None = None,
     **keys: Unpack[RunKeys],
 ) -> Result:
@@ -78,11 +80,13 @@ def resume(
     `overrides` may change whatever does not change the result (workers, address, logging ...) and
     `steps`, to train longer; a schedule over the run is then stretched from here on, and the bits
     are those of no undisturbed run. Raises CheckpointError where another key differs from the
-    checkpoint's, ConfigError where a class cannot be found.
+    checkpoint's, ConfigError where a class cannot be found, or where the folder comes from elsewhere
+    and would execute something; `trust` says that it may (docs/operations.md, "What a folder may execute").
     """
     given = _objects(problem, solver, data)
     return _raised(
-        runs.resume(run_dir, overrides, keys=given | dict(keys), listener=listener), str(run_dir)
+        runs.resume(run_dir, overrides, keys=given | dict(keys), trust=trust, listener=listener),
+        str(run_dir),
     )
 
 
@@ -94,18 +98,20 @@ def evaluate(
     problem: Problem | type[Problem] | None = None,
     solver: Solver | type[Solver] | None = None,
     data: Any = None,
+    trust: bool = False,
     listener: Listener | None = None,
     **keys: Unpack[RunKeys],
 ) -> Result:
     """Evaluates the folder's newest checkpoint and writes nothing.
 
-    `run_dir` may be a URI. Objects and classes as for `resume`. Keys and `overrides` may change the
+    `run_dir` may be a URI. Objects, classes and `trust` as for `resume`. Keys and `overrides` may change the
     protocol (`evaluation={"episodes": 1000}`, `problem.ways=20`, other data) as long as x keeps its
     shape.
     """
     given = _objects(problem, solver, data)
     return _raised(
-        runs.evaluate(run_dir, overrides, keys=given | dict(keys), listener=listener), str(run_dir)
+        runs.evaluate(run_dir, overrides, keys=given | dict(keys), trust=trust, listener=listener),
+        str(run_dir),
     )
 
 
@@ -115,15 +121,16 @@ def load(
     problem: Problem | type[Problem] | None = None,
     solver: Solver | type[Solver] | None = None,
     data: Any = None,
+    trust: bool = False,
 ) -> Result:
     """The result that the run in a folder has so far: x of its newest checkpoint and, where the run
     is finished, its metrics. Computes nothing and writes nothing.
 
-    Objects and classes as for `resume`. Raises ConfigError where the folder is no run's,
+    Objects, classes and `trust` as for `resume`. Raises ConfigError where the folder is no run's,
     CheckpointError where it has no readable checkpoint.
     """
     folder = RunFolder.open(run_dir)
-    settings = load_config(folder.config_file, (), _objects(problem, solver, data))
+    settings = config_of(folder, (), _objects(problem, solver, data), trust=trust)
     return loaded(settings, folder)
 
 

@@ -5,9 +5,24 @@ nothing else: an exception with a custom `__init__` loses its type on the way ba
 worker.
 """
 
+import re
+
+# `NAME://KEY:SECRET@`, up to the last @ of the word: a secret may have slashes.
+_KEYS_IN_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"@]*:[^\s'\"]*@")
+
+
+def redacted(text: str) -> str:
+    """The text with `***` in the place of what stands before the @ of URIs, where that has a colon."""
+    return _KEYS_IN_URI.sub(r"\1***@", text)
+
 
 class BomemetaError(Exception):
-    """Base of all; the command line prints its message without a traceback."""
+    """Base of all; the command line prints its message without a traceback, and without the keys
+    that a URI in it has.
+    """
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class ConfigError(BomemetaError):

@@ -121,6 +121,7 @@ def tune(
     data: Any = None,
     overrides: Sequence[str] = (),
     resume: str | Path | None = None,
+    trust: bool = False,
     say: Say = nothing,
     **keys: Unpack[RunKeys],
 ) -> SearchResult:
@@ -131,7 +132,8 @@ def tune(
     its dotted keys with domains, as in `{"solver.upper_lr": {"loguniform": [1e-3, 1]}}`. `metric`,
     `mode` and `report_every_steps` are those of a tune file, `search` has its other keys (`trials`,
     `scheduler`, `seed` ...). `output_dir` is the search's folder. Without `space`, `config` is a tune
-    file, as for `bomemeta tune`. `resume` is the folder of an interrupted search.
+    file, as for `bomemeta tune`. `resume` is the folder of an interrupted search; `trust` as for
+    `bomemeta.resume`.
 
     Objects travel to the trials by value. Raises a BomemetaError that says what to do.
     """
@@ -143,7 +145,9 @@ def tune(
                 "space: missing; wanted a mapping of dotted keys to domains, as in "
                 'space={"solver.upper_lr": {"loguniform": [1e-3, 1]}}'
             )
-        return search_with(config, [*(solver or ()), *overrides], resume=resume, say=say)
+        return search_with(
+            config, [*(solver or ()), *overrides], resume=resume, trust=trust, say=say
+        )
     output_dir = keys.pop("output_dir", None)
     settings = settings_of(config, solver, data, overrides, keys)
     own = {
@@ -156,4 +160,4 @@ def tune(
     file |= {key: value for key, value in own.items() if value is not None}
     objects = {key: getattr(settings, key) for key in SECTIONS}
     given = {key: made for key, made in objects.items() if made is not None}
-    return search_with(file, resume=resume, say=say, objects=given)
+    return search_with(file, resume=resume, trust=trust, say=say, objects=given)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bomemeta.errors import ConfigError
+from bomemeta.errors import ConfigError, redacted
 from bomemeta.imports import is_file_entry
 
 # Keys of a config that are paths. `imports` is a list of them.
@@ -84,6 +84,7 @@ def location(typed: str | Path, folder: Path | None = None, what: str = "output_
     names no place at which something can be kept.
     """
     text = str(typed)
+    check_no_keys(text, what)
     scheme = _SCHEME.match(text)
     if scheme is None or not (scheme[2] or scheme[1].lower() in SCHEMES):
         found = absolute(text, folder, what)
@@ -111,6 +112,15 @@ def location(typed: str | Path, folder: Path | None = None, what: str = "output_
             f"{what}: got {_short(text)}; variables are not expanded here, and no NUL is taken"
         )
     return text
+
+
+def check_no_keys(uri: str, what: str = "output_dir") -> None:
+    """Raises ConfigError where a URI has a key and a secret in it: a run would write them down."""
+    if redacted(uri) != uri:
+        raise ConfigError(
+            f"{what}: {redacted(uri)} has a key in it, which would be written into logs and run folders. Leave it out and "
+            "set it where the store's own tools look: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://"
+        )
 
 
 def made_absolute(data: dict[str, Any], folder: Path, keys: Sequence[str] = KEYS) -> None:

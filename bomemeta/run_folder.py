@@ -22,6 +22,7 @@ from bomemeta.files import naming, replace_text, unwritten, written_whole
 from bomemeta.paths import absolute, made_absolute, real
 from bomemeta.records import changes, is_changed, read_sealed, sealed, with_digest
 from bomemeta.storage import Mirror, is_uri
+from bomemeta.trust import entries_of, record
 from bomemeta.yaml_text import dump
 
 # How long to wait for another process in the same run folder: longer than `ray job stop` takes to
@@ -200,6 +201,8 @@ class RunFolder:
         """Every key with its value, so that the run does not depend on a later version's defaults."""
         values = config.to_dict()
         made_absolute(values, Path.cwd())  # those of objects that Python code gave
+        if self.kept:
+            record(entries_of(values))
         replace_text(self.config_file, with_digest(dump(values)))
 
     def write_result(self, result: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from bomemeta.run_folder import RunFolder
 from bomemeta.sections import label
 from bomemeta.seeds import run_seeds
 from bomemeta.session import evaluate_one, finished, resume_one, train_one
+from bomemeta.trust import config_of
 
 __all__ = ["Result", "evaluate", "name_of", "resume", "train"]
 
@@ -65,11 +66,12 @@ def resume(
     overrides: Sequence[str] = (),
     *,
     keys: Mapping[str, Any] | None = None,
+    trust: bool = False,
     listener: Listener | None = None,
 ) -> Result:
     """As `bomemeta.resume`."""
     folder = RunFolder.open(run_dir)
-    settings = load_config(folder.config_file, overrides, keys)
+    settings = config_of(folder, overrides, keys, trust=trust)
     named = [override.partition("=")[0].strip() for override in overrides]
     if "output_dir" in [*named, *(keys or ())]:
         raise ConfigError(
@@ -83,11 +85,12 @@ def evaluate(
     overrides: Sequence[str] = (),
     *,
     keys: Mapping[str, Any] | None = None,
+    trust: bool = False,
     listener: Listener | None = None,
 ) -> Result:
     """As `bomemeta.evaluate`."""
     folder = RunFolder.open(run_dir)
-    settings = load_config(folder.config_file, overrides, keys)
+    settings = config_of(folder, overrides, keys, trust=trust)
     listener = listener or Quiet()
     if settings.seeds == 1:
         return evaluate_one(settings, folder, listener)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from bomemeta.errors import ConfigError, StorageError
+from bomemeta.paths import check_no_keys
 
 # Pauses before another try. Object stores answer "slow down" for seconds; what lasts longer is left
 # to the next checkpoint.
@@ -229,6 +230,7 @@ class Mirror:
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
+    check_no_keys(uri, "location")
     try:
         from pyarrow.fs import FileSystem
     except ImportError as error:

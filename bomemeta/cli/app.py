@@ -44,6 +44,13 @@ Overrides = Annotated[
         help="Keys to set over the config, as in steps=100 solver.inner_steps=5.",
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Execute what a folder from elsewhere names (imports, classes, pickles): you have looked at it.",
+    ),
+]
 RunDir = Annotated[
     str,
     typer.Argument(

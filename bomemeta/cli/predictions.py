@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bomemeta.cli.app import app, reported
+from bomemeta.cli.app import Trust, app, reported
 
 PART = 64  # images between two movements of the progress bar
 
@@ -29,12 +29,13 @@ def fit(
     examples: Annotated[
         bool, typer.Option(help="Keep the examples in it, so that more can be added later.")
     ] = True,
+    trust: Trust = False,
 ) -> None:
     """Fit a classifier to a folder of class folders, on a trained run's network."""
     with reported():
         from bomemeta.predict import load_classifier
 
-        classifier = load_classifier(run_dir).fit(folder)
+        classifier = load_classifier(run_dir, trust=trust).fit(folder)
         where = classifier.save(out, examples=examples)
         counts = zip(classifier.classes_.tolist(), classifier.n_examples_.tolist(), strict=True)
         typer.echo(f"classifier of {len(classifier.classes_)} classes: {where}")
@@ -50,6 +51,7 @@ def predict(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="A table with all probabilities.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Say which class each image is of, with its probability.
 
@@ -62,7 +64,7 @@ def predict(
 
         if as_json and as_csv:
             raise ConfigError("--json and --csv: wanted one of them")
-        classifier = load_classifier(clf)
+        classifier = load_classifier(clf, trust=trust)
         files: list[Path] = []
         for path in paths:
             files += [file for file, _ in labelled_files(path)] if path.is_dir() else [path]
@@ -98,12 +100,13 @@ def export(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A new file: .pt2 (torch.export) or .onnx.")
     ],
+    trust: Trust = False,
 ) -> None:
     """Write a fitted classifier as one graph, and check it against the original."""
     with reported():
         from bomemeta.predict import load_classifier
 
-        written = load_classifier(clf).export(file)
+        written = load_classifier(clf, trust=trust).export(file)
         typer.echo(f"{written}: images [n, C, H, W] -> logits [n, classes], features [n, d]")
 
 

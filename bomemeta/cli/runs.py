@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bomemeta.cli.app import ConfigName, Overrides, RunDir, app, reported, run_and_show
+from bomemeta.cli.app import ConfigName, Overrides, RunDir, Trust, app, reported, run_and_show
 
 
 @app.command()
@@ -73,7 +73,7 @@ def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restar
 
 
 @app.command()
-def resume(run_dir: RunDir, overrides: Overrides = None) -> None:
+def resume(run_dir: RunDir, overrides: Overrides = None, trust: Trust = False) -> None:
     """Go on with a run that was interrupted, to the same bits.
 
     Keys that cannot change the result may be set, such as workers=4 or log.every_steps=5.
@@ -81,11 +81,13 @@ def resume(run_dir: RunDir, overrides: Overrides = None) -> None:
     with reported():
         from bomemeta import runs
 
-        run_and_show(lambda listener: runs.resume(run_dir, overrides or (), listener=listener))
+        run_and_show(
+            lambda listener: runs.resume(run_dir, overrides or (), trust=trust, listener=listener)
+        )
 
 
 @app.command("eval")
-def evaluate(run_dir: RunDir, overrides: Overrides = None) -> None:
+def evaluate(run_dir: RunDir, overrides: Overrides = None, trust: Trust = False) -> None:
     """Meta-test a run's last checkpoint again.
 
     Keys that cannot change training may be set, as in evaluation.episodes=2000.
@@ -93,7 +95,9 @@ def evaluate(run_dir: RunDir, overrides: Overrides = None) -> None:
     with reported():
         from bomemeta import runs
 
-        run_and_show(lambda listener: runs.evaluate(run_dir, overrides or (), listener=listener))
+        run_and_show(
+            lambda listener: runs.evaluate(run_dir, overrides or (), trust=trust, listener=listener)
+        )
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bomemeta.cli.app import INTERRUPTED, ConfigName, Overrides, app, reported
+from bomemeta.cli.app import INTERRUPTED, ConfigName, Overrides, Trust, app, reported
 
 
 @app.command()
@@ -21,6 +21,7 @@ def tune(
             help="Go on with the search in this folder, or at this URI; CONFIG is the same file.",
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Search over hyperparameters as the tune file CONFIG says, with Ray Tune.
 
@@ -32,7 +33,11 @@ def tune(
         from bomemeta.tune import tune as search
 
         result = search(
-            config, overrides or (), resume=resume, say=lambda text: typer.echo(text, err=True)
+            config,
+            overrides or (),
+            resume=resume,
+            trust=trust,
+            say=lambda text: typer.echo(text, err=True),
         )
         if result.interrupted:
             again = shlex.join(

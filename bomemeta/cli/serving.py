@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bomemeta.cli.app import app, reported
+from bomemeta.cli.app import Trust, app, reported
 
 
 @app.command()
@@ -37,6 +37,7 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to run on; without, one is started here.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Serve a trained network: tenants fit, add_examples and predict over HTTP, and a page to try it.
 
@@ -57,5 +58,6 @@ def serve(
             replicas=replicas,
             most_bytes=int(max_mb * 10**6),
             address=address,
+            trust=trust,
             say=lambda text: typer.echo(text, err=True),
         )

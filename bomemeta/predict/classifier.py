@@ -234,13 +234,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
 
-def load_classifier(source: str | os.PathLike[str]) -> FewShotClassifier:
+def load_classifier(source: str | os.PathLike[str], *, trust: bool = False) -> FewShotClassifier:
     """A classifier from a run's folder (not fitted yet), or from what `save` wrote (fitted).
 
-    Reads tensors and JSON only. Raises ConfigError where the folder is neither.
+    Reads tensors and JSON, and executes what the folder's config names (`trust` as for
+    `bomemeta.resume`). Raises ConfigError where the folder is neither, or is not trusted.
     """
     from bomemeta.predict.saving import is_saved, load
 
     if is_saved(Path(source)):
-        return load(Path(source))
-    return FewShotClassifier(TrainedModel.of_run(str(source)))
+        return load(Path(source), trust=trust)
+    return FewShotClassifier(TrainedModel.of_run(str(source), trust=trust))

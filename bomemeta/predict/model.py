@@ -23,6 +23,7 @@ from bomemeta.errors import ConfigError, DataError
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.problems.few_shot_predict import load_frozen
 from bomemeta.run_folder import RunFolder
+from bomemeta.trust import config_of
 
 
 class NoData:
@@ -53,10 +54,10 @@ class TrainedModel:
     preprocessing: Preprocessing | None  # None: the problem is not about images
 
     @classmethod
-    def of_run(cls, run_dir: str) -> TrainedModel:
+    def of_run(cls, run_dir: str, *, trust: bool = False) -> TrainedModel:
         """The model of a run's newest checkpoint. Raises ConfigError, CheckpointError."""
         folder = RunFolder.open(run_dir)
-        settings = load_config(folder.config_file)
+        settings = config_of(folder, trust=trust)
         return cls.of_config(settings, judged_upper(load_latest(folder.checkpoints).checkpoint))
 
     @classmethod

@@ -31,6 +31,7 @@ from bomemeta.predict.model import TrainedModel
 from bomemeta.predict.norms import Moments
 from bomemeta.predict.task import Head, Task, few_shot
 from bomemeta.problems.few_shot_predict import for_classes, frozen
+from bomemeta.trust import check
 
 if TYPE_CHECKING:
     from bomemeta.predict.classifier import FewShotClassifier
@@ -99,9 +100,11 @@ def save(classifier: FewShotClassifier, folder: Path, examples: bool, shared: bo
     return folder
 
 
-def load(folder: Path, shared: TrainedModel | None = None) -> FewShotClassifier:
+def load(
+    folder: Path, shared: TrainedModel | None = None, *, trust: bool = False
+) -> FewShotClassifier:
     """What `save` wrote; `shared`: the model, where it was saved without. Raises ConfigError where a
-    file is missing or was changed, or belongs to another model.
+    file is missing or was changed, or belongs to another model, or is not trusted.
     """
     from bomemeta.predict.classifier import FewShotClassifier
 
@@ -122,6 +125,8 @@ def load(folder: Path, shared: TrainedModel | None = None) -> FewShotClassifier:
         raise ConfigError(f"{folder} was fitted on another network than the one that is served")
     own = [name for name in digests if shared is None or name != MODEL]
     stored = {name: _tensors(folder / name, digests[name]) for name in own}
+    if shared is None:
+        check(config, folder, trust=trust)
     model = shared or TrainedModel.of_config(
         config, _without("x", stored[MODEL]), preprocessing, _without("frozen", stored[MODEL])
     )

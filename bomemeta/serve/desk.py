@@ -29,8 +29,8 @@ class Desk:
     `source`: a run's folder, or a saved classifier, whose network is taken.
     """
 
-    def __init__(self, source: str, tenants: Path) -> None:
-        loaded = load_classifier(source)
+    def __init__(self, source: str, tenants: Path, *, trust: bool = False) -> None:
+        loaded = load_classifier(source, trust=trust)
         self._model, self._options = loaded.trained, loaded.get_params(deep=False)
         self.tenants = Tenants(tenants)
 

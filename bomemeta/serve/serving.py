@@ -34,7 +34,7 @@ class Heads:
     """The network, and heads by tenant and version. One request computes at a time."""
 
     def __init__(self, source: str, tenants: str) -> None:
-        self._desk = Desk(source, Path(tenants))
+        self._desk = Desk(source, Path(tenants), trust=True)  # `run` has asked
         self._turn = asyncio.Lock()
 
     async def _alone(self, function: Callable[[], A]) -> A:
@@ -111,6 +111,7 @@ def run(
     replicas: int,
     most_bytes: int,
     address: str | None,
+    trust: bool,
     say: Callable[[str], None],
 ) -> None:
     """Serves until SIGINT or SIGTERM, and leaves nothing running.
@@ -118,7 +119,7 @@ def run(
     Raises ConfigError where the source, the tenants' folder or the port cannot be used, ClusterError
     where Ray cannot be had.
     """
-    Desk(source, tenants)  # what is wrong with them is said before anything is started
+    Desk(source, tenants, trust=trust)  # what is wrong with them is said before anything is started
     _check_port(host, port)
     options = RayOptions(workers=replicas, address=address)
     folder = str(tenants.expanduser().absolute())

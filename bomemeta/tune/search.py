@@ -28,6 +28,7 @@ from bomemeta.environment import usable_cores
 from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.paths import absolute, real
 from bomemeta.storage import Store, below, is_uri
+from bomemeta.trust import ask, entry_of_search, record
 from bomemeta.tune.outcome import SearchResult, check_any, rows_of, write_outcome
 from bomemeta.tune.placement import bundles_of, check_placement
 from bomemeta.tune.places import TRIALS
@@ -48,6 +49,7 @@ def tune(
     overrides: Sequence[str] = (),
     *,
     resume: str | Path | None = None,
+    trust: bool = False,
     say: Callable[[str], None] = lambda text: None,
     objects: Mapping[str, Any] | None = None,
 ) -> SearchResult:
@@ -66,6 +68,8 @@ def tune(
     values = sampled(search)
     _check_trials(search, values)
     folder = _Folder.of(search, resume)
+    if folder.goes_on and folder.location is not None:
+        ask([entry_of_search(folder.location)], folder.location, trust=trust)
     bundles = bundles_of(search.config, search.settings.driver_cpus)
     with _cluster(search, bundles, len(values), say) as concurrent:
         check_placement(bundles)
@@ -251,6 +255,7 @@ class _Folder(NamedTuple):
                 f"output_dir: {error.filename} cannot be written: {error.strerror}"
             ) from error
         if not self.goes_on:
+            record([entry_of_search(location)])
             Store.at(location).put("search.yaml", written(search).encode())
         return location
 
