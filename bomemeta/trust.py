@@ -92,7 +92,10 @@ def entries_of(values: Mapping[str, Any], given: Iterable[str] = ()) -> list[str
         section = values.get(key)
         if not isinstance(section, Mapping) or key in own:
             continue
-        if CLASS in section and not own & {f"{key}.{CLASS}", f"{key}.{SECTIONS[key].key}"}:
+        if _is_there(section.get(CLASS)) and not own & {
+            f"{key}.{CLASS}",
+            f"{key}.{SECTIONS[key].key}",
+        }:
             found.append(f"class {section[CLASS]}{_origin(str(section[CLASS]))}")
         if section.get("trust_pickles") and not own & {f"{key}.trust_pickles", f"{key}.root"}:
             root = section.get("root")
@@ -153,6 +156,21 @@ def _file(path: Path) -> str:
         if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o002:
             return f"{real} (sha256 {hashlib.sha256(real.read_bytes()).hexdigest()})"
     return str(real)
+
+
+def _is_there(path: Any) -> bool:
+    """Whether a class's outermost module can be had here: what is nowhere cannot be executed."""
+    if not isinstance(path, str):
+        return False
+    module, _, name = path.partition(":")
+    top = module.partition(".")[0]
+    if top == "__main__":
+        return hasattr(sys.modules[top], name.partition(".")[0])
+    if top in sys.modules or top in sys.builtin_module_names:
+        return True
+    with suppress(ImportError, ValueError):
+        return PathFinder.find_spec(top, [os.getcwd(), *sys.path]) is not None
+    return True
 
 
 def _origin(path: str) -> str:

@@ -103,13 +103,16 @@ def test_the_entries():
     values = {
         "imports": ["/x/a.py", "package.part"],
         "problem": {"name": "analytic", "case": "quadratic"},
-        "solver": {"class": "nowhere:Mine"},
+        "solver": {"class": "sys:Mine"},
         "data": {"name": "d", "trust_pickles": True, "root": "/data"},
     }
     assert trust.entries_of(values) == [
-        "imports /x/a.py", "imports package.part", "class nowhere:Mine", "pickles in /data",
+        "imports /x/a.py", "imports package.part", "class sys:Mine", "pickles in /data",
     ]  # fmt: skip
     assert trust.entries_of(values, {"imports", "solver", "data.root"}) == []
+    assert (
+        trust.entries_of({"solver": {"class": "no_such_module:Mine"}}) == []
+    )  # nothing to execute
 
 
 def test_a_file_that_others_can_change_counts_with_its_content(run):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,6 +53,10 @@ def train(
         )
 
 
+def _trusted(trust: bool) -> dict[str, Any]:
+    return {"trust": True} if trust else {}
+
+
 def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restarts: int) -> int:
     with reported():
         from bomemeta.errors import ConfigError
@@ -82,7 +86,9 @@ def resume(run_dir: RunDir, overrides: Overrides = None, trust: Trust = False) -
         from bomemeta import runs
 
         run_and_show(
-            lambda listener: runs.resume(run_dir, overrides or (), trust=trust, listener=listener)
+            lambda listener: runs.resume(
+                run_dir, overrides or (), **_trusted(trust), listener=listener
+            )
         )
 
 
@@ -96,7 +102,9 @@ def evaluate(run_dir: RunDir, overrides: Overrides = None, trust: Trust = False)
         from bomemeta import runs
 
         run_and_show(
-            lambda listener: runs.evaluate(run_dir, overrides or (), trust=trust, listener=listener)
+            lambda listener: runs.evaluate(
+                run_dir, overrides or (), **_trusted(trust), listener=listener
+            )
         )
 
 
