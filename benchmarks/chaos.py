@@ -43,7 +43,7 @@ DISK_MIB = 64
 # `ray`, which waits longer than 30 s for a node on a slow machine.
 PATIENT_RAY = """
 import time
-from bomemeta.distributed.cluster import patient
+from bomemeta.distributed.node import patient
 from ray.scripts.scripts import main
 with patient(time.monotonic() + 300):
     main()

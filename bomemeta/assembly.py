@@ -190,6 +190,13 @@ def worker_range(config: Config) -> tuple[int, int]:
     return config.min_workers, most
 
 
+def imports_of(config: Config) -> Imports:
+    """The user's files that the config's objects need, to travel before them. Raises ConfigError
+    where one cannot be read.
+    """
+    return Imports.of(config.imports, [getattr(config, key) for key in SECTIONS])
+
+
 @dataclass(frozen=True)
 class BuildWorker:
     """Makes a worker in whatever process it is called in. The config's objects travel by value."""
@@ -200,8 +207,7 @@ class BuildWorker:
     @classmethod
     def of(cls, config: Config) -> BuildWorker:
         """Raises ConfigError where a file of `imports:` cannot be read."""
-        objects = [getattr(config, key) for key in SECTIONS]
-        return cls(Imports.of(config.imports, objects), config)
+        return cls(imports_of(config), config)
 
     def __call__(self, device: str) -> ShardWorker:
         pin(self.config.threads)  # the user's files, which have just been executed, may set others

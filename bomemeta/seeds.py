@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bomemeta.assembly import open_transport, worker_range
+from bomemeta.assembly import imports_of, open_transport, worker_range
 from bomemeta.config import Config
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.imports import Imports, is_file_entry
@@ -127,7 +127,7 @@ def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool)
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     answers: list[Answer] = []
-    factory = BuildSeedWorker(Imports.of(config.imports), config)
+    factory = BuildSeedWorker(imports_of(config), config)
     at_once = max(worker_range(config)[1], 1)
     patient = config.model_copy(update={"step_timeout_s": NEVER_S})
     with closing(open_transport(patient, listener.note, factory)) as transport:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_transport_ray import Order, Toy, X
 
-from bomemeta.distributed import cluster
+from bomemeta.distributed import node
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.ray_transport import RayTransport
 from bomemeta.distributed.transport import ShardCall
@@ -18,14 +18,14 @@ from bomemeta.errors import ClusterLost
 
 
 def raylets() -> list[int]:
-    return [pid for pid in cluster._all_children() if b"/raylet\0" in cluster._command_of(pid)]
+    return [pid for pid in node.all_children() if b"/raylet\0" in node.command_of(pid)]
 
 
 def test_agents_listen_where_nobody_is_given_a_port() -> None:
-    ports = cluster._free_ports(50)
+    ports = node.free_ports(50)
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert len({*ports}) == 50
-    assert all(cluster.PORTS[0] <= port < low for port in ports)
+    assert all(node.PORTS[0] <= port < low for port in ports)
 
 
 @pytest.mark.slow(
@@ -37,7 +37,7 @@ def test_a_node_of_ones_own_that_dies_is_said_and_the_next_one_is_well() -> None
         try:
             transport.wait_ready()
             transport.run(X, [ShardCall(Order())])  # the worker is up
-            (raylet,) = [pid for pid in raylets() if pid not in cluster._dead_raylets()]
+            (raylet,) = [pid for pid in raylets() if pid not in node.dead_raylets()]
             if not dies:
                 continue
             timer = threading.Timer(0.5, os.kill, (raylet, signal.SIGKILL))

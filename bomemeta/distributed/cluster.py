@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -20,9 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import ray
 from ray._private import ray_constants, services
-from ray._private.node import Node
-from ray._private.parameter import RayParams
 
+from bomemeta.distributed.node import patient, ray_children, reap
 from bomemeta.distributed.private import make_token, session_folder
 from bomemeta.environment import usable_cores
 from bomemeta.errors import ClusterError, ClusterLost, ConfigError
@@ -35,15 +33,6 @@ MAX_OVERSUBSCRIPTION = 4
 # by all workers among themselves.
 Reduce = Literal["driver", "tree", "collective"]
 
-# Ports of Ray's agents, as its parameters name them.
-AGENTS = (
-    "metrics_agent_port",
-    "metrics_export_port",
-    "dashboard_agent_listen_port",
-    "runtime_env_agent_port",
-)
-# Where they may listen: above those of Ray's workers, below Linux's ephemeral ones.
-PORTS = (20_000, 32_768)
 # A start of Ray's that fails sooner than that was not slow.
 QUICK_S = 5.0
 PROBE_TIMEOUT_S = (
@@ -217,10 +206,8 @@ def _start(
 ) -> None:
     """Starts Ray; what fails for slowness is tried again until the deadline."""
     while True:
-        for pid in _dead_raylets():  # of an earlier cluster: they say nothing about this one
-            with suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-        before, begun = _children(), time.monotonic()
+        reap()
+        before, begun = ray_children(), time.monotonic()
         try:
             with patient(deadline):
                 ray.init(
@@ -235,7 +222,7 @@ def _start(
             return
         except Exception as error:
             ray.shutdown()
-            for pid in _children() - before:  # of the cluster that did not come up
+            for pid in ray_children() - before:  # of the cluster that did not come up
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             reason = str(error).strip().partition("\n")[0]
@@ -247,98 +234,6 @@ def _start(
                     "workers=0 runs without Ray"
                 ) from error
             on_event(f"Ray did not start in {took_s:.0f} s ({reason}); it is tried again")
-
-
-@contextmanager
-def patient(deadline: float) -> Iterator[None]:
-    """A node of Ray's may take until the deadline (monotonic seconds) to come up.
-
-    Ray's own patience ends after 30 s, in a bare exception; and its raylet dies where an agent of
-    its, a Python process, has not told its ports within 15 s. To begin again is no help: on a machine with
-    much other work the next try takes as long (measured: 9 of 9 tries in 300 s). So the agents and
-    the raylet are told the ports, and the node is waited for.
-    """
-    get_node, start, begin = services.get_node, RayParams.__init__, Node.start_raylet
-
-    def asked(*given: Any) -> Any:
-        while True:
-            try:
-                return get_node(*given)
-            except RuntimeError:  # it is not there yet
-                if time.monotonic() > deadline or _dead_raylets():
-                    raise
-                time.sleep(0.1)
-
-    def with_ports(self: Any, *given: Any, **named: Any) -> None:
-        start(self, *given, **named)
-        missing = [name for name in AGENTS if not getattr(self, name)]
-        for name, port in zip(missing, _free_ports(len(missing)), strict=True):
-            setattr(self, name, port)
-
-    def announced(self: Any, *given: Any, **named: Any) -> None:
-        # Where the raylet looks for what an agent says of its port.
-        for name in AGENTS:
-            path = Path(self.get_session_dir_path()) / f"{name}_{self._node_id}"
-            path.write_text(str(getattr(self._ray_params, name)))
-        begin(self, *given, **named)
-
-    services.get_node, RayParams.__init__, Node.start_raylet = asked, with_ports, announced
-    try:
-        yield
-    finally:
-        services.get_node, RayParams.__init__, Node.start_raylet = get_node, start, begin
-
-
-def _free_ports(count: int) -> list[int]:
-    """Below the ports that the kernel gives to whoever asks for any: one of those may be another's
-    before the agent listens on it, and the raylet dies with its agent.
-    """
-    found: set[int] = set()
-    while len(found) < count:
-        port = PORTS[0] + secrets.randbelow(PORTS[1] - PORTS[0])
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.add(port)
-    return list(found)
-
-
-def check_own_node() -> None:
-    """Raises ClusterLost where the raylet of a cluster that this process started has ended."""
-    if _dead_raylets():
-        raise ClusterLost(
-            "the Ray node that this run had started on this machine has died: see raylet.err in the logs of its session "
-            "directory. The same command goes on"
-        )
-
-
-def _dead_raylets() -> list[int]:
-    """Children of ours that were raylets and have ended (zombies, which Ray does not look at)."""
-    found = []
-    for pid in _all_children():
-        with suppress(OSError):
-            state = Path(f"/proc/{pid}/stat").read_text().partition(" ")[2]
-            if state.startswith("(raylet) Z"):
-                found.append(pid)
-    return found
-
-
-def _children() -> set[int]:
-    """This process's children that are Ray's."""
-    return {pid for pid in _all_children() if b"ray" in _command_of(pid)}
-
-
-def _all_children() -> set[int]:
-    found = set()
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # a thread that has just ended
-            found |= {int(pid) for pid in (task / "children").read_text().split()}
-    return found
-
-
-def _command_of(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def outgoing(array: np.ndarray, calls: int) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
-from bomemeta.distributed import cluster
+from bomemeta.distributed import cluster, node
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.fleet import EventSink, Fleet
 from bomemeta.distributed.head import HeadWatch
@@ -216,7 +216,7 @@ class RayTransport:
     def _check_own(self) -> None:
         assert self._head is not None
         self._head.check()
-        cluster.check_own_node()
+        node.check_own_node()
 
     def _leave(self) -> bool:
         """Ends our workers; False where the cluster cannot be spoken to."""
