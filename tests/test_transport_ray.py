@@ -419,7 +419,7 @@ def test_losses_count_until_a_round_is_finished(home, monkeypatch, tmp_path):
         home.run(X, [ShardCall(Order(trouble="die", once=str(tmp_path / "2"), times=2))])
 
 
-def test_a_slow_start_of_ray_is_tried_again_and_ends_in_an_error_of_ours(monkeypatch):
+def test_a_slow_start_of_ray_is_tried_again_and_ends_in_an_error_of_ours(monkeypatch, tmp_path):
     tries, events = [], []
 
     def slow(**options):
@@ -430,10 +430,12 @@ def test_a_slow_start_of_ray_is_tried_again_and_ends_in_an_error_of_ours(monkeyp
     monkeypatch.setattr(cluster.ray, "init", slow)
     monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
     with pytest.raises(ClusterLost, match=r"Ray did not start .* timed out during startup"):
-        cluster._start(RayOptions(workers=1), events.append, time.monotonic() + 60)
+        cluster._start(RayOptions(workers=1), events.append, time.monotonic() + 60, tmp_path)
     monkeypatch.setattr(cluster, "QUICK_S", 0.0)
     tries.clear()
-    cluster._start(RayOptions(workers=1), events.append, time.monotonic() + 60, num_cpus=1)
+    cluster._start(
+        RayOptions(workers=1), events.append, time.monotonic() + 60, tmp_path, num_cpus=1
+    )
     assert [options["num_cpus"] for options in tries] == [1, 1, 1]
     assert len(events) == 2
     assert "it is tried again" in events[0]
