@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bomemeta import tune as tune
     from bomemeta.api import Result as Result
     from bomemeta.api import evaluate as evaluate
+    from bomemeta.api import extend as extend
     from bomemeta.api import load as load
     from bomemeta.api import resume as resume
     from bomemeta.api import train as train
@@ -88,7 +89,7 @@ __version__ = version("bomemeta")
 
 # Where each name comes from; tests/test_objects.py compares it with the registries.
 _NAMES = {
-    "bomemeta.api": ["Result", "evaluate", "load", "resume", "train"],
+    "bomemeta.api": ["Result", "evaluate", "extend", "load", "resume", "train"],
     "bomemeta.contract": ["check_problem"],
     "bomemeta.core.problem": ["Problem", "SharedProblem", "StreamProblem"],
     "bomemeta.core.solver": ["Solver"],

@@ -18,13 +18,13 @@ from bomemeta.core.problem import Problem
 from bomemeta.core.solver import Solver
 from bomemeta.errors import ConfigError
 from bomemeta.keys import RunKeys, with_keys
+from bomemeta.recorded import loaded
 from bomemeta.report import Listener, Quiet
 from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
-from bomemeta.session import loaded
 from bomemeta.trust import config_of
 
-__all__ = ["Result", "evaluate", "load", "resume", "train"]
+__all__ = ["Result", "evaluate", "extend", "load", "resume", "train"]
 
 
 @with_keys
@@ -86,6 +86,38 @@ def resume(
     given = _objects(problem, solver, data)
     return _raised(
         runs.resume(run_dir, overrides, keys=given | dict(keys), trust=trust, listener=listener),
+        str(run_dir),
+    )
+
+
+@with_keys
+def extend(
+    run_dir: str | Path,
+    data: str | Path,
+    *,
+    tasks: int | None = None,
+    overrides: Sequence[str] = (),
+    problem: Problem | type[Problem] | None = None,
+    solver: Solver | type[Solver] | None = None,
+    trust: bool = False,
+    listener: Listener | None = None,
+    **keys: Unpack[RunKeys],
+) -> Result:
+    """Appends the tasks of one more file to a finished stream and trains on them, with the same memory
+    and to the bits that a run has which had the file in `problem.appended` from its beginning.
+
+    `data` is an .npz as of data set `labelled_array`, with rows like the stream's. With `stream: split`
+    its classes are new ones; else they are the stream's. `tasks`: how many are made of it; None: one,
+    or with `split` as many as its classes give. Objects, keys and `trust` as for `resume`.
+
+    Raises ConfigError where the run is no stream or not at its end, DataError where the file does not
+    go on with the stream; nothing is then written.
+    """
+    given = _objects(problem, solver, None)
+    return _raised(
+        runs.extend(
+            run_dir, data, tasks, overrides, keys=given | dict(keys), trust=trust, listener=listener
+        ),
         str(run_dir),
     )
 

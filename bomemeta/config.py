@@ -163,7 +163,9 @@ def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         elif key not in aside:
             keys.update(
                 {
-                    dotted: str(leaf).rpartition(":")[2] if dotted == f"{key}.{CLASS}" else leaf
+                    dotted: str(leaf).rpartition(":")[2]
+                    if dotted == f"{key}.{CLASS}"
+                    else _without_paths(leaf)
                     for dotted, leaf in _flat(key, value)
                     if dotted not in _PLACES_ON_DISK
                 }
@@ -173,6 +175,7 @@ def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # Keys that runs of earlier versions do not have, with what those did.
 ADDED_KEYS: dict[str, Any] = {
+    "problem.appended": [],
     "solver.weight_decay": 0.0,
     "solver.upper_warmup_steps": 0,
     "solver.step_every": 1000,
@@ -282,6 +285,18 @@ def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         return [leaf for name, below in value.items() for leaf in _flat(f"{key}.{name}", below)]
     return [(key, value)]
+
+
+def _without_paths(leaf: Any) -> Any:
+    """A list of what data is appended, without where it lies."""
+    if not isinstance(leaf, list):
+        return leaf
+    return [
+        {name: value for name, value in each.items() if name != "path"}
+        if isinstance(each, dict)
+        else each
+        for each in leaf
+    ]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -17,7 +17,9 @@ from bomemeta.errors import ConfigError, redacted
 from bomemeta.imports import is_file_entry
 
 # Keys of a config that are paths. `imports` is a list of them.
-KEYS = ("output_dir", "data.path", "data.root", "data.cache", "data.files", "problem.weights")
+KEYS = (
+    "output_dir", "data.path", "data.root", "data.cache", "data.files", "problem.weights", "problem.appended",
+)  # fmt: skip
 # What tells a file of weights from a word: problems have both under the name `problem.weights`.
 _WEIGHTS = re.compile(r".*(/|\.(pt|pth|bin|ckpt|safetensors)$)", re.DOTALL)
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, as Linux's file systems have them
@@ -143,6 +145,13 @@ def made_absolute(data: dict[str, Any], folder: Path, keys: Sequence[str] = KEYS
                 else file
                 for name, file in typed.items()
             }
+        if key == "problem.appended" and isinstance(typed, list):
+            section[last] = [
+                each | {"path": str(absolute(each["path"], folder, f"{key}.{i}.path"))}
+                if isinstance(each, dict) and isinstance(each.get("path"), str)
+                else each
+                for i, each in enumerate(typed)
+            ]
         if not isinstance(typed, str) or (key == "problem.weights" and not _WEIGHTS.match(typed)):
             continue
         if key == "output_dir":

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from bomemeta.assembly import build_problem, build_solver
+from bomemeta.checkpoint import load_latest
 from bomemeta.config import Config, Source, load_config
 from bomemeta.continuation import check_continues
+from bomemeta.core.problem import StreamProblem
 from bomemeta.errors import ConfigError
+from bomemeta.paths import absolute
+from bomemeta.recorded import finished
 from bomemeta.report import Listener, Quiet
 from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
 from bomemeta.sections import label
 from bomemeta.seeds import run_seeds
-from bomemeta.session import evaluate_one, finished, resume_one, train_one
+from bomemeta.session import evaluate_one, resume_one, train_one
 from bomemeta.trust import config_of
 
-__all__ = ["Result", "evaluate", "name_of", "resume", "train"]
+__all__ = ["Result", "evaluate", "extend", "name_of", "resume", "train"]
 
 
 def train(
@@ -78,6 +82,39 @@ def resume(
             f"output_dir: a run goes on in its own folder, {folder.location}; leave the override out"
         )
     return _go_on(settings, folder, listener or Quiet())
+
+
+def extend(
+    run_dir: str | Path,
+    data: str | Path,
+    tasks: int | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    keys: Mapping[str, Any] | None = None,
+    trust: bool = False,
+    listener: Listener | None = None,
+) -> Result:
+    """As `bomemeta.extend`."""
+    folder = RunFolder.open(run_dir)
+    settings = config_of(folder, overrides, keys, trust=trust)
+    if settings.seeds > 1:
+        raise ConfigError(
+            f"{folder.location} is of {settings.seeds} seeds; extend the folder of each seed below it"
+        )
+    problem = build_problem(settings)
+    if not isinstance(problem, StreamProblem):
+        raise ConfigError(
+            f"{folder.location}: problem {label(problem)} is no stream that could go on; `bomemeta train` begins a run on other data"
+        )
+    done, length = load_latest(folder.checkpoints).checkpoint.step, problem.length
+    if done < length:
+        raise ConfigError(
+            f"{folder.location}: the run has done {done} of its stream's {length} steps. `bomemeta resume` it to the end first"
+        )
+    longer = problem.appending(str(absolute(data, what="--data")), tasks)
+    settings = settings.model_copy(update={"problem": longer, "steps": None})
+    build_problem(settings)  # what is wrong with the data is said before anything is written
+    return resume_one(settings, folder, listener or Quiet())
 
 
 def evaluate(

@@ -5,29 +5,24 @@ leaves behind.
 from __future__ import annotations
 
 import functools
-import math
 import platform
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
-
-from torch import Tensor
 
 from bomemeta import checkpoint as checkpoints
 from bomemeta import engine
 from bomemeta.assembly import build_problem, build_solver, trainer_of
 from bomemeta.checkpoint import (
     Checkpoint,
-    Loaded,
     check_same_run,
-    judged_upper,
     load_latest,
     upper_sha256,
 )
 from bomemeta.checkpoint_content import check_fits
-from bomemeta.config import Config, differing_keys
+from bomemeta.config import Config
 from bomemeta.continuation import longer_notes
 from bomemeta.contract import check_at_start
 from bomemeta.core.problem import Problem
@@ -35,7 +30,6 @@ from bomemeta.core.solver import Solver
 from bomemeta.data.digest import as_texts, check_same_data, digest_of, other_data
 from bomemeta.engine import State, Trainer
 from bomemeta.errors import (
-    CheckpointError,
     DivergenceError,
     LowerStateLost,
 )
@@ -46,10 +40,12 @@ from bomemeta.health import HealthMonitor
 from bomemeta.heartbeat import Heartbeat
 from bomemeta.limits import within_memory
 from bomemeta.metrics import MetricsLog
+from bomemeta.recorded import standing
 from bomemeta.report import Listener
 from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
 from bomemeta.signals import stop_on_signal
+from bomemeta.stages import grown, stage_of, stages_of
 
 
 def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
@@ -57,19 +53,29 @@ def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
 
     Raises before anything is written where problem and solver cannot be had.
     """
-    problem = build_problem(settings)
-    solver = build_solver(settings, problem)
-    data = digest_of(problem)
-    check_at_start(problem, vmap=settings.task_map == "vmap")
     if settings.output_dir is None and name is None:
         quiet = settings.log.model_copy(update={"tensorboard": False})  # nobody would see it
         settings = settings.model_copy(update={"log": quiet})
+    stages = stages_of(settings)
+    for later in reversed(stages[1:]):  # what is wrong with its data is said now
+        build_problem(later)
+    problem = build_problem(stages[0])
+    solver = build_solver(settings, problem)
+    data = digest_of(problem)
+    check_at_start(problem, vmap=settings.task_map == "vmap")
+
+    def run(folder: RunFolder) -> Result:
+        session = _Session(stages[0], folder, listener, data)
+        result = session.run(problem, solver, None, ends=len(stages) == 1)
+        return _later_stages(stages[1:], folder, listener, result)
+
+    if settings.output_dir is None and name is None:
         with RunFolder.passing(settings) as passing:
-            return _Session(settings, passing, listener, data).run(problem, solver, None)
+            return run(passing)
     folder = RunFolder.create(settings.output_dir, name or "run", settings)
     try:
         with folder.held(listener.note):
-            return _Session(settings, folder, listener, data).run(problem, solver, None)
+            return run(folder)
     except Exception:  # of a library too
         if (
             checkpoints.latest(folder.checkpoints) is None
@@ -80,95 +86,61 @@ def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
 
 def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Result:
     """Goes on from the folder's newest readable checkpoint."""
+    stages = stages_of(settings)
+    at = 0
     with folder.held(listener.note):
         saved = None
-        loaded = _where_it_was(folder)
+        loaded = standing(folder)
         if loaded is None:  # it died before its first step, or somebody cleared up
             listener.note(f"no checkpoint in {folder.checkpoints}: the run begins again at step 0")
         else:
             for note in loaded.notes:
                 listener.note(note)
             saved = loaded.checkpoint
-            check_same_run(
-                saved._replace(config={**saved.config, "steps": settings.steps}), settings
-            )
-        problem = build_problem(settings)
+            as_now = saved._replace(config={**saved.config, "steps": settings.steps})
+            at = stage_of(as_now, stages)
+            check_same_run(as_now, stages[at])
+        problem = build_problem(stages[at])
         solver = build_solver(settings, problem)
-        session = _Session(settings, folder, listener, data := digest_of(problem))
+        session = _Session(stages[at], folder, listener, data := digest_of(problem))
         if saved is not None:
             check_same_data(saved.data, data, saved.step)
             for note in longer_notes(solver, saved, settings.steps):
                 session.note(note)
         check_at_start(problem, vmap=settings.task_map == "vmap")
         folder.write_config(settings)
-        return session.run(problem, solver, saved)
+        later = stages[at + 1 :]
+        if saved is not None and later and saved.step == engine.run_length(stages[at], problem):
+            result = None  # that stage is done
+        else:
+            result = session.run(problem, solver, saved, ends=not later)
+        return _later_stages(later, folder, listener, result)
 
 
-def finished(settings: Config, folder: RunFolder) -> Result | None:
-    """The result of the folder's run, where it is the config's and has ended; else None."""
-    record, _ = folder.read_result()
-    # It ended before it was taken further, or the file cannot be used.
-    if record is None or differing_keys(record["config"], settings):
-        return None
-    notes: list[str] = record["notes"]
-    last = _where_it_was(folder)
-    if last is None or upper_sha256(judged_upper(last.checkpoint)) != record["upper_sha256"]:
-        if settings.seeds == 1:
-            notes = [*notes, f"the final x is not in {folder.location} any more"]
-        last = None
-    if record["config"]["evaluation"] != settings.to_dict()["evaluation"]:
-        notes = [
-            *notes,
-            f"measured with another `evaluation:` than this config's; `bomemeta eval {folder.location}` measures again",
-        ]
-    upper = judged_upper(last.checkpoint) if last is not None else {}
-    return _read(
-        settings, folder, record["steps"], record["metrics"], upper, record["upper_sha256"], notes
-    )
-
-
-def loaded(settings: Config, folder: RunFolder) -> Result:
-    """The result of the folder's run as far as it has come; `metrics` is empty before its end."""
-    if (result := finished(settings, folder)) is not None:
-        return result
-    last = load_latest(folder.checkpoints)
-    upper = judged_upper(last.checkpoint)
-    digest = upper_sha256(upper)
-    return _read(settings, folder, last.checkpoint.step, {}, upper, digest, last.notes)
-
-
-def _read(
-    settings: Config,
-    folder: RunFolder,
-    steps: int,
-    metrics: Mapping[str, float | None],
-    upper: dict[str, Tensor],
-    digest: str,
-    notes: list[str],
+def _later_stages(
+    stages: Sequence[Config], folder: RunFolder, listener: Listener, result: Result | None
 ) -> Result:
-    found = {name: math.nan if value is None else value for name, value in metrics.items()}
-    uri = folder.mirror.uri if folder.mirror is not None else None
-    return Result(folder.path, steps, found, upper, digest, False, notes, uri, config=settings)
-
-
-def _where_it_was(folder: RunFolder) -> Loaded | None:
-    """The newest readable checkpoint; None where there is nothing to lose: no checkpoint, or only a
-    damaged one of the start.
+    """The result after the stages that are left; `result` is that of the one before them, None where it
+    was done long ago.
     """
-    newest = checkpoints.latest(folder.checkpoints)
-    if newest is None:
-        return None
-    try:
-        return load_latest(folder.checkpoints)
-    except CheckpointError:
-        if newest.name == checkpoints.name_of(0):
-            return None
-        raise
+    for left, settings in enumerate(stages, start=1 - len(stages)):
+        if result is not None and result.interrupted:
+            return result
+        problem = build_problem(settings)
+        solver = build_solver(settings, problem)
+        session = _Session(settings, folder, listener, digest_of(problem))
+        check_at_start(problem, vmap=settings.task_map == "vmap")
+        saved = load_latest(folder.checkpoints).checkpoint
+        result = session.run(problem, solver, saved, grows=True, ends=left == 0)
+    assert result is not None, "a stage that is done has another after it"
+    return result
 
 
 def evaluate_one(settings: Config, folder: RunFolder, listener: Listener) -> Result:
     """Evaluates the folder's newest checkpoint."""
     loaded = load_latest(folder.checkpoints)
+    stages = stages_of(settings)
+    settings = stages[stage_of(loaded.checkpoint, stages)]
     problem = build_problem(settings)
     session = _Session(settings, folder, listener, data := digest_of(problem))
     for note in [*loaded.notes, *other_data(loaded.checkpoint.data, data)]:
@@ -191,7 +163,18 @@ class _Session:
         self._saved_step = 0
         self._identity = folder.identity()
 
-    def run(self, problem: Problem, solver: Solver, saved: Checkpoint | None) -> Result:
+    def run(
+        self,
+        problem: Problem,
+        solver: Solver,
+        saved: Checkpoint | None,
+        *,
+        grows: bool = False,
+        ends: bool = True,
+    ) -> Result:
+        """From `saved` (None: from the start) to the stream's end. `grows`: `saved` is of the stage before.
+        `ends`: the run ends there too, and is judged.
+        """
         started = time.perf_counter()
         first_step = self._saved_step = saved.step if saved is not None else 0
         steps = engine.run_length(self._config, problem)
@@ -203,10 +186,10 @@ class _Session:
         with (
             within_memory(self._config.to_dict(), limited=False),
             closing(self),
-            self._trainer(problem, solver, saved) as trainer,
+            self._trainer(problem, solver, saved, grows) as trainer,
         ):
             state = trainer.state
-            if saved is None:
+            if saved is None or grows:
                 self._save(trainer)  # what a lost node or a kill in the first steps goes back to
             if state.step < steps:  # the result is of a shorter run, which this one takes further
                 with naming(self._folder.result_file):
@@ -228,10 +211,11 @@ class _Session:
                 except DivergenceError as error:
                     raise DivergenceError(self._diverged(error)) from error
             interrupted = state.step < steps
-            metrics = {} if interrupted else self._evaluated(trainer)
+            judged = ends and not interrupted
+            metrics = self._evaluated(trainer) if judged else {}
             self._listener.close()
             result = self._result(state, metrics, stop.signal if interrupted else None, interrupted)
-            if not interrupted:
+            if judged:
                 self._folder.check_there(self._identity)
                 seconds = time.perf_counter() - started
                 for name, content in problem.artefacts(state.history, metrics).items():
@@ -258,10 +242,13 @@ class _Session:
         if self._log is not None:
             self._log.close()
 
-    def _trainer(self, problem: Problem, solver: Solver, saved: Checkpoint | None) -> Trainer:
+    def _trainer(
+        self, problem: Problem, solver: Solver, saved: Checkpoint | None, grows: bool = False
+    ) -> Trainer:
         trainer = trainer_of(self._config, self.note, problem=problem, solver=solver)
         if saved is not None:
             try:
+                saved = grown(saved, trainer) if grows else saved
                 per_step, state = self._config.tasks_per_step, trainer.state
                 check_fits(saved, problem, state.upper, state.memory, per_step)
                 trainer.restore(saved)

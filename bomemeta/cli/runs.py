@@ -92,6 +92,38 @@ def resume(run_dir: RunDir, overrides: Overrides = None, trust: Trust = False) -
         )
 
 
+@app.command()
+def extend(
+    run_dir: RunDir,
+    data: Annotated[
+        str, typer.Option(metavar="NEW", help="An .npz with x_train, y_train, x_test and y_test.")
+    ],
+    overrides: Overrides = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="How many tasks are made of it. Default: one, or of a split stream as many as its new classes give.",
+        ),
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Append new data to a finished stream and train on it, with the same memory.
+
+    The result has the bits of a run that had the data at the end of its stream from the start.
+    Ctrl-C and `bomemeta resume` as in any run.
+    """
+    with reported():
+        from bomemeta import runs
+
+        run_and_show(
+            lambda listener: runs.extend(
+                run_dir, data, tasks, overrides or (), **_trusted(trust), listener=listener
+            )
+        )
+
+
 @app.command("eval")
 def evaluate(run_dir: RunDir, overrides: Overrides = None, trust: Trust = False) -> None:
     """Meta-test a run's last checkpoint again.

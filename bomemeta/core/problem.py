@@ -314,6 +314,19 @@ class StreamProblem(SharedProblem):
         """How many steps there are; the config may then name none."""
         raise must_define(self, "length")
 
+    def stages(self) -> Sequence[StreamProblem]:
+        """The problem as it was before each addition to its stream, in order, itself last: a run goes
+        through them one after the other, and x, y and memory grow from one to the next (docs/continual.md).
+        Default: it has no additions.
+        """
+        return [self]
+
+    def appending(self, path: str, tasks: int | None) -> StreamProblem:
+        """This problem with the tasks of one more data file at the end of its stream. `tasks`: how
+        many; None: what the data suggests. Default: raises ConfigError.
+        """
+        raise ConfigError(f"problem {type(self).__name__} takes no more data; `continual` does")
+
     # What the stream remembers from step to step beside y and its data: soft targets, stored
     # logits ...
 

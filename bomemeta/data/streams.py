@@ -12,7 +12,7 @@ them follows from the seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -47,6 +47,8 @@ class StreamSpec:
         bool  # split: groups in an order that follows from the seed, else in the classes' own
     )
     seed: int
+    first: int = 0  # the number of its first task in a longer stream
+    turn: int | None = None  # rotated: so many tasks make half a turn; None: `tasks`
 
 
 class TaskRows(NamedTuple):
@@ -64,19 +66,46 @@ class Stream(NamedTuple):
 
 
 def build_stream(data: LabelledArrays, spec: StreamSpec) -> Stream:
-    """Raises ConfigError where the classes cannot be cut so, DataError where a task has too few
-    samples.
+    """Its tasks are counted from 0, whatever `spec.first` is. Raises ConfigError where the classes
+    cannot be cut so, DataError where a task has too few samples.
     """
     groups = _groups(data.classes, spec)
     allowed = torch.zeros(spec.tasks, data.classes, dtype=torch.bool)
     for t, group in enumerate(groups):
         allowed[t, group] = True
-    transforms = [_transform(data, spec, t) for t in range(spec.tasks)]
+    transforms = [_transform(data, spec, spec.first + t) for t in range(spec.tasks)]
     return Stream(
         _part(data, spec, "train", spec.samples, allowed, transforms),
         _part(data, spec, "test", spec.test_samples, allowed, transforms),
         allowed,
     )
+
+
+def joined(streams: Sequence[Stream], numbers: Sequence[Tensor]) -> Stream:
+    """One stream after the other. `numbers[i]`, int64, is what each class of stream i is in the whole;
+    classes 0, 1, ... up to the greatest of them.
+    """
+    classes = 1 + max(int(each.max()) for each in numbers)
+    allowed = torch.zeros(sum(len(stream.allowed) for stream in streams), classes, dtype=torch.bool)
+    row = 0
+    for stream, number in zip(streams, numbers, strict=True):
+        allowed[row : row + len(stream.allowed), number] = stream.allowed
+        row += len(stream.allowed)
+    return Stream(
+        _joined_rows([stream.train for stream in streams], numbers),
+        _joined_rows([stream.test for stream in streams], numbers),
+        allowed,
+    )
+
+
+def _joined_rows(parts: Sequence[TaskRows], numbers: Sequence[Tensor]) -> TaskRows:
+    starts, tasks = [0], []
+    for part in parts:
+        tasks.append(part.tasks + len(starts) - 1)
+        starts += [starts[-1] + start for start in part.starts[1:]]
+    inputs = torch.cat([part.examples.inputs for part in parts])
+    labels = [number[part.examples.labels] for part, number in zip(parts, numbers, strict=True)]
+    return TaskRows(Examples(inputs, torch.cat(labels)), torch.cat(tasks), tuple(starts))
 
 
 def image_shape(data: LabelledArrays, wanted_for: str) -> ImageShape:
@@ -127,7 +156,7 @@ def _groups(classes: int, spec: StreamSpec) -> list[list[int]]:
             "problem.tasks or problem.classes_per_task smaller"
         )
     order = (
-        _generator(spec.seed, CLASSES).permutation(classes)
+        _generator(spec.seed, CLASSES, *([spec.first] if spec.first else [])).permutation(classes)
         if spec.shuffle_classes
         else np.arange(classes)
     )
@@ -145,7 +174,7 @@ def _transform(data: LabelledArrays, spec: StreamSpec, task: int) -> Callable[[T
         return lambda rows: rows[:, order]
     if spec.kind == "rotated":
         picture = picture_of(data, "problem.stream: rotated")
-        degrees = task * TURN / spec.tasks
+        degrees = task * TURN / (spec.turn or spec.tasks)
         return lambda rows: rows if degrees == 0 else _turned(rows, picture, degrees)
     return lambda rows: rows
 
@@ -169,17 +198,18 @@ def _part(
     transforms: list[Callable[[Tensor], Tensor]],
 ) -> TaskRows:
     whole = data.examples(part)
-    key = "samples_per_task" if part == "train" else "test_samples_per_task"
+    field = "samples_per_task" if part == "train" else "test_samples_per_task"
     inputs, labels, tasks, starts = [], [], [], [0]
     for t, transform in enumerate(transforms):
         there = allowed[t][whole.labels].nonzero()[:, 0].numpy()
         least = wanted if wanted is not None else LEAST
         if len(there) < least:
             raise DataError(
-                f"problem.{key}: task {t} (classes {_listed(allowed[t])}) wants {least} samples; the {part} part of the data set has "
-                f"{len(there)} of them: make it smaller, or null for all"
+                f"problem.{field}: task {spec.first + t} (classes {_listed(allowed[t])}) wants {least} samples; the {part} part of the "
+                f"data set has {len(there)} of them: make it smaller, or null for all"
             )
-        drawn = _generator(spec.seed, ROWS, part == "test", t).permutation(there)[:wanted]
+        key = (spec.seed, ROWS, part == "test", spec.first + t)
+        drawn = _generator(*key).permutation(there)[:wanted]
         chosen = torch.from_numpy(drawn)
         inputs.append(transform(whole.inputs[chosen]))
         labels.append(whole.labels[chosen])

@@ -17,7 +17,7 @@ plain mean over the blocks is f or g.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -31,7 +31,7 @@ from bomemeta.core.tree import Params
 from bomemeta.data.digest import check_rows, digest_of_rows
 from bomemeta.data.labelled import GREY_LEVELS, LabelledArrays
 from bomemeta.data.pictures import picture_of
-from bomemeta.data.streams import Kind, StreamSpec, build_stream
+from bomemeta.data.streams import Kind, StreamSpec
 from bomemeta.errors import ConfigError
 from bomemeta.nets.controller import (
     Mlp,
@@ -42,6 +42,7 @@ from bomemeta.nets.controller import (
     films_of,
 )
 from bomemeta.problems import continual_report as report
+from bomemeta.problems.continual_appended import AppendedData, tasks_in, whole_stream
 from bomemeta.problems.continual_losses import distilled, fisher_share, masked, rows_share
 from bomemeta.problems.continual_memory import Policy
 from bomemeta.problems.continual_samples import NETWORK, Notes, Plan, Samples
@@ -109,6 +110,7 @@ class Continual(StreamProblem):
     ewc_weight: Weight = 100.0
     fisher_samples: Size = 200  # of each task, objective: ewc
     blocks: Size = 1
+    appended: list[AppendedData] = field(default_factory=list)  # `bomemeta extend`
 
     @property
     def num_blocks(self) -> int:
@@ -129,7 +131,8 @@ class Continual(StreamProblem):
             shuffle_classes=self.shuffle_classes,
             seed=self.seed,
         )
-        stream = build_stream(self.data, spec)
+        stream, self._digest = whole_stream(self.data, spec, self.appended)
+        self._tasks, self._classes = stream.allowed.shape
         self._network = self._build_network()
         known = self.protocol == "task_incremental"
         self._allowed = stream.allowed if known else torch.ones_like(stream.allowed)
@@ -139,7 +142,16 @@ class Continual(StreamProblem):
         self._tests: dict[tuple[int, ...], Batch] = {}
 
     def check_data(self) -> dict[str, Any]:
-        return digest_of_rows(self.data)
+        return digest_of_rows(self.data) | self._digest
+
+    def stages(self) -> Sequence[Continual]:
+        return [replace(self, appended=self.appended[:k]) for k in range(len(self.appended) + 1)]
+
+    def appending(self, path: str, tasks: int | None) -> Continual:
+        if tasks is None:
+            each = self.classes_per_task or self.data.classes // self.tasks
+            tasks = tasks_in(path, self.stream, each)
+        return replace(self, appended=[*self.appended, AppendedData(path=path, tasks=tasks)])
 
     def _plan(self) -> Plan:
         weights: dict[str, tuple[float, float]] = {
@@ -172,6 +184,11 @@ class Continual(StreamProblem):
                 f"{type(self.data).__name__} is none of these"
             )
         check_rows(self.data)
+        if self.objective == "joint" and self.appended:
+            raise ConfigError(
+                "problem.appended: objective joint draws from all tasks at once, which a stream that goes on later does not have. "
+                "Train anew on everything"
+            )
         if self.method == "ctn" and self.protocol == "class_incremental":
             raise ConfigError(
                 "problem.protocol: class_incremental does not tell the task, which method ctn is a function of. Take method: plain, or "
@@ -188,7 +205,7 @@ class Continual(StreamProblem):
             )
 
     def _build_network(self) -> Network:
-        classes = self.data.classes
+        classes = self._classes
         if self.network == "mlp":
             return Mlp(
                 inputs=self.data.features, hidden=self.hidden, layers=self.layers, classes=classes
@@ -208,7 +225,7 @@ class Continual(StreamProblem):
     def init_upper(self, generator: torch.Generator) -> Params:
         if self.method == "plain":
             return {"unused": torch.zeros(1, dtype=self.dtype)}
-        start = controller_initial(self.tasks, self.embedding, self._network.modulated, generator)
+        start = controller_initial(self._tasks, self.embedding, self._network.modulated, generator)
         return {name: tensor.to(self.dtype) for name, tensor in start.items()}
 
     def encode(self, upper: Params, batch: Batch) -> Encoded:
@@ -284,7 +301,7 @@ class Continual(StreamProblem):
         if self.objective in NOTES:
             return {
                 NOTES[self.objective]: torch.zeros(
-                    self._samples.noted, self.data.classes, dtype=self.dtype
+                    self._samples.noted, self._classes, dtype=self.dtype
                 )
             }
         if self.objective == "ewc":
@@ -322,7 +339,7 @@ class Continual(StreamProblem):
         """The accuracy on every task, also on those that have not come yet."""
         figures = {}
         like = next(iter(lower.values()))
-        for t in range(self.tasks):
+        for t in range(self._tasks):
             hits = []
             for inputs, labels in zip(
                 torch.split(batch["test_inputs"][t], TEST_ROWS),
@@ -357,7 +374,7 @@ class Continual(StreamProblem):
             return {}
         matrix = report.matrix_of(history)
         about = {
-            "protocol": self.protocol, "stream": self.stream, "tasks": self.tasks, "method": self.method, "objective": self.objective,
+            "protocol": self.protocol, "stream": self.stream, "tasks": self._tasks, "method": self.method, "objective": self.objective,
             "seed": self.seed, **self.final_metrics(history),
         }  # fmt: skip
         title = f"{self.stream}, {self.protocol.replace('_', '-')}: {self.method}, {self.objective}"

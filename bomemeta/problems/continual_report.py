@@ -21,12 +21,12 @@ def figure_name(task: int) -> str:
 
 
 def matrix_of(history: Sequence[Mapping[str, float]]) -> Matrix:
-    """[milestones, tasks]"""
+    """[milestones, tasks]; NaN where a task's data had not been appended yet."""
     names = sorted(
-        (name for name in history[0] if name.startswith(PREFIX)),
+        (name for name in history[-1] if name.startswith(PREFIX)),
         key=lambda name: int(name.removeprefix(PREFIX)),
     )
-    return np.array([[figures[name] for name in names] for figures in history])
+    return np.array([[figures.get(name, np.nan) for name in names] for figures in history])
 
 
 def scores(matrix: Matrix, chance: Sequence[float]) -> dict[str, float]:
@@ -36,6 +36,8 @@ def scores(matrix: Matrix, chance: Sequence[float]) -> dict[str, float]:
     acc = mean_j a[T-1, j],  ft = mean_j a[j, j],  nbt = mean_j (a[j, j] - a[T-1, j]):  ft = acc +
     nbt fm  = mean_{j < T-1} (max_{i < T-1} a[i, j] - a[T-1, j])          CTN's forgetting measure
     bwt = mean_{j < T-1} (a[T-1, j] - a[j, j]) fwt = mean_{j > 0} (a[j-1, j] - chance_j)
+
+    What was not measured (NaN) is left out of fm and fwt; without any, there is no fwt.
     """
     t = len(matrix)
     learned = matrix[:, :t]
@@ -43,15 +45,19 @@ def scores(matrix: Matrix, chance: Sequence[float]) -> dict[str, float]:
     found = {"acc": last.mean(), "ft": own.mean(), "nbt": (own - last).mean()}
     if t > 1:
         found |= {
-            "fm": (learned[:-1, :-1].max(0) - last[:-1]).mean(),
+            "fm": (np.nanmax(learned[:-1, :-1], 0) - last[:-1]).mean(),
             "bwt": (last - own)[:-1].mean(),
-            "fwt": (learned.diagonal(1) - np.asarray(chance)[1:t]).mean(),
         }
+        ahead = learned.diagonal(1) - np.asarray(chance)[1:t]
+        if not np.isnan(ahead).all():
+            found["fwt"] = np.nanmean(ahead)
     return {name: float(value) for name, value in found.items()}
 
 
 def matrix_file(matrix: Matrix, about: Mapping[str, Any]) -> bytes:
-    return (json.dumps({**about, "matrix": matrix.tolist()}, indent=2) + "\n").encode()
+    """JSON; null where nothing was measured."""
+    rows = [[None if np.isnan(value) else value for value in row] for row in matrix.tolist()]
+    return (json.dumps({**about, "matrix": rows}, indent=2) + "\n").encode()
 
 
 def heat_map(matrix: Matrix, title: str) -> bytes:
@@ -63,7 +69,7 @@ def heat_map(matrix: Matrix, title: str) -> bytes:
             axes.text(
                 j,
                 i,
-                f"{100 * value:.0f}",
+                "" if np.isnan(value) else f"{100 * value:.0f}",
                 ha="center",
                 va="center",
                 color="black" if value > 0.6 else "white",
