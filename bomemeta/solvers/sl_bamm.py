@@ -77,6 +77,9 @@ class SLBAMM(UpperSteps):
     mu: Annotated[float, Field(ge=0, lt=1)] = (
         0.9  # at step 0; constant: at every step, and 0 makes psi = g
     )
+    gradient_mu: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # mu of psi where it is another than that of the step sizes; none: the same
+    )
     p: Positive = 10.0
     tau: Annotated[float, Field(ge=0)] = 1 / 40
     lower_lr: Positive = 0.1  # beta
@@ -114,7 +117,7 @@ class SLBAMM(UpperSteps):
             aux = self.lower_lr * k ** (-self.tau / 2) * mu**for_aux
             upper = self.lower_lr * k ** (-3 * self.tau / 2) * mu**for_upper
         return Rates(
-            mu,
+            mu if self.gradient_mu is None else self.gradient_mu,
             self.lower_lr,
             aux if self.aux_lr is None else self.aux_lr,
             upper if self.upper_lr is None else self.upper_lr,
