@@ -123,6 +123,27 @@ def test_t1_relative_errors_of_the_papers_schedule():
     assert errors == {1000: "7.43e-02", 3000: "1.37e-03"}
 
 
+def test_the_released_scripts_variant():
+    """mu = 0.1 in psi, the step sizes those of s3, Cauchy steps of v: against the recursion of one
+    coordinate, written out.
+    """
+    solver = SLBAMM(gradient_mu=0.1, aux_step="cauchy")
+    bench = Bench(attached(Analytic(case="bamm_convex", dim_upper=3)), solver, 1000)
+    x = y1 = y2 = 0.01
+    v1 = v2 = 0.0
+    mu = 0.1
+    for k in range(1, 1001):
+        upper_lr = 0.1 * k ** (-3 / 80) * (0.9 * k**-0.1) ** 3
+        r1, r2 = v1 - (y1 - 1), mu * v2 - (y2 - x)  # psi's Hessian is diag(1, mu)
+        eta = (r1**2 + r2**2) / (r1**2 + mu * r2**2)
+        d_x = (x - y2) - (-(1 - mu) * v1 - mu * v2)
+        y1, y2 = y1 - 0.1 * (mu * (y1 - 1) + (1 - mu) * (y1 - x)), y2 - 0.1 * mu * (y2 - x)
+        v1, v2, x = v1 - eta * r1, v2 - eta * r2, x - upper_lr * d_x
+        bench.advance()
+    assert bench.x().tolist() == pytest.approx([x] * 3, rel=1e-9)
+    assert abs(x - 1) == pytest.approx(4.76e-5, rel=1e-2)
+
+
 # The slowest mode is y_2 with its multiplier, at beta mu a step. Steps that are enough for the
 # tolerance, of the 20,000 of the source.
 @pytest.mark.parametrize(("mu", "steps", "wanted"), [(0.5, 900, 0.2), (0.1, 2500, 0.4475138122)])

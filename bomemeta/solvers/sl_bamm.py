@@ -62,7 +62,8 @@ class SLBAMM(UpperSteps):
         s1: a, b = 2, 7      s2: 1, 5      s3: 0, 3
 
     What the run tends to is the solution at its last mu, which is O(mu) from the bilevel problem's
-    own: p = 10 hardly lowers mu where that matters. Where the lower level is strongly convex,
+    own: p = 10 hardly lowers mu where that matters. `gradient_mu` freezes mu in psi alone; the authors'
+    released script has .1 there, and `aux_step: cauchy`. Where the lower level is strongly convex,
     `schedule: constant` with `mu: 0` has no such error. A v that belongs to a y at the edge of its
     admissible set is not the multiplier of that constraint: solutions are taken as interior.
 
