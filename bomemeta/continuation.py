@@ -22,7 +22,8 @@ def longer_notes(solver: Solver, saved: Checkpoint, steps: int | None) -> list[s
         if getattr(solver, name, "constant") != "cosine":
             continue
         warmup = getattr(solver, "upper_warmup_steps", 0) if name == "upper_schedule" else 0
-        at = [schedule_factor("cosine", saved.step, n, warmup=warmup) for n in (before, steps)]
+        now, *ends = (solver.upper_steps(n) for n in (saved.step, before, steps))
+        at = [schedule_factor("cosine", now, n, warmup=warmup) for n in ends]
         rate = name.replace("schedule", "lr")
         found.append(
             f"steps was {before} and is {steps}: solver.{name}: cosine falls to 0 over `steps`, so at step {saved.step} solver.{rate} is "

@@ -43,6 +43,7 @@ TENSORBOARD_TAGS = {
     "penalty": "implicit/penalty",
     "upper_norm": "upper/norm",
     "upper_update_norm": "upper/update_norm",
+    "upper_steps": "upper/steps",
     "learning_rate": "upper/learning_rate",
     "gradient_evaluations": "cost/gradient_evaluations",
     "hessian_products": "cost/hessian_products",

@@ -116,7 +116,7 @@ def profile(
     say: Callable[[str], None] = lambda text: None,
 ) -> Profile:
     """Takes `warm_up` and then `steps` steps of the config from its start; nothing is written, and
-    the run's folder is not touched.
+    the run's folder is not touched. They are steps in which x moves, whenever it does.
 
     With workers the steps run there, and then once more in this process, where the spans and
     torch's profiler listen. Raises ConfigError where the run has too few steps for that.
@@ -125,6 +125,7 @@ def profile(
         config, [*overrides, "evaluation.every_steps=null"]
     )  # a validation is no part of a step
     with trainer_of(settings, say) as trainer:
+        trainer.solver = trainer.solver.unpaced()
         if trainer.steps < warm_up + steps:
             raise ConfigError(
                 f"steps: the run has {trainer.steps}; {warm_up} to warm up and {steps} to profile are more: set fewer with --steps"
@@ -134,6 +135,7 @@ def profile(
         measured = trainer.advance(steps)
     here = settings.model_copy(update={"workers": 0})
     with trainer_of(here, say) as trainer:
+        trainer.solver = trainer.solver.unpaced()
         trainer.advance(warm_up)
         inside = within(trainer, steps)
         operations = operations_of(trainer, min(steps, 3))

@@ -39,6 +39,7 @@ _SHOWN = {
     "lower_loss": "lower loss",
     "multiplier": "lambda",
     "gap": "q",
+    "upper_steps": "steps of x",
     "validation_accuracy": "validation accuracy",
 }
 

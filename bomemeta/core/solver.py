@@ -123,6 +123,14 @@ class Solver(Recorded):
         """
         return {}
 
+    def upper_steps(self, steps: int) -> int:
+        """In how many of a run's first `steps` steps x moves. Default: in all."""
+        return steps
+
+    def unpaced(self) -> Solver:
+        """This solver with x moving in every step, for what looks at single steps. Default: itself."""
+        return self
+
     def examined_steps(self, steps: int | None) -> tuple[int, int] | None:
         """Where `examine` takes fewer inner steps than it usually would: how many, and of how many.
         None: it takes as many. Default.

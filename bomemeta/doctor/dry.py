@@ -166,7 +166,7 @@ class DryRun:
             return _ObservedWorker(shard_worker, counts, device)
 
         transport = SerialTransport(worker, threads=config.threads, device=self.device)
-        self.trainer = Trainer(config, problem, solver, transport)
+        self.trainer = Trainer(config, problem, solver.unpaced(), transport)
         # A stream's memory fills up: its last steps are those that need most.
         self._first = max(self.trainer.steps - 3, 0) if stream_length(problem) is not None else 0
 

@@ -87,7 +87,7 @@ def check(
 def _report(
     trainer: Trainer, cut: Subproblem, settle_steps: int, directions: int, say: Say
 ) -> Report:
-    solver, seed = trainer.solver, mixed_seed(trainer.config.seed)
+    solver, seed = trainer.solver.unpaced(), mixed_seed(trainer.config.seed)
     say(f"the direction of {label(trainer.solver)} at a fixed x")
     settled = settle(solver, cut.upper, cut.whole, settle_steps)
     say("the reference: y*, A v = grad_y f, eigenvalues of A")

@@ -40,7 +40,8 @@ from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable, schedule_factor
 from bomemeta.registry import solvers
 from bomemeta.solvers.lower_options import LowerOptions
-from bomemeta.solvers.upper_options import UpperOptions
+from bomemeta.solvers.pacing import evaluations, groups_of
+from bomemeta.solvers.upper_options import PacedOptions
 
 # T_eval of `examine`: K measured with the training T cannot see the bias that comes from T being
 # finite.
@@ -54,7 +55,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @solvers.register("bome")
 @dataclass(frozen=True, kw_only=True)
-class BOME(LowerOptions, UpperOptions):
+class BOME(LowerOptions, PacedOptions):
     """First-order bilevel optimisation with a dynamic barrier (Liu et al., NeurIPS 2022).
 
     Tasks whose y persists take one joint step, as in the paper. Fresh tasks are first adapted
@@ -83,14 +84,12 @@ class BOME(LowerOptions, UpperOptions):
         steps = self.adapt_steps + self.inner_steps if steps is None else steps
         return gradient_steps(oracle, start or oracle.init_lower(), steps, self.inner_lr)
 
-    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+    def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         full = self.barrier == "global" or (
             self.diagnose_every > 0 and run.step % self.diagnose_every == 0
         )
         kernel = measure if run.persistent else episode
-        now = replace(
-            self, lower_lr=self.lower_lr * schedule_factor(self.lower_schedule, run.step, run.steps)
-        )
+        now = self._now(run)
         sums, pending = run(kernel, now, upper.params, lower, keeps=run.persistent, full=full)
         metrics = mean_sums(sums, MEANS, run.tasks)
         if full:
@@ -111,6 +110,18 @@ class BOME(LowerOptions, UpperOptions):
             direction = sums["direction"]
         metrics |= upper.move(tree.scaled(1 / run.tasks, direction), run.step, run.project_upper)
         return StepResult(pending, metrics)
+
+    def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        sums, lower = run(move_lower_alone, self._now(run), upper.params, lower, keeps=True)
+        return StepResult(lower, mean_sums(sums, MEANS, run.tasks))
+
+    @property
+    def lower_step_size(self) -> float:
+        return self.lower_lr
+
+    def _now(self, run: Run) -> BOME:
+        factor = schedule_factor(self.lower_schedule, run.step, run.steps)
+        return replace(self, lower_lr=self.lower_lr * factor)
 
     def examine(
         self, upper: UpperVariable, lower: LowerStates, run: Run, steps: int | None = None
@@ -186,6 +197,28 @@ def move_lower(solver: BOME, oracle: Oracle, lower: LowerGroups, *, weight: floa
     )
 
 
+def move_lower_alone(solver: BOME, oracle: Oracle, lower: LowerGroups | None) -> KernelResult:
+    """Kernel: y alone along grad_y f + lambda_i grad_y g, with each task's own lambda_i, which wants
+    y_T with phi = gap only.
+    """
+    groups = groups_of(solver, oracle, lower)
+    at = groups["y"]
+    solved_value = None
+    if solver.phi == "gap":
+        solved = gradient_steps(oracle, at, solver.inner_steps, solver.inner_lr)
+        solved_value = oracle.lower(solved).value
+    local = _local_barrier(solver, oracle, at, solved_value)
+    multiplier = local.barrier.multiplier
+    sums: Sums = {
+        "upper_loss": local.upper_value.sum(),
+        "lower_loss": local.lower_value.sum(),
+        "multiplier": multiplier.sum(),
+        "multiplier_zero_share": (multiplier == 0).to(multiplier.dtype).sum(),
+        "gradient_evaluations": evaluations(oracle),
+    }
+    return KernelResult(sums, _moved(solver, oracle, groups, local.direction))
+
+
 class _Local(NamedTuple):
     barrier: Barrier  # per task, [B]
     direction: Params  # grad_y f + lambda_i grad_y g, computed in projection form
@@ -199,7 +232,7 @@ def _local_barrier(solver: BOME, oracle: Oracle, at: Params, solved_value: Tenso
     """Each task's own barrier from its lower block alone. `solved_value` = g(x, y_T), needed for
     phi = gap.
     """
-    f, g = oracle.upper(at), oracle.lower(at)
+    f, g = oracle.gradients(("upper", at), ("lower", at))
     gap = g.value - solved_value if solved_value is not None else torch.zeros_like(g.value)
     inner, sq_norm = tree.dot_tasks(f.lower, g.lower), tree.dot_tasks(g.lower, g.lower)
     local = barrier(solver.phi, solver.eta, gap, inner, sq_norm)

@@ -27,12 +27,12 @@ from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, St
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.registry import solvers
-from bomemeta.solvers.upper_options import UpperOptions
+from bomemeta.solvers.upper_options import PacedOptions
 
 
 @solvers.register("ctn")
 @dataclass(frozen=True, kw_only=True)
-class CTN(UpperOptions):
+class CTN(PacedOptions):
     """Alternating first-order steps (Pham et al., ICLR 2021, as released). Blind to what x does to
     y.
     """
@@ -48,7 +48,7 @@ class CTN(UpperOptions):
             self.inner_lr,
         )
 
-    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+    def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         sums, lower = run(alternate, self, upper.params, lower, keeps=run.persistent)
         return StepResult(lower, move_upper(upper, sums, run))
 

@@ -23,10 +23,18 @@ from bomemeta.core.inner import gradient_steps
 from bomemeta.core.krylov import LinearSystem
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.problem import must_define
-from bomemeta.core.solver import Kernel, KernelResult, LowerGroups, LowerStates, Run, StepResult
+from bomemeta.core.solver import (
+    Kernel,
+    KernelResult,
+    LowerGroups,
+    LowerStates,
+    Reduced,
+    Run,
+    StepResult,
+)
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
-from bomemeta.solvers.upper_options import UpperOptions
+from bomemeta.solvers.upper_options import PacedOptions
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -34,7 +42,7 @@ Steps = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImplicitSolver(UpperOptions):
+class ImplicitSolver(PacedOptions):
     """A solver with an implicit hypergradient. A subclass defines `solve`, and `warm`: whether v
     goes on from the last step's.
     """
@@ -58,14 +66,19 @@ class ImplicitSolver(UpperOptions):
             self.inner_lr,
         )
 
-    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+    def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        sums, lower = self.asked(upper, lower, run)
+        return StepResult(lower, move_upper(upper, sums, run))
+
+    def asked(self, upper: UpperVariable, lower: LowerStates, run: Run) -> Reduced:
+        """The step's one kernel, on all tasks."""
         kernel = self.tracking() if run.persistent else episode
         every = self.residual_every
         residual = every > 0 and (run.step % every == 0 or run.step == run.steps - 1)
-        sums, lower = run(
-            kernel, self, upper.params, lower, keeps=run.persistent, residual=residual
-        )
-        return StepResult(lower, move_upper(upper, sums, run))
+        return run(kernel, self, upper.params, lower, keeps=run.persistent, residual=residual)
+
+    def kept(self, at: Params) -> LowerGroups:
+        return {"v": tree.zeros_like(at)} if self.warm else {}
 
     def tracking(self) -> Kernel:
         """The kernel for tasks whose y persists."""

@@ -26,19 +26,27 @@ from bomemeta.core.oracle import Oracle
 from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
+from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
-from bomemeta.solvers.upper_options import UpperOptions
+from bomemeta.solvers.upper_options import PacedOptions
 
 
 @solvers.register("itd")
 @dataclass(frozen=True, kw_only=True)
-class ITD(UpperOptions):
+class ITD(PacedOptions):
     """Unrolled differentiation of the inner loop (Franceschi et al., ICML 2017)."""
 
     inner_steps: Annotated[int, Field(ge=1)] = 10  # T
     inner_lr: Annotated[float, Field(gt=0)] = 0.1
     # a y that persists goes on from the last step's end; off: from its start at every step
     warm_start: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.warm_start and self.paced:
+            raise ConfigError(
+                f"solver.warm_start: got false with warm_start_steps: {self.warm_start_steps} and upper_every: {self.upper_every}; y would "
+                "start anew in every step, and steps without x would be lost: set it to true, or take these two out"
+            )
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
         return gradient_steps(
@@ -48,7 +56,7 @@ class ITD(UpperOptions):
             self.inner_lr,
         )
 
-    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+    def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         sums, lower = run(unroll, self, upper.params, lower, keeps=run.persistent)
         return StepResult(lower, move_upper(upper, sums, run))
 

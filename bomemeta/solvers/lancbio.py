@@ -77,6 +77,7 @@ class LancBiO(ImplicitSolver):
             )
 
     def check(self, problem: Problem) -> None:
+        super().check(problem)
         draws = isinstance(problem, SharedProblem) and problem.minibatches
         if draws and self.subspace > 1:
             raise ConfigError(
@@ -90,6 +91,10 @@ class LancBiO(ImplicitSolver):
 
     def tracking(self) -> Kernel:
         return track
+
+    def kept(self, at: Params) -> LowerGroups:
+        zeros = tree.flatten_tasks(tree.zeros_like(at))
+        return {"krylov": krylov.lanczos(zeros, self.subspace)._asdict()}
 
 
 def track(
@@ -106,11 +111,7 @@ def track(
         solver.inner_steps,
         solver.inner_lr,
     )
-    state = (
-        Lanczos(**lower["krylov"])
-        if lower is not None
-        else krylov.lanczos(tree.flatten_tasks(tree.zeros_like(at)), solver.subspace)
-    )
+    state = Lanczos(**(solver.kept(at) if lower is None else lower)["krylov"])
     due = state.left == 0
     system = linear_system(oracle, at, torch.where(due, state.v, krylov.newest(state)))
     _, image = system.begin()

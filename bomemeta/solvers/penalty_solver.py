@@ -25,7 +25,8 @@ from bomemeta.core.problem import must_define
 from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult, mean_sums
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
-from bomemeta.solvers.upper_options import UpperOptions
+from bomemeta.solvers.pacing import evaluations, groups_of
+from bomemeta.solvers.upper_options import PacedOptions
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -35,7 +36,7 @@ MEANS = ("upper_loss", "lower_loss", "gap", "gradient_evaluations")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PenaltySolver(UpperOptions):
+class PenaltySolver(PacedOptions):
     """A solver with a penalty l (g(x, y) - g(x, z)) for the lower problem. A subclass defines
     `penalty_at` and `follow`.
     """
@@ -61,6 +62,12 @@ class PenaltySolver(UpperOptions):
         """The y that is kept, given f + l (g(y) - g(z)) and its gradients at `y`. Default: that y."""
         return y
 
+    def follow_alone(
+        self, oracle: Oracle, y: Params, z: Params, penalty: float
+    ) -> tuple[Params, Params]:
+        """(y, z) after a step in which x stands still. Default: as `follow`."""
+        return self.follow(oracle, y, z, penalty)
+
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
         return gradient_steps(
             oracle,
@@ -69,7 +76,7 @@ class PenaltySolver(UpperOptions):
             self.inner_lr,
         )
 
-    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+    def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         penalty = self.penalty_at(run.step)
         kernel = track if run.persistent else episode
         sums, lower = run(kernel, self, upper.params, lower, keeps=run.persistent, penalty=penalty)
@@ -80,6 +87,14 @@ class PenaltySolver(UpperOptions):
         }
         metrics |= mean_sums(sums, MEANS, run.tasks)
         return StepResult(lower, metrics | upper.move(direction, run.step, run.project_upper))
+
+    def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        penalty = self.penalty_at(run.step)
+        sums, lower = run(follow, self, upper.params, lower, keeps=True, penalty=penalty)
+        return StepResult(lower, {"penalty": penalty} | mean_sums(sums, MEANS, run.tasks))
+
+    def kept(self, at: Params) -> LowerGroups:
+        return {"z_offset": tree.zeros_like(at)}
 
 
 def episode(
@@ -103,6 +118,18 @@ def track(
     total = penalised(oracle, y, z, penalty)
     y = solver.leave(oracle, y, total)
     return KernelResult(_sums(oracle, total), {"y": y, "z_offset": tree.axpy(-1.0, y, z)})
+
+
+def follow(
+    solver: PenaltySolver, oracle: Oracle, lower: LowerGroups | None, *, penalty: float
+) -> KernelResult:
+    """Kernel: y and z move as in `track`, x stands still."""
+    groups = groups_of(solver, oracle, lower)
+    y = groups["y"]
+    y, z = solver.follow_alone(oracle, y, tree.axpy(1.0, groups["z_offset"], y), penalty)
+    offset = tree.axpy(-1.0, y, z)
+    sums = {"gradient_evaluations": evaluations(oracle)}
+    return KernelResult(sums, {"y": y, "z_offset": offset})
 
 
 def penalised(oracle: Oracle, y: Params, z: Params, penalty: float) -> Total:

@@ -23,14 +23,23 @@ from pydantic import Field
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.implicit import adjoint_sums, move_upper
+from bomemeta.core.implicit import MEANS, adjoint_sums, move_upper
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import G, Hessian, Oracle, Psi
-from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, StepResult
+from bomemeta.core.solver import (
+    KernelResult,
+    LowerGroups,
+    LowerStates,
+    Reduced,
+    Run,
+    StepResult,
+    mean_sums,
+)
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
+from bomemeta.solvers.pacing import Paced
 from bomemeta.solvers.upper_options import UpperSteps
 
 Positive = Annotated[float, Field(gt=0)]
@@ -52,7 +61,7 @@ class Rates(NamedTuple):
 
 @solvers.register("sl_bamm")
 @dataclass(frozen=True, kw_only=True)
-class SLBAMM(UpperSteps):
+class SLBAMM(Paced, UpperSteps):
     """Single-loop solver for lower levels that need not be strongly convex (sl-BAMM, Liu et al.,
     ICML 2023).
 
@@ -124,7 +133,7 @@ class SLBAMM(UpperSteps):
             upper if self.upper_lr is None else self.upper_lr,
         )
 
-    def start(self, upper: Params, steps: int) -> UpperVariable:
+    def start_upper(self, upper: Params, steps: int) -> UpperVariable:
         return self.moved_by(self.rates(0).upper, upper, steps)
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
@@ -135,13 +144,29 @@ class SLBAMM(UpperSteps):
             self.lower_lr,
         )
 
-    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+    def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         rates = self.rates(run.step)
+        sums, lower = self._asked(upper, lower, run, rates)
+        return StepResult(lower, {"mu": rates.mu, **move_upper(upper, sums, run, rates.upper)})
+
+    def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        """The same question as in a joint step: y and v move."""
+        rates = self.rates(run.step)
+        sums, lower = self._asked(upper, lower, run, rates)
+        return StepResult(lower, {"mu": rates.mu, **mean_sums(sums, MEANS, run.tasks)})
+
+    @property
+    def lower_step_size(self) -> float:
+        return self.lower_lr
+
+    def kept(self, at: Params) -> LowerGroups:
+        return {"v": tree.zeros_like(at)}
+
+    def _asked(self, upper: UpperVariable, lower: LowerStates, run: Run, rates: Rates) -> Reduced:
         kernel = (
             episode if not run.persistent else jacobi if self.order == "jacobi" else gauss_seidel
         )
-        sums, lower = run(kernel, self, upper.params, lower, keeps=run.persistent, rates=rates)
-        return StepResult(lower, {"mu": rates.mu, **move_upper(upper, sums, run, rates.upper)})
+        return run(kernel, self, upper.params, lower, keeps=run.persistent, rates=rates)
 
 
 def psi(mu: float) -> Psi:

@@ -18,10 +18,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bomemeta.core import krylov, tree
-from bomemeta.core.implicit import adjoint_sums
+from bomemeta.core.implicit import MEANS, adjoint_sums
 from bomemeta.core.krylov import LinearSystem
 from bomemeta.core.oracle import G, Oracle
-from bomemeta.core.solver import Kernel, KernelResult, LowerGroups
+from bomemeta.core.solver import (
+    Kernel,
+    KernelResult,
+    LowerGroups,
+    LowerStates,
+    Run,
+    StepResult,
+    mean_sums,
+)
+from bomemeta.core.upper import UpperVariable
 from bomemeta.registry import solvers
 from bomemeta.solvers.implicit_solver import ImplicitSolver, Positive, Steps
 
@@ -44,6 +53,11 @@ class SOBA(ImplicitSolver):
 
     def tracking(self) -> Kernel:
         return track
+
+    def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        """The same question as in a joint step: y and v move."""
+        sums, lower = self.asked(upper, lower, run)
+        return StepResult(lower, mean_sums(sums, MEANS, run.tasks))
 
 
 def track(

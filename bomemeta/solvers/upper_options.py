@@ -11,6 +11,7 @@ from bomemeta.core.optimizer import OptimizerName
 from bomemeta.core.solver import Solver
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import Schedule, UpperVariable
+from bomemeta.solvers.pacing import Paced
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -56,4 +57,12 @@ class UpperOptions(UpperSteps):
     upper_lr: Positive = 0.1  # the step of x
 
     def start(self, upper: Params, steps: int) -> UpperVariable:
+        return self.moved_by(self.upper_lr, upper, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PacedOptions(Paced, UpperOptions):
+    """The same with steps in which x stands still."""
+
+    def start_upper(self, upper: Params, steps: int) -> UpperVariable:
         return self.moved_by(self.upper_lr, upper, steps)

@@ -17,7 +17,7 @@ from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import Oracle, Total
 from bomemeta.core.tree import Params
 from bomemeta.registry import solvers
-from bomemeta.solvers.penalty_solver import PenaltySolver, Positive
+from bomemeta.solvers.penalty_solver import PenaltySolver, Positive, penalised_step
 
 
 @solvers.register("vpbgd")
@@ -32,6 +32,12 @@ class VPBGD(PenaltySolver):
 
     def follow(self, oracle: Oracle, y: Params, z: Params, penalty: float) -> tuple[Params, Params]:
         return y, gradient_steps(oracle, z, self.inner_steps, self.inner_lr)
+
+    def follow_alone(
+        self, oracle: Oracle, y: Params, z: Params, penalty: float
+    ) -> tuple[Params, Params]:
+        _, z = self.follow(oracle, y, z, penalty)
+        return penalised_step(self, oracle, y, penalty), z
 
     def leave(self, oracle: Oracle, y: Params, total: Total) -> Params:
         of_f, of_g, _ = total.lowers  # of the penalised g: its weight is in
