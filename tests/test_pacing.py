@@ -17,6 +17,7 @@ import bomemeta
 from bomemeta.assembly import trainer_of
 from bomemeta.checkpoint import upper_sha256
 from bomemeta.errors import ConfigError
+from bomemeta.metrics import read_metrics
 from bomemeta.registry import solvers
 from bomemeta.solvers.pacing import Paced
 
@@ -274,3 +275,21 @@ def resumed(straight: bomemeta.Result) -> list[str]:
             second.advance(7)
             found.append(upper_sha256(dict(second.state.upper.params)))
     return found
+
+
+@pytest.mark.parametrize("name", ["bome", "amigo_cg"])
+def test_doctor_counts_the_steps_without_x_as_a_run_has_them(name: str, tmp_path: Path) -> None:
+    keys = [*SMALL, f"solver.name={name}", "solver.inner_lr=0.5", "steps=9", "workers=0"]
+    report = bomemeta.doctor("mixing_quickstart", overrides=keys)
+    kinds = report.figures["steps_without_x"]
+    assert [kind["steps"] for kind in kinds.values()] == [2, 4]
+    assert any("x moves in 3 of 9 steps" in finding.text for finding in report.findings)
+    done = bomemeta.train("mixing_quickstart", [*keys, f"output_dir={tmp_path / 'run'}"])
+    assert done.run_dir is not None
+    lines = read_metrics(done.run_dir / "metrics.jsonl")
+    for kind, step in zip(kinds.values(), (1, 4), strict=True):
+        # A dry step has all blocks in one shard; the run has two.
+        assert kind["reduces"] == lines[step]["reduces"]
+        assert 2 * kind["bytes_reduced"] == lines[step]["bytes_reduced"]
+        assert kind["step_s"] > 0
+    assert report.figures["traffic"]["up"] == lines[3]["bytes_reduced"]

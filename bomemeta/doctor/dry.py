@@ -80,6 +80,15 @@ class Dry(NamedTuple):
     step_s: float  # of a later step, whole
 
 
+class Still(NamedTuple):
+    """What a step in which x stands still came to, on as many tasks as a `Dry`."""
+
+    reduces: int
+    bytes_reduced: int  # from one shard
+    worker_s: float
+    step_s: float
+
+
 class Plan(NamedTuple):
     """How a step's tasks are cut."""
 
@@ -206,13 +215,28 @@ class DryRun:
 
     def with_inner_steps(self, inner_steps: int) -> int:
         """Bytes of a worker in one step on one task with another T."""
-        solver: Solver = replaced(self.trainer.solver, {"inner_steps": inner_steps})
-        other = object.__new__(DryRun)
-        here = self.trainer
-        trainer = Trainer(here.config, here.problem, solver, here.transport)
-        other.__dict__ |= self.__dict__ | {"trainer": trainer}
+        other = self._with(replaced(self.trainer.solver, {"inner_steps": inner_steps}))
         other._start()
         return other._counted(1).worker
+
+    def still(self, solver: Solver, tasks: int, step: int) -> Still:
+        """Step `step` of this solver, in which x stands still: a second one of the kind, timed."""
+        other = self._with(solver)
+        other.trainer.start(step)
+        other._step(tasks)
+        other.trainer.state.step = step
+        self._counts.reset()
+        started = time.perf_counter()
+        run, _ = other._step(tasks)
+        step_s = time.perf_counter() - started
+        traffic = run.traffic
+        return Still(traffic.reduces, traffic.bytes_reduced, self._counts.seconds, step_s)
+
+    def _with(self, solver: Solver) -> DryRun:
+        other, here = object.__new__(DryRun), self.trainer
+        trainer = Trainer(here.config, here.problem, solver, here.transport)
+        other.__dict__ |= self.__dict__ | {"trainer": trainer}
+        return other
 
     def evaluation(self, tasks: int) -> tuple[int, float]:
         """Bytes and seconds of a worker that evaluates so many tasks at once."""

@@ -17,7 +17,7 @@ from bomemeta.config import Config, load_config
 from bomemeta.copies import copy_of
 from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.data.digest import digest_of
-from bomemeta.doctor import bundles, data, machine, memory, places, storage, traffic
+from bomemeta.doctor import bundles, data, machine, memory, places, standing, storage, traffic
 from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, Plan, line_through, plan_of
 from bomemeta.doctor.memory import Memory
 from bomemeta.doctor.places import Place, Workers
@@ -163,6 +163,7 @@ def _dry(
         say("dry steps on one task and on a few")
         dries = _few(run, problem, plan)
         measured = _measure(run, dries, plan, process, say)
+        still = standing.standing(run, solver, dries[-1].tasks)
     except DivergenceError as error:
         text = f"{label(config.solver)} diverges in its first steps: {error}"
         found.append(
@@ -206,12 +207,14 @@ def _dry(
         line_through([(one.tasks, one.worker_s) for one in dries]),
         evaluating,
         steps,
+        [(kind.steps, kind.still) for kind in still],
     )
     disk = traffic.needs_of(config, dries, problem.num_tasks, shared, steps)
     found += memory.memory(config, plan, place, workers, needs) + memory.inner_steps(config, needs)
     found += memory.states(config, plan, place, workers, dry, problem.num_tasks, shared)
     found += traffic.traffic(config, plan, place, workers, dry)
     found += traffic.times(config, place, workers, times, dry.tasks, steps, run.device)
+    found += standing.finding(still, steps, plan.shards)
     text = f"{label(config.solver)} takes problem {label(config.problem)}; whether its direction is right, `bomemeta check` says"
     found.append(Finding("OK", "solver", text))
     figures |= {
@@ -232,6 +235,9 @@ def _dry(
             **traffic.traffic_of(config, plan, place, workers, dry)._asdict(),
         },
         "seconds": times._asdict(),
+        "steps_without_x": {
+            kind.name: {"steps": kind.steps, **kind.still._asdict()} for kind in still
+        },
         "disk": disk._asdict(),
     }
     return disk

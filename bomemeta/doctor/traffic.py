@@ -4,11 +4,12 @@ workers. Seconds are estimates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from bomemeta.config import Config
 from bomemeta.core.problem import Problem
-from bomemeta.doctor.dry import Dry, Line, Plan
+from bomemeta.doctor.dry import Dry, Line, Plan, Still
 from bomemeta.doctor.places import Place, Workers, spread
 from bomemeta.doctor.report import Finding, duration, number, size
 from bomemeta.doctor.storage import TENSORBOARD_BYTES, Needs
@@ -66,22 +67,29 @@ class Times(NamedTuple):
 
 def times_of(
     config: Config, problem: Problem, plan: Plan, place: Place, workers: Workers, dries: list[Dry], worker: Line, evaluating: Line,
-    steps: int,
+    steps: int, still: Sequence[tuple[int, Still]] = (),
 ) -> Times:  # fmt: skip
+    """`still`: how many steps there are of each kind in which x stands still, and one of them."""
     dry = dries[-1]
-    driver = max(dry.step_s - dry.worker_s, 0.0)
     lanes = _lanes(config, place, workers)
     sizes = [plan.tasks // plan.shards + (i < plan.tasks % plan.shards) for i in range(plan.shards)]
-    if place.kind == "serial":
-        step = driver + sum(worker.at(tasks) for tasks in sizes)
-    else:
-        moved = (dry.sent_bytes + dry.bytes_reduced * plan.shards) / 1e6 * MEGABYTE_S
-        step = (
+
+    def estimate(one: Dry | Still) -> float:
+        driver = max(one.step_s - one.worker_s, 0.0)
+        share = one.worker_s / dry.worker_s if dry.worker_s > 0 else 1.0
+        if place.kind == "serial":
+            return driver + share * sum(worker.at(tasks) for tasks in sizes)
+        moved = (dry.sent_bytes + one.bytes_reduced * plan.shards) / 1e6 * MEGABYTE_S
+        return (
             driver
-            + -(-plan.shards // lanes) * worker.at(plan.largest)
-            + dry.reduces * ROUND_S
+            + -(-plan.shards // lanes) * share * worker.at(plan.largest)
+            + one.reduces * ROUND_S
             + moved
         )
+
+    step = estimate(dry)
+    moving = steps - sum(count for count, _ in still)
+    run = step * moving + sum(estimate(one) * count for count, one in still)
     evaluation = config.evaluation
     episodes = 0
     if problem.meta_tests:
@@ -99,7 +107,7 @@ def times_of(
     return Times(
         dry.step_s,
         step,
-        step * steps * config.seeds,
+        run * config.seeds,
         episodes * evaluating.each / lanes * config.seeds,
     )
 
