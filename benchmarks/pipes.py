@@ -7,7 +7,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -91,6 +91,9 @@ class PipeTransport:
         return list(handles)
 
     def guard(self, save: Callable[[], None]) -> None:
+        pass
+
+    def show(self, run: str, metrics: Mapping[str, float]) -> None:
         pass
 
     def close(self) -> None:

@@ -1,4 +1,6 @@
-"""Where a figure was measured: the line that belongs under every table."""
+"""Where a figure was measured: the line that belongs under every table; and what a run is told by the
+process that started it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from bomemeta.extras import versions
+
+# `train --restarts` sets it for the run: how often the run was started before.
+RESTARTS = "BOMEMETA_RESTARTS"
+
+
+def restarts_before() -> int:
+    """How often `--restarts` started this run again; 0 without it."""
+    said = os.environ.get(RESTARTS, "")
+    return int(said) if said.isdigit() else 0
 
 
 def environment() -> dict[str, Any]:

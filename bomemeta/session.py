@@ -29,6 +29,7 @@ from bomemeta.core.problem import Problem
 from bomemeta.core.solver import Solver
 from bomemeta.data.digest import as_texts, check_same_data, digest_of, other_data
 from bomemeta.engine import State, Trainer
+from bomemeta.environment import restarts_before
 from bomemeta.errors import (
     DivergenceError,
     LowerStateLost,
@@ -202,7 +203,7 @@ class _Session:
                 trainer.transport.guard(lambda: stop.save_now(self.note, save_kept))
                 try:
                     trainer.fit(
-                        log=self._log_step,
+                        log=functools.partial(self._log_step, trainer),
                         save=lambda state: self._save(trainer),
                         roll_back=functools.partial(self._roll_back, trainer),
                         stop=stop,
@@ -293,10 +294,13 @@ class _Session:
         if self._log is not None:
             self._log.go_back(trainer.state.step)
 
-    def _log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _log_step(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         self._folder.check_there(self._identity)
         if self._log is not None:
             self._log.write(step, metrics)
+        name = str(self._folder.location) if self._folder.kept else "run"
+        counted = {"step": step + 1.0, "restarts": restarts_before()}
+        trainer.transport.show(name, {**metrics, **counted})
         self._listener.step(step, metrics)
         for finding in self._health.update(step, metrics):
             self.note(finding)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bomemeta.document import apply_overrides, find_config, read_document
+from bomemeta.environment import RESTARTS
 from bomemeta.errors import ConfigError
 from bomemeta.storage import is_uri
 
@@ -108,9 +109,11 @@ def supervise(
         )
     seen: frozenset[str] | None = None
     alike = 0  # deaths in a row with the same checkpoints
+    begun = 0
     with _held_back() as mask:
         while True:
-            code, stopped = _run(command, mask)
+            code, stopped = _run(command, mask, begun)
+            begun += 1
             if code >= 0 and (code != TRY_AGAIN or stopped):
                 return code
             killer = _name(-code)
@@ -179,10 +182,16 @@ def _held_back() -> Iterator[set[Any]]:
         signal.signal(signal.SIGCHLD, chld)
 
 
-def _run(command: Sequence[str], mask: set[Any]) -> tuple[int, bool]:
-    """Runs the command once; its code (-N: signal N), and whether it was asked to stop."""
+def _run(command: Sequence[str], mask: set[Any], before: int) -> tuple[int, bool]:
+    """Runs the command once, `before` times after the first; its code (-N: signal N), and whether it
+    was asked to stop.
+    """
     prctl = ctypes.CDLL(None, use_errno=True).prctl
-    child = subprocess.Popen(command, preexec_fn=partial(_tie, prctl, os.getpid(), mask))
+    child = subprocess.Popen(
+        command,
+        preexec_fn=partial(_tie, prctl, os.getpid(), mask),
+        env=os.environ | {RESTARTS: str(before)},
+    )
     stopped = False
     while child.poll() is None:
         info = signal.sigwaitinfo({*STOPS, signal.SIGCHLD})

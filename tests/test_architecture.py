@@ -65,6 +65,7 @@ WITH_RAY = {
     "distributed/cluster.py",
     "distributed/collective.py",
     "distributed/fleet.py",
+    "distributed/gauges.py",
     "distributed/losses.py",
     "distributed/node.py",
     "distributed/process_group.py",

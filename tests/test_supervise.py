@@ -120,6 +120,7 @@ def test_after_n_restarts_without_a_new_checkpoint_it_gives_up(killer, hint, tmp
 def test_a_new_checkpoint_gives_all_restarts_back(tmp_path):
     """Also one of a seed. Of 5 deaths none but the fourth has the checkpoints of the one before."""
     script = """
+        echo $BOMEMETA_RESTARTS >> restarts
         n=$(($(cat n 2>/dev/null || echo 0) + 1)); echo $n > n; mkdir -p run/checkpoints run/seed-1/checkpoints
         case $n in
           1|2) rm -f run/checkpoints/*; touch run/checkpoints/step_0000000$n.pt;;
@@ -133,6 +134,7 @@ def test_a_new_checkpoint_gives_all_restarts_back(tmp_path):
     restarts = [line.partition("restart ")[2].partition(",")[0] for line in lines_of(process)]
     assert restarts == ["1 of 2", "1 of 2", "1 of 2", "2 of 2", "1 of 2"]
     assert process.returncode == 7
+    assert (tmp_path / "restarts").read_text().split() == ["0", "1", "2", "3", "4", "5"]
 
 
 def test_checkpoints_at_a_uri_are_seen(tmp_path):

@@ -83,6 +83,11 @@ class Fleet(Slots):
         self._looked_at = 0.0  # when the cluster was last asked for room
         self._asked_autoscaler = False
 
+    @property
+    def alive(self) -> int:
+        """How many workers are built and, as far as is known, there."""
+        return sum(len(self.in_phase(each)) for each in (Phase.IDLE, Phase.BUSY, Phase.DRAINING))
+
     def start(self, deadline: float) -> None:
         """Begins to start the workers, which have time until `deadline` (monotonic seconds).
 

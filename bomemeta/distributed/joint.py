@@ -185,6 +185,9 @@ class _Gathering:
     def guard(self, save: Callable[[], None]) -> None:
         pass
 
+    def show(self, run: str, metrics: Mapping[str, float]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,6 +25,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 from bomemeta.distributed import cluster, node
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.fleet import EventSink, Fleet
+from bomemeta.distributed.gauges import Gauges
 from bomemeta.distributed.head import HeadWatch
 from bomemeta.distributed.losses import state_lost
 from bomemeta.distributed.ray_round import RayRound
@@ -60,6 +61,7 @@ class RayTransport:
         self._fleet = Fleet(factory, options, on_event)
         self._scheduler = Scheduler()
         self._collective: Any = None
+        self._gauges = Gauges()
         self._largest, self._spills = 0, False  # bytes sent so far; whether that was noted
         self._head: HeadWatch | None = None
         self._save: Callable[[], None] = nothing
@@ -193,6 +195,11 @@ class RayTransport:
     def guard(self, save: Callable[[], None]) -> None:
         """See Transport.guard: called where the cluster's head does not answer."""
         self._save = save
+
+    def show(self, run: str, metrics: Mapping[str, float]) -> None:
+        """See Transport.show; the workers' numbers are added."""
+        here = {"workers_alive": float(self._fleet.alive)}
+        self._gauges.show(run, {**metrics, **here}, self._fleet.replacements)
 
     def _note_spilling(self, size: int) -> None:
         """Says once that what is sent each round is larger than the object store. Each size is

@@ -5,7 +5,7 @@ must equal bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,9 @@ class SerialTransport:
         return [_read_only(handle) for handle in handles]
 
     def guard(self, save: Callable[[], None]) -> None:
+        pass
+
+    def show(self, run: str, metrics: Mapping[str, float]) -> None:
         pass
 
     def close(self) -> None:

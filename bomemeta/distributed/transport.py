@@ -4,7 +4,7 @@ same way, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -136,6 +136,12 @@ class Transport(Protocol):
     def guard(self, save: Callable[[], None]) -> None:
         """`save` is called, from a thread of its own and perhaps while a round is on its way, where
         what the transport runs on seems to be going.
+        """
+        ...
+
+    def show(self, run: str, metrics: Mapping[str, float]) -> None:
+        """Shows a step's metrics where the operators of the machines look: in Ray's own, tagged with
+        the name of the run.
         """
         ...
 
