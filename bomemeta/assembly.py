@@ -129,6 +129,7 @@ def open_transport(
         threads=config.threads,
         cpus_per_worker=config.cpus_per_worker,
         gpus_per_worker=config.gpus_per_worker,
+        worker_labels=config.worker_labels,
         address=config.address,
         step_timeout_s=config.step_timeout_s,
         start_timeout_s=config.start_timeout_s,

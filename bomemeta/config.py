@@ -96,6 +96,7 @@ class Settings(_Record):
     threads: _Positive = 1  # changes the result: a sum over more threads is added in another order
     cpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 0.0
+    worker_labels: Annotated[dict[str, str], _ASIDE] = {}
     address: Annotated[str | None, _ASIDE] = None
     address_wait_s: Annotated[float, Field(ge=0), _ASIDE] = 600.0  # with --restarts
     reduce: Annotated[Literal["driver", "tree", "collective"], _ASIDE] = "driver"

@@ -35,6 +35,7 @@ class RunKeys(TypedDict, total=False):
     threads: int
     cpus_per_worker: float
     gpus_per_worker: float
+    worker_labels: Mapping[str, str]
     address: str | None
     reduce: Literal["driver", "tree", "collective"]
     backup_after: float | None

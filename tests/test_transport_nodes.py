@@ -20,11 +20,11 @@ from ray._raylet import Config
 from ray.cluster_utils import Cluster
 
 import bomemeta
-from bomemeta.distributed import cluster, private
+from bomemeta.distributed import capacity, cluster, private
 from bomemeta.distributed.ray_transport import RayOptions, RayTransport
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.transport import ShardCall
-from bomemeta.errors import ClusterError, LowerStateLost
+from bomemeta.errors import ClusterError, ConfigError, LowerStateLost
 from bomemeta.metrics import read_metrics
 
 WIDE: dict[str, Any] = {
@@ -122,6 +122,40 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> bomemeta.Result:
 def test_an_address_where_nobody_listens():  # before the file's cluster is there to be joined
     with pytest.raises(ClusterError, match=r"no Ray cluster could be joined at 127\.0\.0\.1:1"):
         RayTransport(Adder, RayOptions(workers=1, address="127.0.0.1:1"))
+
+
+def test_labels_match_as_with_ray():
+    node = {"kind": "fast"}
+    for selector in ["fast", "in(fast, faster)", "in(slow,fast)", "!slow", "!in(slow, slower)"]:
+        assert capacity.matches(node, {"kind": selector}), selector
+    for selector in ["slow", "fas", "in(slow, slower)", "!fast", "!in(slow, fast)"]:
+        assert not capacity.matches(node, {"kind": selector}), selector
+    assert not capacity.matches(node, {"kind": "fast", "zone": "a"})
+    assert capacity.matches(node, {"zone": "!a"})  # a label that is not there is no such value
+    assert capacity.matches(node, {})
+
+
+def test_workers_are_placed_by_labels(nodes, tmp_path):
+    with_nodes(nodes, 1)
+    labelled = nodes.add_node(num_cpus=1, labels={"kind": "fast"})
+    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 3)
+    (fast,) = (node["NodeID"] for node in ray.nodes() if node["Labels"].get("kind") == "fast")
+    for selector, there in [("fast", True), ("!in(fast, faster)", False)]:
+        options = RayOptions(workers=1, worker_labels={"kind": selector})
+        with closing(RayTransport(Adder, options)) as transport:
+            all_ready(transport, 1)
+            assert [node == fast for node in transport.worker_nodes()] == [there], selector
+    with pytest.raises(ClusterError, match=r"worker_labels kind=fast \(1 of 3 nodes\) has 1 CPU"):
+        RayTransport(Adder, RayOptions(workers=2, worker_labels={"kind": "fast"}))
+    keys = ["workers=1", "worker_labels={kind: huge}", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(
+        ClusterError,
+        match=r"worker_labels: got kind=huge, and no node of the cluster \(3 nodes\) is so: there are kind=fast\. Change",
+    ):
+        bomemeta.train(WIDE, keys)
+    nodes.remove_node(labelled, allow_graceful=True)
+    with pytest.raises(ConfigError, match=r"worker_labels: got .*Invalid label selector value"):
+        RayOptions(workers=1, worker_labels={"kind": "in(fast"})
 
 
 def test_a_lost_node(nodes, tmp_path):

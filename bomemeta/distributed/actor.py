@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -85,7 +86,9 @@ def crash_on(node_id: str, pid: int) -> str | None:
     return found
 
 
-def actor_class(cpus: float, gpus: float, strategy: str | None) -> Any:
+def actor_class(
+    cpus: float, gpus: float, strategy: str | None, labels: Mapping[str, str] | None = None
+) -> Any:
     """ShardActor as Ray makes it. Ray repeats nothing by itself: `transport` says why.
 
     Out of order: an actor that executes its calls in order of their numbers waits 30 s for a call
@@ -100,6 +103,7 @@ def actor_class(cpus: float, gpus: float, strategy: str | None) -> Any:
         max_task_retries=0,
         allow_out_of_order_execution=True,
         scheduling_strategy=strategy,
+        label_selector=dict(labels) if labels else None,
     )(ShardActor)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import ray
+from ray._private.state import available_resources_per_node
 
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.errors import ClusterError
@@ -45,6 +46,8 @@ def check_capacity(options: RayOptions, say: Callable[[str], None] = lambda line
     told = False
     while (capacity := _capacity(options)).now < workers:
         if (capacity.at_all < workers and not waits) or time.monotonic() > deadline:
+            if (missing := _unmatched(options)) is not None:
+                raise ClusterError(missing)
             hint = "" if waits else ", or wait for room with wait_for_room_s="
             raise ClusterError(
                 f"{workers} workers of {options.cpus_per_worker:g} CPU and {options.gpus_per_worker:g} GPU each do not fit: "
@@ -58,10 +61,22 @@ def check_capacity(options: RayOptions, say: Callable[[str], None] = lambda line
 
 
 def _capacity(options: RayOptions) -> _Capacity:
-    bundles = _placement_bundles()
+    bundles, labels = _placement_bundles(), options.worker_labels
     if bundles is None:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        chosen = [node for node in alive if matches(node["Labels"], labels)]
+        nodes = [node["Resources"] for node in chosen]
         where, free = f"the cluster ({len(nodes)} nodes)", ray.available_resources()
+        if labels:
+            where = f"the part of the cluster with worker_labels {said(labels)} ({len(nodes)} of {len(alive)} nodes)"
+            each = available_resources_per_node()
+            there = [each.get(node["NodeID"], {}) for node in chosen]
+            free = {name: _sum(there, name) for name in ("CPU", "GPU")}
+    elif labels:
+        raise ClusterError(
+            f"worker_labels: got {said(labels)} in a placement group, as of a trial of Ray Tune: the group says where the "
+            "workers are. Take worker_labels out"
+        )
     else:
         nodes = bundles
         where, free = (
@@ -76,6 +91,46 @@ def _capacity(options: RayOptions) -> _Capacity:
     return _Capacity(at_all, min(at_all, _room(free, options)), where)
 
 
+def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether a node's labels are what a selector asks for: VALUE, !VALUE, in(A, B) or !in(A, B). As
+    with Ray, a label that is not there is none of these values.
+    """
+    for key, wanted in selector.items():
+        listed = wanted.removeprefix("!")
+        inside = listed[3:-1].split(",") if listed.startswith("in(") else [listed]
+        there = labels.get(key) in {value.strip() for value in inside}
+        if there == wanted.startswith("!"):
+            return False
+    return True
+
+
+def said(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels.items())
+
+
+def _unmatched(options: RayOptions) -> str | None:
+    """What is to be said where no node has the labels."""
+    alive = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    selector = options.worker_labels
+    if not selector or any(matches(labels, selector) for labels in alive):
+        return None
+    there = {
+        f"{key}={labels[key]}"
+        for labels in alive
+        for key in selector
+        if labels.get(key) is not None
+    }
+    have = (
+        f"there are {', '.join(sorted(there))}"
+        if there
+        else f"none has a label {', '.join(selector)}"
+    )
+    return (
+        f"worker_labels: got {said(selector)}, and no node of the cluster ({len(alive)} nodes) is so: {have}. Change the key, "
+        "or start nodes with `ray start --labels=NAME=VALUE`"
+    )
+
+
 def ask_autoscaler(options: RayOptions, workers: int) -> None:
     """Tells the cluster's autoscaler, where there is one, that so many workers are wanted; 0 takes
     the request back.
@@ -84,7 +139,9 @@ def ask_autoscaler(options: RayOptions, workers: int) -> None:
 
     wanted = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
     bundle = {name: math.ceil(amount) for name, amount in wanted.items() if amount > 0}
-    request_resources(bundles=[bundle] * workers if bundle else [])
+    bundles = [bundle] * workers if bundle else []
+    labels = [dict(options.worker_labels)] * len(bundles) if options.worker_labels else None
+    request_resources(bundles=bundles, bundle_label_selectors=labels)
 
 
 def _room(resources: Mapping[str, float], options: RayOptions) -> int:

@@ -10,15 +10,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import ray
 from ray._private import ray_constants, services
+from ray._private.label_utils import validate_label_selector
 
 from bomemeta.distributed.node import patient, ray_children, reap
 from bomemeta.distributed.private import make_token, session_folder
@@ -60,6 +61,7 @@ class RayOptions:
     threads: int = 1  # torch threads of each worker
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    worker_labels: Mapping[str, str] = field(default_factory=dict)  # Ray's selectors, by label
     address: str | None = None
     step_timeout_s: float = 300.0  # a call without an answer for this long means a hung worker
     start_timeout_s: float = (
@@ -88,6 +90,8 @@ class RayOptions:
             raise ConfigError(
                 f"ray: backup_after is {self.backup_after:g}; it must be greater than 1, a call's usual time"
             )
+        if fault := validate_label_selector(dict(self.worker_labels)):
+            raise ConfigError(f"worker_labels: got {dict(self.worker_labels)}: {fault}")
         for name in ("workers", "threads", "step_timeout_s", "start_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(

@@ -320,7 +320,10 @@ class Fleet(Slots):
     def _begin_start(self, slot: Slot) -> None:
         options = self.options
         made = actor_class(
-            options.cpus_per_worker, options.gpus_per_worker, capacity.scheduling_strategy()
+            options.cpus_per_worker,
+            options.gpus_per_worker,
+            capacity.scheduling_strategy(),
+            options.worker_labels,
         )
         slot.actor, slot.process = made.remote(), None
         slot.unreached = 0

@@ -20,6 +20,10 @@ def bundles_of(config: Config, driver_cpus: float) -> list[dict[str, float]]:
         raise ConfigError(
             f"workers: got {config.workers!r}, wanted a number: a trial's placement group has a fixed size"
         )
+    if config.worker_labels:
+        raise ConfigError(
+            f"worker_labels: got {config.worker_labels}; a trial's placement group says where its workers are. Take it out"
+        )
     worker = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     own = {"CPU": driver_cpus, "GPU": config.gpus_per_worker if config.workers == 0 else 0.0}
     return [
