@@ -33,6 +33,7 @@ CLUSTER_FIELDS = {
     "workerGroupSpecs",
     "enableInTreeAutoscaling",
     "autoscalerOptions",
+    "authOptions",
 }
 GROUP_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
 # Every run below is this short, in this process's own machine, whatever the file says of workers.
@@ -69,6 +70,7 @@ def test_every_file_is_tested() -> None:
         *CLUSTERS,
         "rayjob.yaml",
         "Dockerfile",
+        "grafana.json",  # tests/test_gauges.py
     }
 
 
@@ -163,6 +165,19 @@ def test_slurm_runs_the_command_on_the_first_node(tmp_path):
     )
     assert options["ntasks-per-node"] == "1"
     assert "requeue" in options
+
+
+def test_clusters_want_a_token() -> None:
+    job = yaml.safe_load(text("rayjob.yaml"))["spec"]["rayClusterSpec"]
+    assert job["authOptions"] == {"mode": "token"}
+    assert tuple(map(int, job["rayVersion"].split("."))) >= (2, 52, 0)  # KubeRay refuses older ones
+    for name in CLUSTERS:
+        config = yaml.safe_load(text(name))
+        assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+        for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+            settings, start = config[key][-1].split(";", 1)
+            assert "RAY_AUTH_MODE=token" in settings.split(), (name, key)
+            assert " ray start " in start
 
 
 def test_symmetric_run_takes_these_options() -> None:
