@@ -72,6 +72,7 @@ class Checkpointing(_Record):
 class Logging(_Record):
     every_steps: _Positive = 20
     tensorboard: bool = True
+    to: list[Literal["mlflow", "wandb"]] = []
 
 
 class Settings(_Record):

@@ -47,6 +47,7 @@ from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
 from bomemeta.signals import stop_on_signal
 from bomemeta.stages import grown, stage_of, stages_of
+from bomemeta.trackers import Trackers
 
 
 def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
@@ -160,6 +161,7 @@ class _Session:
         self._health = HealthMonitor()
         self._notes: list[str] = []
         self._log: MetricsLog | None = None
+        self._trackers: Trackers | None = None
         self._saving = threading.Lock()
         self._saved_step = 0
         self._identity = folder.identity()
@@ -184,6 +186,8 @@ class _Session:
         for made in (problem.data, problem):  # what they left out, in sentences
             for text in getattr(made, "notes", ()):
                 self.note(text)
+        record = self._config.to_dict()
+        self._trackers = Trackers(self._config.log.to, self._folder, record, self.note)
         with (
             within_memory(self._config.to_dict(), limited=False),
             closing(self),
@@ -216,6 +220,7 @@ class _Session:
             metrics = self._evaluated(trainer) if judged else {}
             self._listener.close()
             result = self._result(state, metrics, stop.signal if interrupted else None, interrupted)
+            self._trackers.end(metrics, "interrupted" if interrupted else "done")
             if judged:
                 self._folder.check_there(self._identity)
                 seconds = time.perf_counter() - started
@@ -240,6 +245,8 @@ class _Session:
 
     def close(self) -> None:
         self._listener.close()
+        if self._trackers is not None:
+            self._trackers.end({}, "failed")  # nothing where it has ended
         if self._log is not None:
             self._log.close()
 
@@ -298,6 +305,8 @@ class _Session:
         self._folder.check_there(self._identity)
         if self._log is not None:
             self._log.write(step, metrics)
+        if self._trackers is not None:
+            self._trackers.write(step, metrics)
         name = str(self._folder.location) if self._folder.kept else "run"
         counted = {"step": step + 1.0, "restarts": restarts_before()}
         trainer.transport.show(name, {**metrics, **counted})
