@@ -75,6 +75,7 @@ WITH_RAY = {
     "doctor/cluster.py",
     "serve/serving.py",
     "submit.py",
+    "tune/exchange.py",
     "tune/placement.py",
     "tune/progress.py",
     "tune/schedulers.py",

@@ -1,5 +1,5 @@
 """Searches for hyperparameters with Ray Tune: `bomemeta tune`, and `trainable` for a Tuner of one's
-own.
+own; a run's folder as a checkpoint and a trial of Ray's.
 """
 
 from __future__ import annotations
@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Any
 from bomemeta.callable_module import callable_as
 
 if TYPE_CHECKING:
+    from bomemeta.tune.exchange import as_checkpoint, as_trial, from_checkpoint
     from bomemeta.tune.outcome import Row, SearchResult
     from bomemeta.tune.search import tune
     from bomemeta.tune.trial import trainable
 
-__all__ = ["Row", "SearchResult", "trainable", "tune"]
+__all__ = [
+    "Row",
+    "SearchResult",
+    "as_checkpoint",
+    "as_trial",
+    "from_checkpoint",
+    "trainable",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +35,10 @@ def __getattr__(name: str) -> Any:
         from bomemeta.tune.trial import trainable
 
         return trainable
+    if name in {"as_checkpoint", "as_trial", "from_checkpoint"}:
+        from bomemeta.tune import exchange
+
+        return getattr(exchange, name)
     if name in {"Row", "SearchResult"}:
         from bomemeta.tune import outcome
 
