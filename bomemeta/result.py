@@ -14,7 +14,7 @@ from bomemeta.errors import ConfigError
 from bomemeta.sections import label
 
 if TYPE_CHECKING:
-    from bomemeta.predict import FewShotClassifier, TrainedModel
+    from bomemeta.predict import FewShotClassifier, FewShotRegressor, TrainedModel
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,16 @@ class Result:
         from bomemeta.predict import FewShotClassifier
 
         return FewShotClassifier(self.model())
+
+    def regressor(self) -> FewShotRegressor:
+        """A regressor on the trained x, to be fitted to a few points of a new function. Problem
+        few_shot_regression alone.
+        """
+        from bomemeta.predict import FewShotRegressor
+
+        made = FewShotRegressor(self.model())
+        _ = made.trained  # raises for another problem
+        return made
 
     def module(self) -> nn.Module:
         """The trained backbone as an ordinary module, images `[n, C, H, W]` to features `[n, d]`.

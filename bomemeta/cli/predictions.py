@@ -95,6 +95,43 @@ def predict(
 
 
 @app.command()
+def trials(
+    run_dir: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_DIR|CLF", help="The folder of a trained run, or of a classifier."
+        ),
+    ],
+    where: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TRIALS",
+            help="A folder of TRIAL/support/CLASS/IMAGE and TRIAL/query/CLASS/IMAGE, of Lake's runs, or an .npz.",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="All predictions, as JSON.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Judge a run's classifier on given trials, each fitted to its own support images."""
+    with reported():
+        from bomemeta.predict import TrialsResult, load_classifier
+        from bomemeta.predict.trials import evaluate_trials, trials_of
+
+        classifier, given, outcomes = load_classifier(run_dir, trust=trust), trials_of(where), []
+        for outcome in evaluate_trials(classifier, given):
+            outcomes.append(outcome)
+            if not as_json:
+                typer.echo(f"{outcome.name}\t{100 * outcome.accuracy:.2f} %")
+        result = TrialsResult(outcomes)
+        if as_json:
+            typer.echo(json.dumps(result.to_dict(), indent=1))
+        else:
+            width = result.half_width
+            spread = "" if width is None else f" +- {100 * width:.2f}"
+            typer.echo(f"{len(outcomes)} trials: {100 * result.accuracy:.2f}{spread} %")
+
+
+@app.command()
 def export(
     clf: Classifier,
     file: Annotated[

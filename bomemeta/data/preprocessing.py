@@ -82,6 +82,13 @@ class Preprocessing:
         centred = images - torch.tensor(self.mean)[:, None, None]
         return centred / torch.tensor(self.std)[:, None, None]
 
+    def in_unit_range(self, images: Tensor) -> Tensor:
+        """The inverse of `normalised`, in [0, 1]."""
+        if self.mean:
+            images = images * torch.tensor(self.std)[:, None, None]
+            images = images + torch.tensor(self.mean)[:, None, None]
+        return images.clamp(0, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` is the way back."""
         return asdict(self)

@@ -14,6 +14,7 @@ from bomemeta.core.problem import Problem
 from bomemeta.data.episodes import EpisodeSpec, Split
 from bomemeta.doctor.report import Finding
 from bomemeta.errors import DataError
+from bomemeta.problems.few_shot import FewShot
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 # Beyond this a data set is taken to have no limit.
@@ -109,6 +110,9 @@ def batch_norm(problem: Problem) -> list[Finding]:
 
 
 def _spec(problem: Any, split: Split) -> EpisodeSpec:
+    """The problem's own word, or that of a user's with keys of these names."""
+    if isinstance(problem, FewShot):
+        return problem.spec(split)
     return EpisodeSpec(
         problem.ways, problem.shots, problem.queries if split == "train" else problem.test_queries
     )

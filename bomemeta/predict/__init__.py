@@ -2,5 +2,9 @@
 
 from bomemeta.predict.classifier import FewShotClassifier, load_classifier
 from bomemeta.predict.model import TrainedModel
+from bomemeta.predict.regressor import FewShotRegressor
+from bomemeta.predict.trials import Trial, TrialOutcome, TrialsResult
 
-__all__ = ["FewShotClassifier", "TrainedModel", "load_classifier"]
+__all__ = [
+    "FewShotClassifier", "FewShotRegressor", "TrainedModel", "Trial", "TrialOutcome", "TrialsResult", "load_classifier",
+]  # fmt: skip

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.exceptions import NotFittedError
 
+from bomemeta.data.episode_check import checked
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.predict.inputs import Examples, class_array, examples_of, pixels_of, sorted_by_class
-from bomemeta.predict.model import TrainedModel
+from bomemeta.predict.model import TrainedModel, validation_source
 from bomemeta.predict.task import Task, few_shot, fitted, images_of, together
+from bomemeta.predict.trials import TrialsResult, evaluate_trials, trials_of
+from bomemeta.problems.few_shot import SPLITS
 
 Policy = Literal["inductive", "transductive", "running"]
+CALIBRATION_EPISODES = 50
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -101,20 +106,44 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         task = self.task()
         return self._by_parts(self._pixels(X), task.embed).double().numpy()
 
-    def calibrate(self, X: Any, y: Any = None, *, keep: float = 0.95) -> float:
-        """Sets `reject_below` so that the share `keep` of these images of known classes is answered.
+    def calibrate(self, X: Any = None, y: Any = None, *, keep: float = 0.95) -> float:
+        """Sets `reject_below` so that the share `keep` of images of known classes is answered.
 
-        Give images that were not fitted. Returns the threshold.
+        X, y: images of the fitted classes that were not fitted. Without them: the queries of the run's
+        own validation episodes, whose data is then read. Returns the threshold.
         """
         if not 0 < keep < 1:
             raise ConfigError(f"keep: got {keep}; wanted a share between 0 and 1, as in 0.95")
-        examples = examples_of(X, y, self._preprocessing)
-        unknown = sorted({*examples.classes.tolist()} - {*self.classes_.tolist()}, key=str)
-        if unknown:
-            raise DataError(f"calibrate: class {unknown[0]!r} is not among those fitted")
-        best = self._similarity(examples.pixels).max(1)
+        if X is None:
+            best = np.concatenate([*self._validation_similarities()])
+        else:
+            examples = examples_of(X, y, self._preprocessing)
+            unknown = sorted({*examples.classes.tolist()} - {*self.classes_.tolist()}, key=str)
+            if unknown:
+                raise DataError(f"calibrate: class {unknown[0]!r} is not among those fitted")
+            best = self._similarity(examples.pixels).max(1)
         self.reject_below = float(np.quantile(best, 1 - keep))
         return self.reject_below
+
+    def _validation_similarities(self) -> Iterator[NDArray[np.float64]]:
+        """Of each validation episode: its queries' greatest similarity to a class of it."""
+        problem = few_shot(self.trained)
+        source, pixels = validation_source(self.trained), self._preprocessing.in_unit_range
+        for task in range(CALIBRATION_EPISODES):
+            key = (problem.seed, SPLITS.index("validation"), task)
+            episode = checked(source, "validation", problem.spec("validation"), key)
+            other: FewShotClassifier = clone(self)
+            other.fit(pixels(episode.support), episode.support_labels)
+            yield other.similarity(pixels(episode.query)).max(1)
+
+    def evaluate_trials(self, trials: Any) -> TrialsResult:
+        """Judges copies of this classifier on given trials, each fitted to its own support images:
+        the predictions of each, its accuracy, and their mean with its interval.
+
+        `trials`: a list of (support images, their labels, query images, their labels), or a folder or
+        .npz as in `predict/trials.py`. Raises DataError that names the trial.
+        """
+        return TrialsResult([*evaluate_trials(self, trials_of(trials))])
 
     def save(self, folder: str | os.PathLike[str], *, examples: bool = True) -> Path:
         """Writes the fitted classifier into a new folder: see `predict/saving.py`."""

@@ -18,6 +18,7 @@ from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.problem import Batch, Problem
 from bomemeta.core.solver import Solver
 from bomemeta.core.tree import Params
+from bomemeta.data.episodes import EpisodeSource
 from bomemeta.data.preprocessing import Preprocessing, preprocessing_of
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.problems.few_shot import FewShot
@@ -112,6 +113,18 @@ class Adapted:
 
     encoded: dict[str, Tensor]
     lower: Params
+
+
+def validation_source(model: TrainedModel) -> EpisodeSource:
+    """The run's own data set, read. Raises ConfigError where the model does not name it, DataError
+    where it is not there.
+    """
+    settings = load_config({**model.config, "output_dir": None})
+    if settings.data is None:
+        raise ConfigError("the run has no `data:` section; give images of the fitted classes")
+    source: EpisodeSource = copy.copy(settings.data)
+    source.prepare()
+    return source
 
 
 def _check_entries(problem: Problem, upper: Params) -> None:

@@ -116,7 +116,7 @@ class ContinualMeta(Problem):
             )
         for split in SPLITS:
             try:
-                source.check(split, self._spec(split))
+                source.check(split, self.spec(split))
             except DataError as error:
                 raise DataError(
                     f"{error}. In continual_meta `ways` of the {split} split are "
@@ -129,14 +129,14 @@ class ContinualMeta(Problem):
         self._skeleton = SampleConv(channels, self.width, torch.Generator()).to(self.dtype)
 
     def check_data(self) -> dict[str, Any]:
-        return check_episodes(self.data, {split: self._spec(split) for split in SPLITS}, self.seed)
+        return check_episodes(self.data, {split: self.spec(split) for split in SPLITS}, self.seed)
 
     @property
     def outputs(self) -> int:
         """Of the head, in every trajectory: as many as the longest one has classes."""
         return max(self.classes, self.lengths[-1])
 
-    def _spec(self, split: Split) -> EpisodeSpec:
+    def spec(self, split: Split) -> EpisodeSpec:
         if split == "train":
             return EpisodeSpec(self.classes, self.shots, self.queries)
         return EpisodeSpec(self.lengths[-1], self.test_shots or self.shots, self.test_queries)
@@ -150,7 +150,7 @@ class ContinualMeta(Problem):
         }
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
-        spec, number = self._spec(split), SPLITS.index(split)
+        spec, number = self.spec(split), SPLITS.index(split)
         drawn = [checked(self.data, split, spec, (self.seed, number, task)) for task in task_ids]
         batch = {
             "images": torch.stack(
@@ -260,7 +260,7 @@ class ContinualMeta(Problem):
     def artefacts(
         self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
     ) -> dict[str, bytes]:
-        about = {"order": self.order, "shots": self._spec("test").shots, "seed": self.seed}
+        about = {"order": self.order, "shots": self.spec("test").shots, "seed": self.seed}
         return report.files(
             metrics, about, "test_accuracy_shuffled" if self.order == "sequential" else None
         )

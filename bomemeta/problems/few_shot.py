@@ -123,9 +123,9 @@ class FewShot(NetworkForm):
             )
         self.notes: list[str] = []
         for split in SPLITS:
-            source.check(split, self._spec(split))
+            source.check(split, self.spec(split))
             if isinstance(source, ImageEpisodes):
-                self.notes += source.small_notes(split, self._spec(split))
+                self.notes += source.small_notes(split, self.spec(split))
         self.network = self._built(torch.Generator().manual_seed(self.seed))
         if self.micro_batch is not None and self.network.mixes:
             raise ConfigError(
@@ -152,7 +152,7 @@ class FewShot(NetworkForm):
                 self._table = self._encoded_once()
 
     def check_data(self) -> dict[str, Any]:
-        return check_episodes(self.data, {split: self._spec(split) for split in SPLITS}, self.seed)
+        return check_episodes(self.data, {split: self.spec(split) for split in SPLITS}, self.seed)
 
     def _encoded_once(self) -> NDArray[Any]:
         """The features of every image, [n, d], for all episodes of the run."""
@@ -165,7 +165,7 @@ class FewShot(NetworkForm):
             self.notes += load_weights(module, self.weights)
         return Backbone(module.to(self.dtype), self.trainable, self.batch_norm)
 
-    def _spec(self, split: Split) -> EpisodeSpec:
+    def spec(self, split: Split) -> EpisodeSpec:
         if split == "train":
             return EpisodeSpec(self.ways, self.shots, self.queries)
         return EpisodeSpec(self.test_ways or self.ways, self.shots, self.test_queries)
@@ -197,7 +197,7 @@ class FewShot(NetworkForm):
         )
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
-        spec = self._spec(split)
+        spec = self.spec(split)
         keys = [(self.seed, SPLITS.index(split), task) for task in task_ids]
         drawn = [self._episode(split, spec, key) for key in keys]
         return {
