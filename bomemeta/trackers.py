@@ -120,8 +120,7 @@ class MLflow:
         there = client.get_experiment_by_name(project)
         experiment = client.create_experiment(project) if there is None else there.experiment_id
         tags = {"bomemeta.run": location}
-        name = location.rstrip("/").rpartition("/")[2]
-        self.id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+        self.id = client.create_run(experiment, tags=tags, run_name=_name(location)).info.run_id
         params = [
             mlflow.entities.Param(key, str(value)[:LONGEST_PARAM]) for key, value in _flat(config)
         ]
@@ -157,7 +156,7 @@ class WandB:
         self.id = id or secrets.token_hex(4)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=location.rstrip("/").rpartition("/")[2],
+            name=_name(location),
             notes=location,
             id=self.id,
             resume="allow",
@@ -180,6 +179,12 @@ _KINDS: dict[str, Callable[[str | None, str, Mapping[str, Any]], Tracker]] = {
     "mlflow": MLflow,
     "wandb": WandB,
 }
+
+
+def _name(location: str) -> str:
+    """The folder's name; with the one above it where all seeds, or all trials, have the same."""
+    *_, above, name = f"/{location.partition('?')[0].strip('/')}".split("/")
+    return f"{above}/{name}" if name == "run" or name.startswith("seed-") else name
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -417,7 +417,7 @@ CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-cluster.add_node(num_cpus=2)
+cluster.add_node(num_cpus=2, labels={"kind": "fast"})
 print("ADDRESS", cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
@@ -479,6 +479,16 @@ def test_a_cluster_is_asked_and_left(address: str, tmp_path: Path) -> None:
     )
     assert "have room for 2" in of(failing, "workers")[0].text  # as before: nothing was left behind
     assert levels(failing, "workers") == {"PROBLEM"}
+
+
+def test_the_nodes_of_worker_labels_are_asked(address: str, tmp_path: Path) -> None:
+    path = written({**ANALYTIC, "workers": 2, "shards": 4}, tmp_path)
+    done = invoke(path, "--address", address, "--json", "worker_labels={kind: fast}")
+    lines = {finding["topic"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert "1 node (2 CPU, 0 GPU) has room for 2" in lines["workers"]["text"]
+    done = invoke(path, "--address", address, "--json", "worker_labels={kind: slow}")
+    text = " ".join(finding["text"] for finding in json.loads(done.stdout)["findings"])
+    assert "no node of the cluster (2 nodes) is so: there are kind=fast" in text
 
 
 def test_a_cluster_that_is_not_there() -> None:

@@ -39,7 +39,7 @@ def test_mlflow_has_every_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch
     experiment = client.get_experiment_by_name("bomemeta")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == "run"
+    assert run.info.run_name == f"{tmp_path.name}/run"
     assert run.data.tags["bomemeta.run"] == str(tmp_path / "run")
     assert run.data.params["solver.inner_steps"] == "2"
     assert run.data.metrics["upper_error"] == result.metrics["upper_error"]
@@ -136,3 +136,11 @@ def test_a_damaged_file_begins_runs_of_its_own(tmp_path):
     for content in (b"\xff", b"[1]", b'{"mlflow": 3, "wandb": "ab"}', b"{"):
         file.write_bytes(content)
         assert trackers._ids(file) == ({"wandb": "ab"} if b"ab" in content else {})
+
+
+def test_names_tell_runs_apart():
+    names = {
+        "/shared/runs/a": "a", "s3://b/a/?scheme=http": "a", "a": "a",
+        "/shared/runs/a/seed-3": "a/seed-3", "/x/trial_1/run": "trial_1/run", "run": "/run",
+    }  # fmt: skip
+    assert {location: trackers._name(location) for location in names} == names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -46,7 +46,7 @@ def check_capacity(options: RayOptions, say: Callable[[str], None] = lambda line
     told = False
     while (capacity := _capacity(options)).now < workers:
         if (capacity.at_all < workers and not waits) or time.monotonic() > deadline:
-            if (missing := _unmatched(options)) is not None:
+            if (missing := unmatched(options.worker_labels)) is not None:
                 raise ClusterError(missing)
             hint = "" if waits else ", or wait for room with wait_for_room_s="
             raise ClusterError(
@@ -69,9 +69,7 @@ def _capacity(options: RayOptions) -> _Capacity:
         where, free = f"the cluster ({len(nodes)} nodes)", ray.available_resources()
         if labels:
             where = f"the part of the cluster with worker_labels {said(labels)} ({len(nodes)} of {len(alive)} nodes)"
-            each = available_resources_per_node()
-            there = [each.get(node["NodeID"], {}) for node in chosen]
-            free = {name: _sum(there, name) for name in ("CPU", "GPU")}
+            free = free_on(chosen)
     elif labels:
         raise ClusterError(
             f"worker_labels: got {said(labels)} in a placement group, as of a trial of Ray Tune: the group says where the "
@@ -104,15 +102,21 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     return True
 
 
+def free_on(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What is free on these of `ray.nodes()` together."""
+    each = available_resources_per_node()
+    there = [each.get(node["NodeID"], {}) for node in nodes]
+    return {name: _sum(there, name) for name in ("CPU", "GPU")}
+
+
 def said(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in labels.items())
 
 
-def _unmatched(options: RayOptions) -> str | None:
-    """What is to be said where no node has the labels."""
+def unmatched(selector: Mapping[str, str]) -> str | None:
+    """What is to be said where no node has the labels; None where one has."""
     alive = [node["Labels"] for node in ray.nodes() if node["Alive"]]
-    selector = options.worker_labels
-    if not selector or any(matches(labels, selector) for labels in alive):
+    if any(matches(labels, selector) for labels in alive):
         return None
     there = {
         f"{key}={labels[key]}"

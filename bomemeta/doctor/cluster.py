@@ -43,6 +43,7 @@ def ask(config: Config, patience_s: float = PATIENCE_S) -> Place:
         "paths": paths,
         "cpus": config.cpus_per_worker,
         "gpus": config.gpus_per_worker,
+        "labels": dict(config.worker_labels),
         "until": patience_s - 20,  # what is left is for joining
     }
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -95,7 +96,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from bomemeta.distributed import cluster
+    from bomemeta.distributed import capacity, cluster
 
     cloudpickle.register_pickle_by_value(machine)  # so that a node without bomemeta can say so
     deadline = time.monotonic() + question["until"]
@@ -125,8 +126,12 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         return found
 
     with cluster.joined(cluster.RayOptions(workers=1, address=question["address"])):
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        free = ray.available_resources()
+        labels = question["labels"]
+        if (without := capacity.unmatched(labels)) is not None:
+            raise ClusterError(without)
+        there = [node for node in ray.nodes() if node["Alive"]]
+        alive = [node for node in there if capacity.matches(node["Labels"], labels)]
+        free = capacity.free_on(alive) if labels else ray.available_resources()
         asked = {node["NodeID"]: started(machine.facts, node) for node in alive}
         facts = {
             name: said
