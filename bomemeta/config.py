@@ -184,6 +184,10 @@ ADDED_KEYS: dict[str, Any] = {
     "solver.step_factor": 0.1,
     "solver.lower_optimizer": "sgd",
     "solver.lower_decay": 0.0,
+    "solver.lower_momentum": 0.0,
+    "solver.lower_schedule": "constant",
+    "solver.inner_optimizer": "sgd",
+    "solver.inner_momentum": 0.0,
     "solver.warm_start_steps": 0,
     "solver.upper_every": 1,
 }

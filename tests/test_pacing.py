@@ -252,7 +252,10 @@ SMALL = [
 
 @pytest.mark.parametrize("name", ["bome", "amigo_cg"])
 def test_the_bits_are_those_of_ray_and_of_a_resumed_run(name: str, tmp_path: Path) -> None:
-    solver = [f"solver.name={name}", "solver.inner_lr=0.5"]
+    solver = [f"solver.name={name}", "solver.inner_lr=0.5", "solver.lower_optimizer=adam"]
+    solver += (
+        ["solver.inner_optimizer=momentum", "solver.inner_momentum=0.5"] if name == "bome" else []
+    )
 
     def run(where: str, *keys: str) -> bomemeta.Result:
         return bomemeta.train(

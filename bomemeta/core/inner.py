@@ -5,6 +5,7 @@ and meta-testing's adaptation.
 from __future__ import annotations
 
 from bomemeta.core.local_oracle import LocalOracle
+from bomemeta.core.lower_moves import LowerRule
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.solver import KernelResult, LowerGroups, Solver
 from bomemeta.core.tree import Params
@@ -13,6 +14,21 @@ from bomemeta.core.tree import Params
 def gradient_steps(oracle: Oracle, start: Params, steps: int, lr: float) -> Params:
     """`steps` projected gradient steps of size `lr` on g, each task its own."""
     return oracle.descended(start, steps, lr)
+
+
+def rule_steps(
+    oracle: Oracle, start: Params, steps: int, lr: float, rule: LowerRule, state: LowerGroups
+) -> tuple[Params, LowerGroups]:
+    """The same by an optimiser that goes on from `state`; with what it keeps then."""
+    if rule.plain:
+        return gradient_steps(oracle, start, steps, lr), {}
+    at = start
+    for number in range(steps):
+        with oracle.inner_batch(number):
+            g = oracle.lower(at)
+        moved, state = rule.move(at, g.lower, lr, state)
+        at = oracle.project_lower(moved)
+    return at, state
 
 
 def evaluate(

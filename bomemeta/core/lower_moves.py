@@ -24,6 +24,11 @@ class LowerRule(NamedTuple):
     decay: float = 0.0
     clip_norm: float | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is SGD and nothing else."""
+        return self.optimizer == "sgd" and self.decay == 0 and self.clip_norm is None
+
     def state(self, lower: LowerGroups | None, at: Params) -> LowerGroups:
         """What the optimiser keeps, taken from `lower`, or zeros like y where there is none yet."""
         if self.optimizer == "sgd":

@@ -151,6 +151,8 @@ def short_inner_loop(solver: Solver, known: Reference) -> str:
 def inner_loop(solver: Solver) -> tuple[int, float]:
     """T and alpha; (0, 0) where the solver has no such keys, or T is too long to follow."""
     keys = _numbers(solver)
+    if getattr(solver, "inner_optimizer", "sgd") != "sgd":
+        return 0, 0.0  # not what gradient steps see
     steps = int(keys.get("inner_steps", 0)) if "inner_lr" in keys else 0
     return (steps, keys["inner_lr"]) if 0 < steps <= AFFORDABLE else (0, 0.0)
 

@@ -12,7 +12,7 @@ x stands still.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class AGem(LowerOnly):
     """Averaged gradient episodic memory (Chaudhry et al., ICLR 2019)."""
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = run(descend_projected, self, upper.params, lower, keeps=run.persistent)
+        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
+        sums, lower = run(descend_projected, now, upper.params, lower, keeps=run.persistent)
         return StepResult(lower, mean_sums(sums, (*MEANS, "projected_share"), run.tasks))
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from bomemeta.core import tree
 from bomemeta.core.barrier import Barrier, Phi, barrier, stationarity
-from bomemeta.core.inner import gradient_steps
+from bomemeta.core.inner import rule_steps
+from bomemeta.core.lower_moves import LowerOptimizer, LowerRule
 from bomemeta.core.oracle import Oracle, Term
 from bomemeta.core.solver import (
     KernelResult,
@@ -37,9 +38,9 @@ from bomemeta.core.solver import (
     mean_sums,
 )
 from bomemeta.core.tree import Params
-from bomemeta.core.upper import UpperVariable, schedule_factor
+from bomemeta.core.upper import UpperVariable
 from bomemeta.registry import solvers
-from bomemeta.solvers.lower_options import LowerOptions
+from bomemeta.solvers.lower_options import LowerOptions, named_rule
 from bomemeta.solvers.pacing import evaluations, groups_of
 from bomemeta.solvers.upper_options import PacedOptions
 
@@ -70,7 +71,8 @@ class BOME(LowerOptions, PacedOptions):
     barrier: Literal["global", "per_task"] = "global"
     phi: Phi = "grad_norm"
     eta: Annotated[float, Field(gt=0)] = 0.5
-    lower_schedule: Literal["constant", "cosine"] = "constant"
+    inner_optimizer: LowerOptimizer = "sgd"  # of the inner loop, anew in each
+    inner_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     adapt_steps: Count = 5  # fresh tasks: steps on g before anything is measured
     barrier_steps: Count = 5  # fresh tasks: R, steps of y alone along grad f + lambda_i grad g
     scale_barrier_steps: bool = (
@@ -82,7 +84,7 @@ class BOME(LowerOptions, PacedOptions):
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
         steps = self.adapt_steps + self.inner_steps if steps is None else steps
-        return gradient_steps(oracle, start or oracle.init_lower(), steps, self.inner_lr)
+        return self.solved(oracle, start or oracle.init_lower(), steps)
 
     def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         full = self.barrier == "global" or (
@@ -120,8 +122,21 @@ class BOME(LowerOptions, PacedOptions):
         return self.lower_lr
 
     def _now(self, run: Run) -> BOME:
-        factor = schedule_factor(self.lower_schedule, run.step, run.steps)
-        return replace(self, lower_lr=self.lower_lr * factor)
+        return replace(self, lower_lr=self.lower_lr * self.lower_factor(run))
+
+    def solved(self, oracle: Oracle, at: Params, steps: int | None = None) -> Params:
+        """y_T: the inner loop from `at`, whose optimiser begins anew; `steps` None: T."""
+        rule = self._inner_rule()
+        state, steps = rule.state(None, at), self.inner_steps if steps is None else steps
+        return rule_steps(oracle, at, steps, self.inner_lr, rule, state)[0]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._inner_rule()
+
+    def _inner_rule(self) -> LowerRule:
+        name = named_rule("inner", self.inner_optimizer, self.inner_momentum)
+        return LowerRule(name, self.inner_momentum)
 
     def examine(
         self, upper: UpperVariable, lower: LowerStates, run: Run, steps: int | None = None
@@ -162,8 +177,8 @@ def episode(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bo
     """Kernel for fresh tasks: adapt on g, keep a separate chain to y_T, move y by lower-only
     barrier steps, measure.
     """
-    at = gradient_steps(oracle, oracle.init_lower(), solver.adapt_steps, solver.inner_lr)
-    solved = gradient_steps(oracle, at, solver.inner_steps, solver.inner_lr)
+    at = solver.adapt(oracle, solver.adapt_steps)
+    solved = solver.solved(oracle, at)
     solved_value = oracle.lower(solved).value if solver.phi == "gap" else None
     for _ in range(solver.barrier_steps):
         local = _local_barrier(solver, oracle, at, solved_value)
@@ -182,7 +197,7 @@ def measure(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bo
     multiplier (`move_lower`).
     """
     at = lower["y"] if lower is not None else oracle.init_lower()
-    solved = gradient_steps(oracle, at, solver.inner_steps, solver.inner_lr)
+    solved = solver.solved(oracle, at)
     result = _measure_at(solver, oracle, at, solved, full)
     waiting = {"y": at, **result.lower, **solver.lower_rule().state(lower, at)}
     if solver.barrier == "global":
@@ -205,7 +220,7 @@ def move_lower_alone(solver: BOME, oracle: Oracle, lower: LowerGroups | None) ->
     at = groups["y"]
     solved_value = None
     if solver.phi == "gap":
-        solved = gradient_steps(oracle, at, solver.inner_steps, solver.inner_lr)
+        solved = solver.solved(oracle, at)
         solved_value = oracle.lower(solved).value
     local = _local_barrier(solver, oracle, at, solved_value)
     multiplier = local.barrier.multiplier

@@ -13,13 +13,12 @@ by copying y in place, so the term with d2g/dxdy is never there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
-from bomemeta.core import tree
 from bomemeta.core.implicit import move_upper
 from bomemeta.core.inner import gradient_steps
 from bomemeta.core.oracle import Oracle, Term
@@ -27,12 +26,13 @@ from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, St
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.registry import solvers
+from bomemeta.solvers.lower_options import LowerOptions
 from bomemeta.solvers.upper_options import PacedOptions
 
 
 @solvers.register("ctn")
 @dataclass(frozen=True, kw_only=True)
-class CTN(PacedOptions):
+class CTN(LowerOptions, PacedOptions):
     """Alternating first-order steps (Pham et al., ICLR 2021, as released). Blind to what x does to
     y.
     """
@@ -48,8 +48,13 @@ class CTN(PacedOptions):
             self.inner_lr,
         )
 
+    def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
+        return super(CTN, now).lower_step(upper, lower, run)
+
     def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = run(alternate, self, upper.params, lower, keeps=run.persistent)
+        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
+        sums, lower = run(alternate, now, upper.params, lower, keeps=run.persistent)
         return StepResult(lower, move_upper(upper, sums, run))
 
 
@@ -59,10 +64,13 @@ def alternate(solver: CTN, oracle: Oracle, lower: LowerGroups | None) -> KernelR
     """
     at = lower["y"] if lower is not None else oracle.init_lower()
     value = torch.zeros(oracle.tasks)
+    rule = solver.lower_rule()
+    state = rule.state(lower, at)
     for _ in range(solver.inner_steps):
         g = oracle.lower(at)
         value = g.value
-        at = oracle.project_lower(tree.axpy(-solver.inner_lr, g.lower, at))
+        moved, state = rule.move(at, g.lower, solver.inner_lr, state)
+        at = oracle.project_lower(moved)
     f = oracle.total(Term("upper", at, in_y=False))
     sums = {
         "direction": f.upper,
@@ -70,4 +78,4 @@ def alternate(solver: CTN, oracle: Oracle, lower: LowerGroups | None) -> KernelR
         "lower_loss": value.sum(),
         "gradient_evaluations": torch.tensor(float(oracle.gradient_evaluations * oracle.tasks)),
     }
-    return KernelResult(sums, {"y": at})
+    return KernelResult(sums, {"y": at, **state})

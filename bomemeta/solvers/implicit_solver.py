@@ -10,7 +10,7 @@ They differ in `solve` alone: one file each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -34,6 +34,8 @@ from bomemeta.core.solver import (
 )
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
+from bomemeta.solvers.lower_options import LowerOptions
+from bomemeta.solvers.pacing import followed
 from bomemeta.solvers.upper_options import PacedOptions
 
 Positive = Annotated[float, Field(gt=0)]
@@ -42,7 +44,7 @@ Steps = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImplicitSolver(PacedOptions):
+class ImplicitSolver(LowerOptions, PacedOptions):
     """A solver with an implicit hypergradient. A subclass defines `solve`, and `warm`: whether v
     goes on from the last step's.
     """
@@ -75,7 +77,12 @@ class ImplicitSolver(PacedOptions):
         kernel = self.tracking() if run.persistent else episode
         every = self.residual_every
         residual = every > 0 and (run.step % every == 0 or run.step == run.steps - 1)
-        return run(kernel, self, upper.params, lower, keeps=run.persistent, residual=residual)
+        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
+        return run(kernel, now, upper.params, lower, keeps=run.persistent, residual=residual)
+
+    def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
+        return super(ImplicitSolver, now).lower_step(upper, lower, run)
 
     def kept(self, at: Params) -> LowerGroups:
         return {"v": tree.zeros_like(at)} if self.warm else {}
@@ -100,15 +107,10 @@ def track(
     solver: ImplicitSolver, oracle: Oracle, lower: LowerGroups | None, *, residual: bool
 ) -> KernelResult:
     """Kernel for tasks whose y persists: y follows x, then v."""
-    at = gradient_steps(
-        oracle,
-        lower["y"] if lower is not None else oracle.init_lower(),
-        solver.inner_steps,
-        solver.inner_lr,
-    )
+    at, state = followed(solver, oracle, lower)
     if not solver.warm:
         v = solver.solve(linear_system(oracle, at, None))
-        return KernelResult(hypergradient(oracle, at, v, residual=residual), {"y": at})
+        return KernelResult(hypergradient(oracle, at, v, residual=residual), {"y": at, **state})
     before = (
         tree.flatten_tasks(lower["v"])
         if lower is not None
@@ -116,5 +118,6 @@ def track(
     )
     v = solver.solve(linear_system(oracle, at, before))
     return KernelResult(
-        hypergradient(oracle, at, v, residual=residual), {"y": at, "v": tree.unflatten_tasks(v, at)}
+        hypergradient(oracle, at, v, residual=residual),
+        {"y": at, "v": tree.unflatten_tasks(v, at), **state},
     )

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from bomemeta.core import krylov, tree
 from bomemeta.core.implicit import flat, hypergradient, linear_system
-from bomemeta.core.inner import gradient_steps
 from bomemeta.core.krylov import Lanczos, LinearSystem
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.problem import Problem, SharedProblem
@@ -38,6 +37,7 @@ from bomemeta.core.tree import Params
 from bomemeta.errors import ConfigError
 from bomemeta.registry import solvers
 from bomemeta.solvers.implicit_solver import Count, ImplicitSolver, Steps
+from bomemeta.solvers.pacing import followed
 
 
 @solvers.register("lancbio")
@@ -65,6 +65,7 @@ class LancBiO(ImplicitSolver):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.warmup_steps >= self.subspace:
             raise ConfigError(
                 f"solver.warmup_steps: got {self.warmup_steps}; an epoch has solver.subspace = {self.subspace} steps, and x would "
@@ -105,12 +106,7 @@ def track(
     b and the product that every task needs first are one question: of a task that restarts A v, of
     the others A q_j.
     """
-    at = gradient_steps(
-        oracle,
-        lower["y"] if lower is not None else oracle.init_lower(),
-        solver.inner_steps,
-        solver.inner_lr,
-    )
+    at, kept = followed(solver, oracle, lower)
     state = Lanczos(**(solver.kept(at) if lower is None else lower)["krylov"])
     due = state.left == 0
     system = linear_system(oracle, at, torch.where(due, state.v, krylov.newest(state)))
@@ -128,7 +124,7 @@ def track(
     state = krylov.extended(state, image, solver.reorthogonalise)
     state = krylov.solved(state, system.right, solver.ritz_floor)
     sums = hypergradient(oracle, at, state.v, heard, residual)
-    return KernelResult(sums, {"y": at, "krylov": state._asdict()})
+    return KernelResult(sums, {"y": at, "krylov": state._asdict(), **kept})
 
 
 def _with_images(

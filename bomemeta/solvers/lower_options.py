@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from bomemeta.core.lower_moves import LowerOptimizer, LowerRule
+from bomemeta.core.solver import Run
+from bomemeta.core.upper import schedule_factor
 from bomemeta.errors import ConfigError
 
 
@@ -22,16 +24,25 @@ class LowerOptions:
     lower_decay: Annotated[float, Field(ge=0)] = 0.0
     lower_clip_norm: Annotated[float, Field(gt=0)] | None = None
 
+    lower_schedule: Literal["constant", "cosine"] = "constant"  # of the step of y
+
     def __post_init__(self) -> None:
         self.lower_rule()
 
+    def lower_factor(self, run: Run) -> float:
+        """What the step of y is multiplied by in this step."""
+        return schedule_factor(self.lower_schedule, run.step, run.steps)
+
     def lower_rule(self) -> LowerRule:
         """With `lower_momentum` alone, SGD is momentum. Raises ConfigError where they do not fit."""
-        name = self.lower_optimizer
-        if name == "sgd" and self.lower_momentum > 0:
-            name = "momentum"
-        if name in ("adam", "adamw") and self.lower_momentum > 0:
-            raise ConfigError(
-                f"solver.lower_momentum: got {self.lower_momentum:g} with lower_optimizer: {name}, which has its own: take one out"
-            )
+        name = named_rule("lower", self.lower_optimizer, self.lower_momentum)
         return LowerRule(name, self.lower_momentum, self.lower_decay, self.lower_clip_norm)
+
+
+def named_rule(which: str, name: LowerOptimizer, momentum: float) -> LowerOptimizer:
+    """SGD with momentum is momentum. Raises ConfigError where the two do not fit."""
+    if name in ("adam", "adamw") and momentum > 0:
+        raise ConfigError(
+            f"solver.{which}_momentum: got {momentum:g} with {which}_optimizer: {name}, which has its own: take one out"
+        )
+    return "momentum" if name == "sgd" and momentum > 0 else name

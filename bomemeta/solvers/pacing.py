@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from bomemeta.core.arguments import replaced
+from bomemeta.core.inner import rule_steps
 from bomemeta.core.lower_moves import LowerRule
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.problem import Problem, must_define
@@ -158,8 +159,18 @@ def train_lower(solver: Paced, oracle: Oracle, lower: LowerGroups | None) -> Ker
 def follow_lower(solver: Paced, oracle: Oracle, lower: LowerGroups | None) -> KernelResult:
     """Kernel: y's `inner_steps` steps on g."""
     groups = groups_of(solver, oracle, lower)
-    groups["y"] = solver.adapt(oracle, None, groups["y"])
-    return KernelResult({"gradient_evaluations": evaluations(oracle)}, groups)
+    at, state = followed(solver, oracle, groups)
+    sums = {"gradient_evaluations": evaluations(oracle)}
+    return KernelResult(sums, {**groups, "y": at, **state})
+
+
+def followed(
+    solver: Paced, oracle: Oracle, lower: LowerGroups | None
+) -> tuple[Params, LowerGroups]:
+    """y after its `inner_steps` steps on g from where it is, and what its optimiser keeps then."""
+    at, rule = lower["y"] if lower is not None else oracle.init_lower(), solver.lower_rule()
+    steps, state = int(getattr(solver, "inner_steps")), rule.state(lower, at)  # noqa: B009
+    return rule_steps(oracle, at, steps, solver.lower_step_size, rule, state)
 
 
 def evaluations(oracle: Oracle) -> torch.Tensor:
