@@ -1,0 +1,180 @@
+"""Learned weights of samples beside what a user could do without them: problem `reweighting` by its config's
+solver, and its honest controls, at equal steps of the network.
+
+    python -m benchmarks.reweighting --seeds 5 --steps 1000 --out OUT [--set problem.labels=random1]
+
+| run | what it is |
+|---|---|
+| learned | the config |
+| mwn | Meta-Weight-Net as in its paper: a net on a sample's loss, ITD through one step |
+| plain | every weight 1 |
+| stopped | plain, at the point of its way that is best on the clean set |
+| clean | the clean set alone |
+| fine_tuned | plain, and then steps on the clean set alone from there |
+
+Every run of a seed has the same samples and starts at the same y. `last_*` is at the end (of `stopped`: where it
+stopped), `best_*` is the best on the test set along the way, which no user can have: it is there because papers report
+it. Differences are taken seed by seed from `learned`, by `bomemeta compare`'s statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bomemeta.assembly import trainer_of
+from bomemeta.compare import Comparison, Entry, compare
+from bomemeta.compare.report import as_json, markdown
+from bomemeta.config import Config, load_config
+from bomemeta.core.problem import Batch, Encoded
+from bomemeta.core.solver import LowerStates
+from bomemeta.core.tree import Params
+from bomemeta.engine import Trainer
+from bomemeta.environment import environment, environment_line
+from bomemeta.evaluation import own_metrics
+from bomemeta.problems.reweighting import Reweighting
+
+CONFIG = "configs/reweighting_cifar10n.yaml"
+# Meta-Weight-Net's own optimiser of its net (Shu et al., NeurIPS 2019).
+MWN = ("solver.upper_optimizer=adam", "solver.upper_lr=0.001")
+FIGURES = ("test_accuracy", "test_loss", "f1")
+Point = dict[str, float]
+
+
+@dataclasses.dataclass(kw_only=True)
+class CleanAlone(Reweighting):
+    """The same with the clean set as what g is made of, and no other sample."""
+
+    @classmethod
+    def of(cls, config: Config) -> Config:
+        """The config with its problem changed to this one."""
+        problem = config.problem
+        assert isinstance(problem, Reweighting), "a config of problem reweighting"
+        fields = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
+        return config.model_copy(update={"problem": cls(**fields)})
+
+    def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
+        square = torch.stack([(tensor**2).sum() for tensor in lower.values()]).sum()
+        return self.upper_loss(encoded, lower, batch) + batch["share"] * self.decay / 2 * square
+
+
+def walked(trainer: Trainer, steps: int, every: int) -> list[Point]:
+    """The problem's figures at every so many steps and at the end."""
+    points: list[Point] = []
+    while trainer.state.step < steps:
+        trainer.advance(min(every, steps - trainer.state.step))
+        points.append({"step": float(trainer.state.step), **own_metrics(trainer)})
+    return points
+
+
+def figures(points: Sequence[Point], last: Point | None = None) -> Point:
+    """`last_*` of the last point or of the one given, `best_*` over all; of a loss the least."""
+    found: Point = {"step": (last or points[-1])["step"]}
+    for name in FIGURES:
+        if name in points[0]:
+            values = [point[name] for point in points]
+            found[f"last_{name}"] = (last or points[-1])[name]
+            found[f"best_{name}"] = min(values) if name.endswith("loss") else max(values)
+    return found
+
+
+def of_seed(
+    source: Any,
+    keys: Sequence[str],
+    seed: int,
+    steps: int,
+    every: int,
+    fine: int,
+    rate: float | None,
+) -> dict[str, list[Point]]:
+    """Every run's points. `steps` is the config's; the others have as many steps of y in all."""
+
+    def settings(*more: str) -> Config:
+        own = (f"seed={seed}", "workers=0", "evaluation.every_steps=null")
+        return load_config(source, [*keys, *own, *more])
+
+    base = settings(f"steps={steps}")
+    inner = int(getattr(base.solver, "inner_steps", 1))
+    with trainer_of(base) as trainer:
+        found = {"learned": walked(trainer, steps, every)}
+    one = ("solver.name=itd", "solver.inner_steps=1", f"steps={steps * inner}")
+    with trainer_of(settings("problem.weights=loss_net", *one, *MWN)) as trainer:
+        found["mwn"] = walked(trainer, steps * inner, every * inner)
+
+    descent = ("problem.weights=sample", "solver.name=lower_only")
+    config = settings(*descent, f"steps={steps}")
+    with trainer_of(config) as trainer:
+        found["plain"] = walked(trainer, steps, every)
+        at = trainer.state.lower
+    with trainer_of(CleanAlone.of(config)) as trainer:
+        found["clean"] = walked(trainer, steps, every)
+    slower = [] if rate is None else [f"solver.inner_lr={rate}"]
+    with trainer_of(CleanAlone.of(settings(*descent, f"steps={fine}", *slower))) as trainer:
+        trainer.state.lower = LowerStates(at.layout, dict(at.handles))
+        found["fine_tuned"] = found["plain"] + [
+            {**point, "step": steps + point["step"]}
+            for point in walked(trainer, fine, min(every, fine))
+        ]
+    return found
+
+
+def summaries(runs: Mapping[str, list[Point]]) -> dict[str, Point]:
+    """Each run's figures, with `stopped` made of `plain`: best on the clean set, the earliest of such."""
+    found = {name: figures(points) for name, points in runs.items()}
+    chosen = max(runs["plain"], key=lambda point: point["clean_accuracy"])
+    return found | {"stopped": figures(runs["plain"], chosen)}
+
+
+def compared(seeds: Mapping[int, Mapping[str, Point]], config: Mapping[str, Any]) -> Comparison:
+    """All runs beside `learned`, seed by seed."""
+    names = next(iter(seeds.values())).keys()
+    entries = [
+        Entry(name, {seed: runs[name] for seed, runs in seeds.items()}, config, {})
+        for name in names
+    ]
+    shown = [f"{when}_{name}" for name in FIGURES for when in ("last", "best")]
+    return compare(entries, shown, "learned")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--every", type=int, default=50, help="steps between two points")
+    parser.add_argument("--fine-steps", type=int, default=None, help="default: steps / 4")
+    parser.add_argument("--fine-rate", type=float, default=None, help="default: the config's")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs")
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    options = parser.parse_args(argv)
+    fine = options.fine_steps or max(options.steps // 4, 1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    given = (options.steps, options.every, fine, options.fine_rate)
+    curves: dict[int, dict[str, list[Point]]] = {}
+    for seed in range(options.seeds):
+        curves[seed] = of_seed(options.config, options.set, seed, *given)
+        for name, point in summaries(curves[seed]).items():
+            print(f"seed {seed} {name}: {point}", flush=True)
+        (options.out / "curves.json").write_text(json.dumps(curves, indent=1) + "\n")
+    seeds = {seed: summaries(runs) for seed, runs in curves.items()}
+    table = compared(seeds, load_config(options.config, options.set).to_dict())
+    where = environment()
+    text = f"{markdown(table)}* {options.steps} steps, {fine} of fine-tuning; {environment_line(where)}\n"
+    (options.out / "table.md").write_text(text)
+    result = {"comparison": json.loads(as_json(table)), "seeds": seeds, "environment": where}
+    (options.out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(text)
+    return result
+
+
+if __name__ == "__main__":
+    main()
