@@ -14,6 +14,7 @@ from bomemeta.cli import (  # noqa: F401  the commands, in the order in which he
     examinations,
     inquiries,
     lists,
+    pages,
     predictions,
     profiles,
     runs,

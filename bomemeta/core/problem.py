@@ -236,6 +236,14 @@ class Problem(Recorded):
         """
         return {"loss": self.upper_loss(encoded, lower, batch)}
 
+    def classified(
+        self, encoded: Encoded, lower: Params, batch: Batch
+    ) -> tuple[Tensor, Tensor] | None:
+        """The predicted and the true classes of one task's test samples at an adapted y, int64 `[n]`
+        each: what `bomemeta report` counts. Default: None, the problem is no classification.
+        """
+        return None
+
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
         """What is reported, from the means over tasks or blocks of what `evaluate` gave. Default:
         these, as they are.

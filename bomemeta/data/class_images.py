@@ -58,6 +58,10 @@ class ClassRows:
             query[way] = left[np.arange(spec.queries) % len(left)]
         return Draw(support, query, classes)
 
+    def names_of(self, spec: EpisodeSpec, key: tuple[int, ...]) -> list[str]:
+        """The names of the classes that `draw` with the generator of this key draws first."""
+        return [str(self.names[c]) for c in self.draw(spec, generator(key)).classes]
+
 
 def check_spec(dataset: str, spec: EpisodeSpec) -> None:
     """Raises DataError where an episode would have no classes, no support or no query."""

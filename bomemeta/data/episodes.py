@@ -34,7 +34,9 @@ class EpisodeSource(Protocol):
     (`episode_check.py`).
 
     It may also have `value_range`, (lowest, highest) of its images' numbers where that is not
-    (0, 1), and `digest`, a text that tells its content from another's: a resumed run compares it.
+    (0, 1), `digest`, a text that tells its content from another's: a resumed run compares it, and
+    `class_names(split, spec, key)`, the names of the classes of `episode`, in the order of its labels,
+    for `bomemeta report`.
     """
 
     @property

@@ -149,6 +149,10 @@ class Glyphs:
         supports = draw.support.size
         return episode_of(images[:supports], images[supports:], spec)
 
+    def class_names(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> list[str]:
+        """The names of the characters of the episode of this key."""
+        return _glyphs(cache_folder(self.root)).splits[split].names_of(spec, key)
+
 
 def _perturb(stored: Tensor, rng: np.random.Generator) -> Tensor:
     """uint8 `[n, STORED_PX, STORED_PX]` to float32 `[n, 1, IMAGE_PX, IMAGE_PX]` in [0, 1], each

@@ -114,6 +114,10 @@ class ImageEpisodes(ABC):
         """Which images the episode of this key has."""
         return self._classes(split, spec).draw(spec, generator(key))
 
+    def class_names(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> list[str]:
+        """The names of the classes of the episode of this key."""
+        return self._classes(split, spec).names_of(spec, key)
+
     def images(self, rows: NDArray[np.int64]) -> Tensor:
         """The images of these rows, without augmentation: float32 `[n, C, H, W]`."""
         return self.preprocessing.floats(torch.from_numpy(self.table.images[rows]))

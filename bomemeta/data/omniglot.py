@@ -75,6 +75,10 @@ class Omniglot:
         turned = _turned(characters.images, np.concatenate([draw.support, draw.query], 1), turns)
         return episode_of(_floats(turned[:, : spec.shots]), _floats(turned[:, spec.shots :]), spec)
 
+    def class_names(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> list[str]:
+        """The names of the characters of the episode of this key."""
+        return self._characters().classes(split, self.rotations).names_of(spec, key)
+
     def _characters(self) -> Characters:
         return _read(archives.find("omniglot", FILE, self.root))
 

@@ -338,23 +338,27 @@ class Continual(StreamProblem):
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """The accuracy on every task, also on those that have not come yet."""
         figures = {}
-        like = next(iter(lower.values()))
         for t in range(self._tasks):
-            hits = []
-            for inputs, labels in zip(
-                torch.split(batch["test_inputs"][t], TEST_ROWS),
-                torch.split(batch["test_labels"][t], TEST_ROWS),
-                strict=True,
-            ):
-                floats = (
-                    inputs.to(like.dtype) / GREY_LEVELS
-                    if inputs.dtype == torch.uint8
-                    else inputs.to(like.dtype)
-                )
-                logits = self._logits(encoded, lower, floats, torch.full_like(labels, t))
-                hits.append(masked(logits, batch["allowed"][t]).argmax(1) == labels)
-            figures[report.figure_name(t)] = (batch["test_weight"][t] * torch.cat(hits)).sum()
+            hits = self._predicted(encoded, lower, batch, t) == batch["test_labels"][t]
+            figures[report.figure_name(t)] = (batch["test_weight"][t] * hits).sum()
         return figures
+
+    def classified(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        found = torch.stack([self._predicted(encoded, lower, batch, t) for t in range(self._tasks)])
+        real = batch["test_weight"] > 0  # filling is no sample
+        return found[real], batch["test_labels"][real]
+
+    def _predicted(self, encoded: Encoded, lower: Params, batch: Batch, task: int) -> Tensor:
+        """The classes of a task's test samples, int64 [m]."""
+        like, found = next(iter(lower.values())), []
+        for inputs in torch.split(batch["test_inputs"][task], TEST_ROWS):
+            floats = inputs.to(like.dtype)
+            if inputs.dtype == torch.uint8:
+                floats = floats / GREY_LEVELS
+            tasks = torch.full((len(inputs),), task, device=inputs.device)
+            logits = self._logits(encoded, lower, floats, tasks)
+            found.append(masked(logits, batch["allowed"][task]).argmax(1))
+        return torch.cat(found)
 
     def milestone(self, step: int) -> bool:
         return self._samples.ends_task(step)

@@ -359,6 +359,9 @@ class FewShot(NetworkForm):
             "baseline_accuracy": (nearest == labels).to(logits.dtype).mean(),
         }
 
+    def classified(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.query_logits(encoded, lower, batch).argmax(1), batch["query_labels"]
+
     def evaluation_variants(self) -> Mapping[str, Mapping[str, Any]]:
         if not self.network.mixes:
             return {}

@@ -277,6 +277,11 @@ class HyperCleaning(SharedProblem):
             },
         }
 
+    def classified(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        real = batch["test_scale"] > 0  # filling is no sample
+        found = self._logits(lower, batch["test_inputs"]).argmax(1)
+        return found[real], batch["test_labels"][real]
+
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
         """`precision`, `recall` and `f1` of what is kept, from the mean counts, and `f1_wrong` of
         what is not; 0 where 0/0.

@@ -133,6 +133,10 @@ class Regularisation(SharedProblem):
             )
         return figures
 
+    def classified(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        block = self._block("test", batch["block"])
+        return _product(block.matrix.rows, lower["weights"]).argmax(1), block.label
+
     def _decay(self, encoded: Encoded) -> Tensor:
         """What multiplies each y_j in the penalty's gradient: exp(x_j) / (features * classes)."""
         return encoded["log_decay"].exp() / (self._features * self._classes)

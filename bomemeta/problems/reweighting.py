@@ -302,6 +302,11 @@ class Reweighting(SharedProblem):
             "weights_of_wrong": (weights * wrong).sum(),
         }
 
+    def classified(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        real = batch["test_scale"] > 0  # filling is no sample
+        found = self.logits(lower, batch["test_inputs"]).argmax(1)
+        return found[real], batch["test_labels"][real]
+
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
         """`f1`, `precision` and `recall` of the labels declared wrong, and the mean weights of right and
         wrong ones; 0 where 0/0.
