@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from bomemeta.data.regression import Sinusoid as Sinusoid
     from bomemeta.data.texts import InstalledTexts as InstalledTexts
     from bomemeta.inquiries import check as check
+    from bomemeta.inquiries import write_report as write_report
     from bomemeta.predict import FewShotClassifier as FewShotClassifier
     from bomemeta.predict import load_classifier as load_classifier
     from bomemeta.problems.analytic import Analytic as Analytic
@@ -95,7 +96,7 @@ _NAMES = {
     "bomemeta.core.solver": ["Solver"],
     "bomemeta.predict": ["FewShotClassifier", "load_classifier"],
     "bomemeta.data.episodes_from": ["EpisodesFrom"],
-    "bomemeta.inquiries": ["check"],
+    "bomemeta.inquiries": ["check", "write_report"],
     "bomemeta.solvers.agem": ["AGem"],
     "bomemeta.solvers.aid_cg": ["AidCG"],
     "bomemeta.solvers.aid_neumann": ["AidNeumann"],

@@ -83,7 +83,7 @@ def resume(
     checkpoint's, ConfigError where a class cannot be found, or where the folder comes from elsewhere
     and would execute something; `trust` says that it may (docs/operations.md, "What a folder may execute").
     """
-    given = _objects(problem, solver, data)
+    given = objects_of(problem, solver, data)
     return _raised(
         runs.resume(run_dir, overrides, keys=given | dict(keys), trust=trust, listener=listener),
         str(run_dir),
@@ -113,7 +113,7 @@ def extend(
     Raises ConfigError where the run is no stream or not at its end, DataError where the file does not
     go on with the stream; nothing is then written.
     """
-    given = _objects(problem, solver, None)
+    given = objects_of(problem, solver, None)
     return _raised(
         runs.extend(
             run_dir, data, tasks, overrides, keys=given | dict(keys), trust=trust, listener=listener
@@ -140,7 +140,7 @@ def evaluate(
     protocol (`evaluation={"episodes": 1000}`, `problem.ways=20`, other data) as long as x keeps its
     shape.
     """
-    given = _objects(problem, solver, data)
+    given = objects_of(problem, solver, data)
     return _raised(
         runs.evaluate(run_dir, overrides, keys=given | dict(keys), trust=trust, listener=listener),
         str(run_dir),
@@ -162,7 +162,7 @@ def load(
     CheckpointError where it has no readable checkpoint.
     """
     folder = RunFolder.open(run_dir)
-    settings = config_of(folder, (), _objects(problem, solver, data), trust=trust)
+    settings = config_of(folder, (), objects_of(problem, solver, data), trust=trust)
     return loaded(settings, folder)
 
 
@@ -187,7 +187,7 @@ def settings_of(
             f"got {got}, wanted a problem (an object of a class that derives from bomemeta.Problem), "
             "a config's file or its name, or a mapping"
         )
-    given = _objects(None, solver, data)
+    given = objects_of(None, solver, data)
     for key, value in given.items():
         if isinstance(value, type):
             raise ConfigError(
@@ -196,7 +196,7 @@ def settings_of(
     return load_config(source, overrides, given | dict(keys))
 
 
-def _objects(problem: Any, solver: Any, data: Any) -> dict[str, Any]:
+def objects_of(problem: Any, solver: Any, data: Any) -> dict[str, Any]:
     """The sections that objects or classes stand for, without those that are None."""
     for name, value, base in (("problem", problem, Problem), ("solver", solver, Solver)):
         cls = value if isinstance(value, type) else type(value)

@@ -1,5 +1,5 @@
 """What looks into a run before it is trained, over the same arguments as `train`: check, doctor, profile;
-and tune, which trains many.
+tune, which trains many; and write_report, which shows one afterwards.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from bomemeta.api import settings_of
+from bomemeta.api import objects_of, settings_of
 from bomemeta.config import Source
 from bomemeta.core.problem import Problem
 from bomemeta.core.solver import Solver
@@ -161,3 +161,33 @@ def tune(
     objects = {key: getattr(settings, key) for key in SECTIONS}
     given = {key: made for key, made in objects.items() if made is not None}
     return search_with(file, resume=resume, trust=trust, say=say, objects=given)
+
+
+def write_report(
+    run_dir: str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    episodes: int | None = None,
+    force: bool = False,
+    problem: Problem | type[Problem] | None = None,
+    solver: Solver | type[Solver] | None = None,
+    data: Any = None,
+    trust: bool = False,
+    say: Say = nothing,
+) -> Path:
+    """Writes one self-contained HTML page about a run, finished or not: curves, lambda and q, times,
+    accuracy per class, test episodes, findings, config. Returns where it is: `out`, or the first free
+    of NAME-report.html, NAME-report-2.html, ... in the current folder.
+
+    `episodes`: how many test episodes are tested again (None: 100, or as many as the run's evaluation
+    has, where that is less). `force`: whether `out` may replace a file. Objects, classes, `overrides`
+    and `trust` as for `evaluate`. Raises ConfigError where `out` exists, where the folder is no run's,
+    or comes from elsewhere and would execute something.
+    """
+    from bomemeta.page.session import write_report as write
+
+    keys = objects_of(problem, solver, data)
+    return write(
+        run_dir, out, episodes=episodes, force=force, overrides=overrides, keys=keys, trust=trust, say=say
+    )  # fmt: skip

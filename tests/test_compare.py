@@ -103,9 +103,8 @@ def test_runs_in_folders_are_read_and_written_as_table_json_figure_and_page(tmp_
     assert files["figure"].read_bytes().lstrip().startswith(b"<?xml")
     html = files["html"].read_text(encoding="utf-8")
     assert html.count("<svg") == 1
-    assert "http" not in html.replace("http://www.w3.org", "").replace(
-        "http://purl.org", ""
-    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert "http:" not in html
+    assert "https:" not in html
 
 
 def test_runs_that_are_no_seeds_of_one_config_are_refused_with_the_key(tmp_path: Path) -> None:

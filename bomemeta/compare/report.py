@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
 from dataclasses import asdict
 from typing import Any
 
 from bomemeta.compare.statistics import Comparison, Difference, Mean, Row
+from bomemeta.page import charts, html
 
 HEADER = ("entry", "seeds", "mean", "rank", "difference", "win / tie / loss", "p (Holm)")
 
@@ -76,41 +76,29 @@ def figure(found: Comparison, kind: str = "png") -> bytes:
 
 
 def page(found: Comparison) -> str:
-    """One HTML page that needs nothing beside it: the tables, the figure, the notes."""
-    tables = []
+    """One HTML page that needs nothing beside it: for each metric the table and the figure, and the
+    notes.
+    """
+    parts = []
     for metric, rows in found.rows.items():
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells(row))}</tr>"
-            for row in rows
+        means = [(row.label, row.mean.value, row.mean.half_width or 0.0) for row in rows]
+        better = f"{_better(found, metric)} is better"
+        table = html.table(HEADER, [(html.long(first), *rest) for first, *rest in map(cells, rows)])
+        drawing = charts.intervals(metric, means, better)
+        told = f"{better.capitalize()}; differences from {found.reference}."
+        parts.append(
+            html.section(
+                metric, html.paragraph(told, "dim"), table, html.figure(drawing, alone=True)
+            )
         )
-        title = html.escape(_title(found, metric).lstrip("# "))
-        tables.append(f"<h2>{title}</h2><div><table><tr>{head}</tr>{body}</table></div>")
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in (*found.notes, METHOD))
-    drawing = figure(found, "svg").decode()
-    drawing = drawing[drawing.index("<svg") :]
-    return PAGE.format(tables="".join(tables), figure=drawing, notes=notes)
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>bomemeta compare</title>
-<style>
-:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-div {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8886; }}
-th:first-child, td:first-child {{ text-align: left; }}
-figure {{ margin: 1rem 0; background: white; }}
-svg {{ max-width: 100%; height: auto; }}
-</style>
-<h1>Comparison of runs</h1>
-{tables}
-<figure>{figure}</figure>
-<ul>{notes}</ul>
-</html>
-"""
+    entries = len(next(iter(found.rows.values())))
+    return html.document(
+        "bomemeta compare",
+        html.joined(["<h1>Comparison of runs</h1>"]),
+        html.paragraph(f"{entries} entries; the reference is {found.reference}.", "dim"),
+        *parts,
+        html.section("Notes", html.listing([*found.notes, METHOD])),
+    )
 
 
 def _title(found: Comparison, metric: str) -> str:

@@ -64,17 +64,19 @@ def lines(
                 axes.fill_between(steps, (mean - width) * scale, (mean + width) * scale, color=colour(0), alpha=0.18)  # fmt: skip
         if found and min(found) > 0 and max(found) > 100 * min(found) and not per_cent:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")  # not as mathematics
+            axes.yaxis.set_minor_formatter(lambda value, place: "")
         axes.set_xlabel("step")
         if per_cent:
             axes.set_ylabel("%")
-        if len(curves) > 1:
-            axes.legend(frameon=False, labelcolor=_INK, ncols=1 if len(curves) < 5 else 2)
 
     return drawn(title, draw)
 
 
 def stacked(title: str, parts: Mapping[str, Curve], unit: str) -> Html:
-    """Parts of a whole, one upon the other, over the same steps."""
+    """Parts of a whole, one upon the other, over the same steps. What goes far beyond the usual is cut
+    off at the top.
+    """
 
     def draw(axes: Any) -> None:
         thinned = {name: _thinned(curve) for name, curve in parts.items()}
@@ -84,8 +86,8 @@ def stacked(title: str, parts: Mapping[str, Curve], unit: str) -> Html:
         axes.stackplot(steps, *means, labels=list(map(shown, parts)), colors=colours, alpha=0.85)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, labelcolor=_INK, ncols=2)
+        whole = np.sum(means, 0)
+        axes.set_ylim(0, min(1.05 * float(whole.max()), 3 * float(np.median(whole))) or 1.0)
 
     return drawn(title, draw)
 
@@ -102,9 +104,21 @@ def scatter(title: str, points: Any, groups: Sequence[int], names: Sequence[str]
             )
         axes.set_xlabel("first component")
         axes.set_ylabel("second component")
-        axes.legend(frameon=False, labelcolor=_INK, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)  # fmt: skip
 
     return drawn(title, draw, WIDE)
+
+
+def intervals(title: str, rows: Sequence[tuple[str, float, float]], better: str) -> Html:
+    """A point with its interval for each row: name, value and half-width."""
+
+    def draw(axes: Any) -> None:
+        for height, (_, value, width) in enumerate(reversed(rows)):
+            axes.errorbar(value, height, xerr=width, fmt="o", color=colour(0), capsize=3)
+        axes.set_yticks(range(len(rows)), [shown(name) for name, _, _ in reversed(rows)])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel(better)
+
+    return drawn(title, draw, (WIDE[0], 1.0 + 0.3 * len(rows)))
 
 
 def drawn(title: str, draw: Callable[[Any], None], size: tuple[float, float] = SMALL) -> Html:
@@ -129,6 +143,17 @@ def drawn(title: str, draw: Callable[[Any], None], size: tuple[float, float] = S
         axes.grid(alpha=0.18)
         draw(axes)
         axes.set_title(shown(title), loc="left")
+        handles, labels = axes.get_legend_handles_labels()
+        if len(labels) > 1:
+            room = max(int(24 * size[0] / (max(map(len, labels)) + 8)), 1)  # names side by side
+            chart.legend(
+                handles,
+                labels,
+                loc="outside lower center",
+                frameon=False,
+                labelcolor=_INK,
+                ncols=min(room, len(labels)),
+            )
         out = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         chart.savefig(out, format="svg", transparent=True, metadata=nothing)

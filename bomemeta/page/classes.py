@@ -21,7 +21,7 @@ IN_MATRIX = 12
 CONFUSIONS = 12
 WAYS, SUPPORT, QUERIES = 5, 3, 8  # of an episode's pictures
 PIXELS = 96  # the longer side of a picture in the page
-NAMES = 40  # characters of a class's name in a table's head
+SHORT = 5  # characters of a class's name that can head a column
 
 
 def by_class(found: Examination) -> Html:
@@ -126,30 +126,32 @@ def _accuracies(counts: Counter[tuple[str, str]]) -> list[Sequence[str | Html]]:
 
 def _matrix(counts: Counter[tuple[str, str]]) -> Html:
     classes = _sorted({name for pair in counts for name in pair})
-    wrong: Counter[str] = Counter()
-    for (true, predicted), number in counts.items():
-        if true != predicted:
-            wrong[true] += number
-            wrong[predicted] += number
-    chosen = classes
     told = "A row is the true class, a column what it was taken for; shades are shares of the row."
+    chosen = classes
     if len(classes) > IN_MATRIX:
-        chosen = _sorted({name for name, _ in wrong.most_common(IN_MATRIX)})
-        told += f" The {len(chosen)} of {len(classes)} classes with the most errors; classes of other episodes are never in question."
+        pairs = [name for pair, _ in _wrong(counts).most_common() for name in pair]
+        chosen = list(dict.fromkeys(pairs))[:IN_MATRIX]
+        told += f" {len(chosen)} of {len(classes)} classes, those of the most frequent errors."
+        if not chosen:
+            return html.paragraph("No sample was taken for another class.")
+    numbered = any(len(name) > SHORT for name in chosen)  # else the table would be too wide
     rows = []
-    for true in chosen:
+    for place, true in enumerate(chosen, 1):
         row = [counts[true, predicted] for predicted in chosen]
         whole = max(sum(number for (name, _), number in counts.items() if name == true), 1)
         cells = [html.heat(number / whole, str(number) if number else "") for number in row]
-        rows.append([html.long(_short(true)), *cells])
-    if not rows:
-        return html.paragraph("No sample was taken for another class.")
-    header = ["true \\ predicted", *map(_short, chosen)]
-    return html.joined([html.paragraph(told, "dim"), html.table(header, rows, "heat")])
+        rows.append([html.long(f"{place}  {true}" if numbered else true), *cells])
+    columns = [str(place) for place in range(1, len(chosen) + 1)] if numbered else chosen
+    table = html.table(["true \\ predicted", *columns], rows, "heat")
+    return html.joined([html.paragraph(told, "dim"), table])
+
+
+def _wrong(counts: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
+    return Counter({pair: number for pair, number in counts.items() if pair[0] != pair[1]})
 
 
 def _most_frequent(counts: Counter[tuple[str, str]]) -> Html:
-    wrong = Counter({pair: number for pair, number in counts.items() if pair[0] != pair[1]})
+    wrong = _wrong(counts)
     if not wrong:
         return Html("")
     rows = [
@@ -157,7 +159,10 @@ def _most_frequent(counts: Counter[tuple[str, str]]) -> Html:
         for (true, predicted), number in wrong.most_common(CONFUSIONS)
     ]
     return html.joined(
-        [Html("<h3>Most frequent</h3>"), html.table(("true class", "taken for", "samples"), rows)]
+        [
+            Html("<h3>Most frequent errors</h3>"),
+            html.table(("true class", "taken for", "samples"), rows, "pairs"),
+        ]
     )
 
 
@@ -206,7 +211,3 @@ def _picture(image: Tensor, title: str, kind: str = "") -> Html:
 def _sorted(names: set[str]) -> list[str]:
     """Numbers by their size, other names by the alphabet."""
     return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() and len(name) < 9 else (1, 0, name))  # fmt: skip
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= NAMES else f"{name[: NAMES - 1]}…"

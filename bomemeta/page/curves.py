@@ -105,7 +105,8 @@ def time(curves: Mapping[str, Curve]) -> Html:
     drawn = []
     if same:
         chart = charts.stacked("Seconds per step", same, "s")
-        drawn.append(html.figure(chart, "Validations and checkpoints lie between steps.", True))
+        longest = f"The longest step took {duration(max(whole.values))}; what is far beyond the usual is cut off at the top."
+        drawn.append(html.figure(chart, longest, True))
     total = sum(whole.values)
     rows: list[Sequence[str | Html]] = [
         (

@@ -52,10 +52,13 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--edge); vertical-align: top; }
 th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.long { text-align: left; overflow-wrap: anywhere; }
+td.long { text-align: left; overflow-wrap: anywhere; min-width: 9rem; }
 table.heat td { background: rgb(var(--heat) / calc(var(--share, 0) * .75)); padding: .25rem .5rem; }
 table.heat th, table.heat td:first-child { padding: .25rem .5rem; background: none; }
-table.bars td:last-child { width: 100%%; min-width: 6rem; padding-right: 0; }
+table.pairs th:nth-child(2) { text-align: left; }
+table.bars { width: 100%%; max-width: 46rem; }
+table.bars td:last-child { width: 40%%; min-width: 5rem; padding-right: 0; }
+table.bars td { white-space: nowrap; } table.bars td.long { white-space: normal; }
 .bar { display: block; height: .8rem; margin-top: .3rem; border-radius: .2rem; background: var(--c0);
   width: calc(var(--share) * 100%%); min-width: 1px; }
 .episodes { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 24rem), 1fr)); gap: .8rem; }
@@ -67,6 +70,10 @@ table.bars td:last-child { width: 100%%; min-width: 6rem; padding-right: 0; }
 .way img.pixels { image-rendering: pixelated; }
 .way img.right { border-color: var(--c2); } .way img.wrong { border-color: var(--c1); border-style: dashed; }
 .way .then { color: var(--dim); padding: 0 .2rem; }
+@media (max-width: 34rem) {
+  th, td { padding: .25rem .35rem; } td.long { min-width: 7rem; } table.bars td:last-child { min-width: 3rem; }
+  table.heat td, table.heat th { padding: .2rem .25rem; font-size: .8rem; }
+}
 details > summary { cursor: pointer; }
 """
 

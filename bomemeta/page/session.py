@@ -87,7 +87,8 @@ def _examined(source: Source, episodes: int | None, say: Callable[[str], None]) 
 
 def _of_classes(found: Examination) -> list[Html]:
     if not found.tested:
-        words = f"{found.why} Accuracy per class, confusions, episodes and features are left out."
+        why = found.why.rstrip(".")
+        words = f"{why}. Accuracy per class, confusions, episodes and features are left out."
         return [html.section("Classes", html.paragraph(words))]
     return [classes.by_class(found), classes.episodes(found), classes.embedding(found)]
 
