@@ -44,8 +44,15 @@ _SHOWN = {
 }
 
 
+# Accuracies that are measured now and then: the live line keeps the newest of the first that there is.
+_ACCURACIES = ("validation_accuracy", "selection_accuracy", "test_accuracy")
+
+
 class Listener(Protocol):
-    """Hears what happens while a run goes on. Steps are counted from 0."""
+    """Hears what happens while a run goes on. Steps are counted from 0.
+
+    It may also have `workers(alive: int, wanted: int)`, called before `step` where workers compute.
+    """
 
     def start(
         self, run_dir: Path | str | None, first_step: int, steps: int, every_steps: int
@@ -91,13 +98,17 @@ class Quiet:
 
 
 class TerminalListener:
-    """Progress on stderr, so that stdout holds the result alone."""
+    """Progress on stderr, so that stdout holds the result alone: on a terminal one live line with
+    loss, accuracy, time left and workers alive, elsewhere a plain line now and then.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._steps, self._every_steps, self._seconds = 0, 1, 0.0
+        self._steps, self._every_steps = 0, 1
+        self._accuracies: dict[str, float] = {}  # the newest
+        self._workers = ""
         self.run_dir: Path | str | None = None  # None: no run has begun
 
     def start(
@@ -108,13 +119,14 @@ class TerminalListener:
             self._print(f"run folder: {run_dir}")
         if first_step > 0:
             self._print(f"going on at step {first_step} of {steps}")
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             # Where the terminal is narrow the figures are cut, never the count or the time.
             count = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
             self._bar = Progress(
                 TextColumn("step", table_column=Column(min_width=4)),
                 MofNCompleteColumn(table_column=count),
                 BarColumn(bar_width=10, table_column=Column(min_width=10)),
+                TextColumn("left", table_column=Column(min_width=4)),
                 TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=8)),
                 TextColumn(
                     "{task.fields[figures]}",
@@ -130,11 +142,32 @@ class TerminalListener:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         done = step + 1
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, figures=_figures(metrics))
+            self._bar.update(self._task, completed=done, figures=self._live(metrics))
         elif done % self._every_steps == 0 or done == self._steps:
             seconds = metrics.get("step_s")
             pace = f", {seconds:.3g} s/step" if seconds is not None else ""
             self._print(f"step {done}/{self._steps}: {_figures(metrics)}{pace}")
+
+    def workers(self, alive: int, wanted: int) -> None:
+        """How many workers there are now, and of how many: said in the live line."""
+        self._workers = f"workers {alive}/{wanted}"
+
+    def _live(self, metrics: Mapping[str, float]) -> str:
+        """What a person looks for first stands first: a narrow terminal cuts the end."""
+        self._accuracies |= {name: metrics[name] for name in _ACCURACIES if name in metrics}
+        accuracy = next(
+            (self._accuracies[name] for name in _ACCURACIES if name in self._accuracies), None
+        )
+        loss = metrics.get("upper_loss", metrics.get("lower_loss"))
+        parts = [
+            "" if loss is None else f"loss {loss:.4g}",
+            "" if accuracy is None else f"accuracy {_value('accuracy', accuracy, None)}",
+            self._workers,
+            _figures(
+                {name: value for name, value in metrics.items() if name in ("multiplier", "gap")}
+            ),
+        ]
+        return ", ".join(part for part in parts if part)
 
     def saved(self, checkpoint: Path) -> None: ...
 

@@ -310,6 +310,9 @@ class _Session:
         name = str(self._folder.location) if self._folder.kept else "run"
         counted = {"step": step + 1.0, "restarts": restarts_before()}
         trainer.transport.show(name, {**metrics, **counted})
+        if (workers := trainer.transport.workers) is not None:
+            # Listeners may hear of workers; those of users, which are older than that, need not.
+            getattr(self._listener, "workers", lambda alive, wanted: None)(*workers)
         self._listener.step(step, metrics)
         for finding in self._health.update(step, metrics):
             self.note(finding)

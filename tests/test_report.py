@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import os
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,6 +150,77 @@ def test_on_a_terminal_there_is_a_bar() -> None:
     assert "run folder: /runs/[a]" in text
     assert "10/10" in text
     assert "note: lambda [was] 0" in text
+
+
+def on_screen(text: str) -> str:
+    """What is said, without a terminal's commands; frames of the live line one after the other."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
+
+
+def test_the_live_line_has_loss_accuracy_workers_and_time_left() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=110, _environ={"TERM": "xterm"})
+    listener = TerminalListener(console)
+    listener.start(Path("/runs/a"), 0, 10, 4)
+    listener.workers(2, 2)
+    listener.step(0, {**HEALTHY, "validation_accuracy": 0.625})
+    listener.workers(1, 2)  # one was lost
+    listener.step(1, HEALTHY)  # not validated: the newest accuracy stays
+    listener.close()
+    last = on_screen(stream.getvalue()).splitlines()[-1]
+    assert "2/10" in last
+    assert "left" in last
+    assert "loss 1, accuracy 62.50 %, workers 1/2, lambda 2, q 0.1" in last
+
+
+def test_a_narrow_terminal_cuts_the_end_and_a_dumb_one_gets_plain_lines() -> None:
+    stream = io.StringIO()
+    narrow = TerminalListener(
+        Console(file=stream, force_terminal=True, width=60, _environ={"TERM": "xterm"})
+    )
+    narrow.start(None, 0, 10, 1)
+    narrow.step(0, HEALTHY)
+    narrow.close()
+    assert " 1/10 " in on_screen(stream.getvalue())
+    assert "loss 1" in on_screen(stream.getvalue())
+    assert max(map(len, on_screen(stream.getvalue()).splitlines())) <= 60
+    stream = io.StringIO()
+    dumb = TerminalListener(
+        Console(file=stream, force_terminal=True, width=100, _environ={"TERM": "dumb"})
+    )
+    dumb.start(None, 0, 10, 1)
+    dumb.step(0, HEALTHY)
+    dumb.close()
+    assert stream.getvalue() == "step 1/10: upper loss 1, lambda 2, q 0.1\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_run_on_a_terminal_has_one_live_line(tmp_path: Path) -> None:
+    import pty
+
+    settings = ["steps=8", "workers=0", "log.tensorboard=false", f"output_dir={tmp_path / 'run'}"]
+    words = [sys.executable, "-m", "bomemeta", "train", "analytic_quadratic", *settings]
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=slave, env=environment) as run:
+        os.close(slave)
+        said = b""
+        with contextlib.suppress(OSError):  # Linux says so when the other side is closed
+            while part := os.read(master, 65536):
+                said += part
+        assert run.stdout is not None
+        result = run.stdout.read().decode()
+    os.close(master)
+    assert run.returncode == 0, said
+    lines = on_screen(said.decode()).splitlines()
+    live = [line for line in lines if line.startswith("step ")]
+    assert live, said
+    assert all("left" in line for line in live)
+    assert "8/8" in live[-1]
+    assert "loss " in live[-1]
+    assert b"\x1b[2K" in said  # it is written over
+    assert "upper sha256" in result
+    assert "\x1b" not in result
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

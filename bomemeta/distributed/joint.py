@@ -144,6 +144,7 @@ class _Gathering:
     """
 
     collective = False
+    workers = None
 
     def __init__(self, worker: ShardWorker, rank: int, world: int, gather: Gather) -> None:
         self._worker, self._rank, self._world, self._gather = worker, rank, world, gather

@@ -92,6 +92,11 @@ class RayTransport:
         return self._fleet.replacements
 
     @property
+    def workers(self) -> tuple[int, int]:
+        """How many workers are alive, and the most that there may be."""
+        return len(self.worker_pids()), self._options.workers
+
+    @property
     def collective(self) -> bool:
         """Whether kernels of a shared lower problem run on the workers together (`run_together`)."""
         return self._options.reduce == "collective"

@@ -32,6 +32,7 @@ class SerialTransport:
     """
 
     collective = False
+    workers = None
 
     def __init__(self, factory: WorkerFactory, *, threads: int = 1, device: str = "cpu") -> None:
         torch.set_num_threads(threads)

@@ -98,6 +98,13 @@ class Transport(Protocol):
     @property
     def collective(self) -> bool: ...
 
+    @property
+    def workers(self) -> tuple[int, int] | None:
+        """How many workers are alive, and of how many; None where the tasks are computed in this
+        process.
+        """
+        ...
+
     def run(
         self,
         broadcast: np.ndarray,

@@ -47,18 +47,17 @@ figure { margin: 0; background: var(--box); border: 1px solid var(--edge); borde
 figure svg { display: block; width: 100%%; height: auto; color: var(--ink); }
 figure svg text { font-family: system-ui, sans-serif !important; }
 figure.alone { max-width: 40rem; }
-.wide { overflow-x: auto; max-width: 100%%; }
+.wide { overflow-x: auto; max-width: 100%%; margin-bottom: .6rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--edge); vertical-align: top; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--edge); vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.long { text-align: left; overflow-wrap: anywhere; min-width: 9rem; }
+td.long { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 table.heat td { background: rgb(var(--heat) / calc(var(--share, 0) * .75)); padding: .25rem .5rem; }
 table.heat th, table.heat td:first-child { padding: .25rem .5rem; background: none; }
 table.pairs th:nth-child(2) { text-align: left; }
 table.bars { width: 100%%; max-width: 46rem; }
 table.bars td:last-child { width: 40%%; min-width: 5rem; padding-right: 0; }
-table.bars td { white-space: nowrap; } table.bars td.long { white-space: normal; }
 .bar { display: block; height: .8rem; margin-top: .3rem; border-radius: .2rem; background: var(--c0);
   width: calc(var(--share) * 100%%); min-width: 1px; }
 .episodes { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 24rem), 1fr)); gap: .8rem; }
