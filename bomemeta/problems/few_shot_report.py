@@ -29,12 +29,12 @@ def class_names(problem: FewShot, task: int) -> list[str] | None:
     names = getattr(problem.data, "class_names", None)
     if not callable(names):
         return None
-    return [str(name) for name in names("test", problem._spec("test"), _key(problem, task))]
+    return [str(name) for name in names("test", problem.spec("test"), _key(problem, task))]
 
 
 def pictures(problem: FewShot, task: int) -> Pictures | None:
     """A test episode's images; None where they have not one, three or four channels."""
-    episode = problem.data.episode("test", problem._spec("test"), _key(problem, task))
+    episode = problem.data.episode("test", problem.spec("test"), _key(problem, task))
     if episode.query.shape[1] not in (1, 3, 4):
         return None
     return Pictures(_visible(problem.data, episode.support), _visible(problem.data, episode.query))
