@@ -14,7 +14,7 @@ from bomemeta.errors import MissingExtra
 # Some extras want more than one command.
 _HOW = {
     "learn2learn": 'pip install "bomemeta[learn2learn]" needs a C compiler and the steps of '
-    'README.md, "Installing learn2learn"; in a clone: uv sync --extra learn2learn'
+    'docs/install.md, "Installing learn2learn"; in a clone: uv sync --extra learn2learn'
 }
 
 

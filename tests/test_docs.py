@@ -6,30 +6,34 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from pydantic import BaseModel, TypeAdapter
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 import bomemeta
-from bomemeta import health, listing
+from bomemeta import health
 from bomemeta.cli import app
-from bomemeta.config import SECTIONS, Settings
+from bomemeta.config import SECTIONS
 from bomemeta.errors import DataError
 from bomemeta.metrics import TENSORBOARD_TAGS, read_metrics
 from bomemeta.tune.spec import load_search
-from bomemeta.validation import phrase
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 EXAMPLES = DOCS / "examples"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted(DOCS.rglob("*.md")),
+]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 TUNE_FILES = [
     path for path in FILES if re.search(r"^space:", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -99,10 +103,13 @@ def test_readme_names_commands_that_exist() -> None:
     assert "uv run --extra learn2learn pytest" in README
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PAGES, DOCS / "llms.txt"], ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8"))
-    assert [link for link in links if not (path.parent / link).exists()] == []
+    # Pages of reference/ are written when the site is built: tests/test_site.py follows these links.
+    written = {DOCS / "reference" / name for name in ("api.md", "commands.md", "keys.md")}
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert [link for link in missing if (path.parent / link).resolve() not in written] == []
 
 
 def test_files_that_docs_name_exist() -> None:
@@ -117,72 +124,44 @@ def test_files_that_docs_name_exist() -> None:
 # configuration.md
 
 
-def settings_rows() -> dict[str, tuple[str, str]]:
-    """Key to default and what is wanted, of the keys that every run has."""
-    schema = TypeAdapter(Settings).json_schema()
-    found: dict[str, tuple[str, str]] = {}
-    for key, field in Settings.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            below = schema["$defs"][field.annotation.__name__]["properties"]
-            for name, part in field.annotation.model_fields.items():
-                found[f"{key}.{name}"] = (
-                    json.dumps(part.default),
-                    phrase(below[name], schema) or "",
-                )
-        else:
-            default = (
-                field.default
-                if isinstance(field.default, str)
-                else json.dumps(field.default)
-                if not field.is_required()
-                else ""
-            )
-            found[key] = (
-                default or "must be given",
-                phrase(schema["properties"][key], schema) or "",
-            )
-    return found
-
-
-def class_rows(kind: str, name: str) -> dict[str, tuple[str, str]]:
-    """As `bomemeta list KIND NAME` prints them."""
-    lines = [re.fullmatch(r"  (\w+): +(.*?) +# (.*)", line) for line in listing.keys_of(kind, name)]
-    return {line[1]: (line[2].strip("<>"), line[3]) for line in lines if line is not None}
-
-
-def compare(
-    documented: dict[str, list[str]], wanted: dict[str, tuple[str, str]], where: str
-) -> None:
-    got = {key: tuple(cells[:2]) for key, cells in documented.items()}
-    lines = [
-        f"| `{key}` | {default} | {wish} | ... |"
-        for key, (default, wish) in wanted.items()
-        if got.get(key) != (default, wish)
-    ]
-    gone = sorted(set(got) - set(wanted))
-    assert (lines, gone) == ([], []), (
-        f"docs/configuration.md, {where}: rows to write, and keys that are no more"
-    )
-    assert all(cells[2] for cells in documented.values())
-
-
-def test_configuration_lists_the_keys_of_every_run() -> None:
-    text = page("configuration.md").partition("## Every run")[2].partition("\n## ")[0]
-    compare(rows(text), settings_rows(), "Every run")
+KEYS = runpy.run_path(str(DOCS / "keys.py"))
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind, names in REGISTERED.items() for name in names]
+    ("kind", "name"),
+    [
+        (None, KEYS["EVERY_RUN"]),
+        *((kind, name) for kind in REGISTERED for name in REGISTERED[kind]),
+    ],
 )
-def test_configuration_lists_the_keys_of_every_class(kind: str, name: str) -> None:
-    parts = re.split(r"^### ", page("configuration.md"), flags=re.MULTILINE)
-    found = [part for part in parts if f"`{name}`" in part.partition("\n")[0]]
+def test_configuration_says_what_each_key_means(kind: str | None, name: str) -> None:
+    sections = KEYS["sections"](page("configuration.md"))
+    wanted = set(KEYS["class_keys"](kind, name) if kind else KEYS["settings_keys"]())
+    found = [
+        text for heading, text in sections.items() if f"`{name}`" in heading or heading == name
+    ]
     assert len(found) == 1, f"docs/configuration.md wants one section whose heading names `{name}`"
-    compare(rows(found[0].partition("\n## ")[0]), class_rows(kind, name), name)
+    own, shared = (KEYS["meanings"](text) for text in (found[0], sections.get(KEYS["SHARED"], "")))
+    lacking = [f"| `{key}` | ... |" for key in wanted if not (own | shared).get(key)]
+    gone = sorted(set(own) - wanted)
+    assert (lacking, gone) == ([], []), (
+        f"docs/configuration.md, {name}: rows to write, and keys that are no more"
+    )
 
 
-def test_every_registered_name_is_in_the_readme_or_configuration() -> None:
-    text = README + page("configuration.md")
+def test_the_sites_configuration_has_defaults_and_ranges() -> None:
+    made = KEYS["with_tables"](page("configuration.md"))
+    table = rows(KEYS["sections"](made)["`bome`"])
+    assert table["inner_lr"][:2] == ["0.1", "a number > 0"]
+    assert table["upper_optimizer"][:2] == ["sgd", "one of: sgd, momentum, adam, adamw"]
+    assert rows(KEYS["sections"](made)["Every run"])["log.every_steps"][:2] == [
+        "20",
+        "an integer >= 1",
+    ]
+
+
+def test_every_registered_name_is_in_data_or_configuration() -> None:
+    text = page("data.md") + page("configuration.md")
     assert [
         name for names in REGISTERED.values() for name in names if f"`{name}`" not in text
     ] == []

@@ -38,7 +38,6 @@ OPTIONAL = (
     "onnxruntime",
     "onnxscript",
     "mkdocs",
-    "jupytext",
     "nbclient",
     "mlflow",
     "wandb",
@@ -102,7 +101,7 @@ def test_the_core_needs_nothing_that_must_be_compiled() -> None:
     assert {"learn2learn", "pretrained", "serve", "onnx", "docs"} <= set(EXTRAS)
 
 
-def test_every_extra_that_a_message_names_exists_and_is_in_the_readme() -> None:
+def test_every_extra_that_a_message_names_exists_and_is_documented() -> None:
     asked = set()
     for path in sorted((ROOT / "bomemeta").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -114,8 +113,8 @@ def test_every_extra_that_a_message_names_exists_and_is_in_the_readme() -> None:
                 asked.add(extra.value)
     assert "learn2learn" in asked
     assert asked <= set(EXTRAS)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in EXTRAS if f"`{name}`" not in readme] == []
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert [name for name in EXTRAS if f"`{name}`" not in page] == []
 
 
 def test_all_that_is_public_imports_without_any_extra(tmp_path: Path) -> None:
@@ -138,7 +137,7 @@ def test_where_learn2learn_is_absent_one_line_says_what_to_install(tmp_path: Pat
     )
     assert done.returncode == 2, done.stderr
     assert 'pip install "bomemeta[learn2learn]"' in done.stderr.splitlines()[-1]
-    assert "README.md" in done.stderr
+    assert "docs/install.md" in done.stderr
 
 
 def cifar_names(folder: Path) -> Path:

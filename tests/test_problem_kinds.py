@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import bomemeta as bm
 from bomemeta.core.problem import (
     Problem,
     SharedProblem,
@@ -57,3 +59,36 @@ def test_kinds_and_their_defaults():
     assert stream.final_metrics([]) == {}
     with pytest.raises(TypeError, match=r"StreamProblem must define length\(\)"):
         stream_length(stream)
+
+
+class Numbers(Problem):
+    """f_i = (y - a_i)^2 and g_i = (y - x)^2 + y^2 / 2, with no axis in x and none in y but the tasks':
+    y_i = 2 x / 3, and x* is 3 / 2 times the mean of the a_i, which is 2.
+    """
+
+    @property
+    def num_tasks(self):
+        return 3
+
+    def init_upper(self, generator):
+        return {"x": torch.zeros(())}
+
+    def load(self, task_ids, step, split):
+        return {"a": torch.tensor([1.0, 2.0, 3.0])[list(task_ids)]}
+
+    def init_lower(self, encoded, batch):
+        return {"y": torch.zeros(())}
+
+    def upper_loss(self, encoded, lower, batch):
+        return (lower["y"] - batch["a"]) ** 2
+
+    def lower_loss(self, encoded, lower, batch):
+        return (lower["y"] - encoded["x"]) ** 2 + lower["y"] ** 2 / 2
+
+
+@pytest.mark.parametrize("solver", ["BOME", "LancBiO", "SOBA", "ITD", "F2SA"])
+def test_x_and_y_may_be_single_numbers(solver):
+    made = getattr(bm, solver)(upper_lr=0.3, upper_schedule="cosine")
+    result = bm.train(Numbers(), made, steps=100, workers=0)
+    # F2SA's penalty is 2 after 100 steps: its bias is of the order of its inverse.
+    assert result.upper["x"].item() == pytest.approx(3, abs=0.3)

@@ -15,9 +15,14 @@ def dot(a: Params, b: Params) -> Tensor:
     return torch.stack([torch.dot(a[name].reshape(-1), b[name].reshape(-1)) for name in a]).sum()
 
 
+def rows(stack: Tensor) -> Tensor:
+    """One tensor of a stack as one row per task, `[B, n]`; a number per task is a row of one."""
+    return stack.flatten(1) if stack.ndim > 1 else stack[:, None]
+
+
 def dot_tasks(a: Params, b: Params) -> Tensor:
     """Inner product per task of two stacks, shape [B]."""
-    products = [torch.linalg.vecdot(a[name].flatten(1), b[name].flatten(1)) for name in a]
+    products = [torch.linalg.vecdot(rows(a[name]), rows(b[name])) for name in a]
     return products[0] if len(products) == 1 else torch.stack(products).sum(0)
 
 
@@ -57,7 +62,7 @@ def unflatten(flat: Tensor, like: Params) -> Params:
 
 def flatten_tasks(params: Params) -> Tensor:
     """A stack as one row per task, shape [B, n]."""
-    return torch.cat([tensor.flatten(1) for tensor in params.values()], dim=1)
+    return torch.cat([rows(tensor) for tensor in params.values()], dim=1)
 
 
 def unflatten_tasks(rows: Tensor, like: Params) -> Params:

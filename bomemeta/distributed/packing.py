@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bomemeta.core.solver import Layout, LowerGroups, Sums
+from bomemeta.core.tree import rows
 
 CPU = torch.device("cpu")
 
@@ -68,7 +69,7 @@ def pack_tasks(groups: LowerGroups) -> PackedTasks:
     ]
     layout = tuple((group, name, tuple(tensor.shape[1:])) for group, name, tensor in entries)
     return PackedTasks(
-        layout, torch.cat([tensor.detach().flatten(1) for _, _, tensor in entries], dim=1).cpu()
+        layout, torch.cat([rows(tensor.detach()) for _, _, tensor in entries], dim=1).cpu()
     )
 
 
