@@ -64,7 +64,7 @@ def _capacity(options: RayOptions) -> _Capacity:
     bundles, labels = _placement_bundles(), options.worker_labels
     if bundles is None:
         alive = [node for node in ray.nodes() if node["Alive"]]
-        chosen = [node for node in alive if matches(node["Labels"], labels)]
+        chosen = [node for node in alive if not labels or matches(node["Labels"], labels)]
         nodes = [node["Resources"] for node in chosen]
         where, free = f"the cluster ({len(nodes)} nodes)", ray.available_resources()
         if labels:
@@ -115,6 +115,8 @@ def said(labels: Mapping[str, str]) -> str:
 
 def unmatched(selector: Mapping[str, str]) -> str | None:
     """What is to be said where no node has the labels; None where one has."""
+    if not selector:
+        return None
     alive = [node["Labels"] for node in ray.nodes() if node["Alive"]]
     if any(matches(labels, selector) for labels in alive):
         return None
