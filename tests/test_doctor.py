@@ -128,9 +128,10 @@ def test_bytes_and_disk_are_those_of_a_run(config: dict[str, Any], tmp_path: Pat
     assert 0.4 < figures["disk"]["logs"] / logs < 2.5
 
 
-def test_lower_states_are_counted_for_all_tasks(tmp_path: Path) -> None:
-    figures = examine(ANALYTIC, ["tasks_per_step=4"]).figures
-    done = bomemeta.train(ANALYTIC, [f"output_dir={tmp_path / 'run'}", "steps=1"])
+@pytest.mark.parametrize("keys", [[], ["solver.lower_optimizer=adamw"]], ids=["sgd", "adamw"])
+def test_lower_states_are_counted_for_all_tasks(keys: list[str], tmp_path: Path) -> None:
+    figures = examine(ANALYTIC, ["tasks_per_step=4", *keys]).figures
+    done = bomemeta.train(ANALYTIC, [f"output_dir={tmp_path / 'run'}", "steps=1", *keys])
     saved = load_latest(done.run_dir / "checkpoints").checkpoint
     assert figures["memory"]["lower_state_bytes"] == sum(
         tensor.nbytes for tensor in saved.lower.values()
