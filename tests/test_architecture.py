@@ -73,6 +73,7 @@ WITH_RAY = {
     "distributed/ray_transport.py",
     "distributed/slots.py",
     "doctor/cluster.py",
+    "serve/batch.py",
     "serve/serving.py",
     "submit.py",
     "tune/exchange.py",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,51 +49,98 @@ def fit(
 def predict(
     clf: Classifier,
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Images, or folders of images.")
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="Images, or folders of images; with --workers also URIs as in s3://BUCKET/FOLDER.",
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="A table with all probabilities.")] = False,
+    workers: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Through Ray Data on N workers. 0: this process."),
+    ] = 0,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="With --workers: a running Ray cluster."),
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Say which class each image is of, with its probability.
 
     An image that cannot be read gets a line on stderr, and the exit code is then 1.
     """
-    with reported():
-        from bomemeta.errors import ConfigError, DataError
-        from bomemeta.predict import load_classifier
-        from bomemeta.predict.inputs import labelled_files
+    with reported(), ExitStack() as stack:
+        from bomemeta.errors import ConfigError
 
         if as_json and as_csv:
             raise ConfigError("--json and --csv: wanted one of them")
-        classifier = load_classifier(clf, trust=trust)
-        files: list[Path] = []
-        for path in paths:
-            files += [file for file, _ in labelled_files(path)] if path.is_dir() else [path]
-        names = [str(name) for name in classifier.classes_.tolist()]
+        answers: Iterator[tuple[str, list[float] | None, str]]
+        if workers:
+            from bomemeta.serve.batch import predictions
+
+            names, answers = stack.enter_context(
+                predictions(clf, paths, workers, address=address, trust=trust, say=_say)
+            )
+            count = None
+        else:
+            if address is not None:
+                raise ConfigError("--address: wanted together with --workers N")
+            names, files = _here(clf, paths, trust)
+            answers, count = _answers(*files), len(files[1])
         if as_csv:
             typer.echo(_csv_line(["path", "class", *names]), nl=False)
         unread = 0
-        with typer.progressbar(length=len(files), file=_stderr(), hidden=len(files) < PART) as bar:
-            for first in range(0, len(files), PART):
-                part = files[first : first + PART]
-                good, rows = list(part), []
-                try:
-                    rows = list(classifier.predict_proba(part))
-                except DataError:  # one of them: ask each alone
-                    good = []
-                    for file in part:
-                        try:
-                            rows.append(classifier.predict_proba([file])[0])
-                            good.append(file)
-                        except DataError as error:
-                            typer.echo(str(error), err=True)
-                            unread += 1
-                for file, row in zip(good, rows, strict=True):
-                    _show(file, names, row.tolist(), as_json, as_csv)
-                bar.update(len(part))
+        bar = stack.enter_context(
+            typer.progressbar(
+                length=count or 0, file=_stderr(), hidden=count is None or count < PART
+            )
+        )
+        for path, row, reason in answers:
+            if row is None:
+                typer.echo(reason, err=True)
+                unread += 1
+            else:
+                _show(path, names, row, as_json, as_csv)
+            bar.update(1)
         if unread:
             raise typer.Exit(1)
+
+
+def _here(clf: Path, paths: list[str], trust: bool) -> tuple[list[str], tuple[Any, list[Path]]]:
+    """The classes' names, and the classifier with the images' files."""
+    from bomemeta.errors import ConfigError
+    from bomemeta.predict import load_classifier
+    from bomemeta.predict.inputs import labelled_files
+    from bomemeta.storage import is_uri
+
+    classifier = load_classifier(clf, trust=trust)
+    names = [str(name) for name in classifier.classes_.tolist()]
+    files: list[Path] = []
+    for path in paths:
+        if is_uri(path):
+            raise ConfigError(f"{path}: a URI is read by Ray Data: give --workers N too")
+        folder = Path(path).is_dir()
+        files += [file for file, _ in labelled_files(path)] if folder else [Path(path)]
+    return names, (classifier, files)
+
+
+def _answers(classifier: Any, files: list[Path]) -> Iterator[tuple[str, list[float] | None, str]]:
+    """Of each image its path, probabilities, and else why there are none."""
+    from bomemeta.errors import DataError
+
+    for first in range(0, len(files), PART):
+        part = files[first : first + PART]
+        try:
+            for file, row in zip(part, classifier.predict_proba(part), strict=True):
+                yield str(file), row.tolist(), ""
+        except DataError:  # one of them: ask each alone
+            for file in part:
+                try:
+                    yield str(file), classifier.predict_proba([file])[0].tolist(), ""
+                except DataError as error:
+                    yield str(file), None, str(error)
 
 
 @app.command()
@@ -147,17 +196,21 @@ def export(
         typer.echo(f"{written}: images [n, C, H, W] -> logits [n, classes], features [n, d]")
 
 
-def _show(file: Path, names: list[str], row: list[float], as_json: bool, as_csv: bool) -> None:
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _show(file: str, names: list[str], row: list[float], as_json: bool, as_csv: bool) -> None:
     best = max(range(len(row)), key=row.__getitem__)
     if as_json:
         record = {
-            "path": str(file),
+            "path": file,
             "class": names[best],
             "probabilities": dict(zip(names, row, strict=True)),
         }
         typer.echo(json.dumps(record))
     elif as_csv:
-        typer.echo(_csv_line([str(file), names[best], *row]), nl=False)
+        typer.echo(_csv_line([file, names[best], *row]), nl=False)
     else:
         typer.echo(f"{file}\t{names[best]}\t{row[best]:.4f}")
 
