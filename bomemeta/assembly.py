@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from bomemeta.copies import copy_of
 from bomemeta.core.problem import Problem, SharedProblem, stream_length
 from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import Solver
+from bomemeta.data.digest import digest_of
 from bomemeta.distributed.transport import Transport, WorkerFactory
 from bomemeta.distributed.worker import Computing, ShardWorker, variant_of
 from bomemeta.engine import Trainer
@@ -79,6 +81,14 @@ def _naming(what: str, kind: type[BomemetaError]) -> Iterator[None]:
         if isinstance(error, BomemetaError) or asks_too_much(error):
             raise
         raise kind(f"{what} raised {reason(error)}{place(error)}") from error
+
+
+def looked_at(config: Config, problem: Problem) -> dict[str, Any]:
+    """The digest of the problem's data, under the settings of torch that the run has. Raises as
+    `digest_of`.
+    """
+    with torch_threads(config.threads):
+        return digest_of(problem)
 
 
 def build_solver(config: Config, problem: Problem) -> Solver:

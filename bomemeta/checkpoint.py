@@ -35,7 +35,7 @@ _SEAL_BYTES = len(_MARK) + 64
 _LENGTH_BYTES = 2  # the last field of a zip archive: how long its comment is
 _READ_BYTES = 2**20
 # Our own names alone: what else lies in the folder (a copy, step_best.pt) is the user's.
-_NAME = re.compile(r"step_(\d{8,})\.pt")
+_NAME = re.compile(r"step_([0-9]{8,})\.pt")
 
 
 class Checkpoint(NamedTuple):

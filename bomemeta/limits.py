@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ _COUNTS = (
     "evaluation.validation_episodes",
 )
 # What torch, numpy and Python say of sizes that they cannot have.
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|Unable to allocate")
+# The same, in words that other mistakes have too: of sizes where this package, torch or numpy asked.
 _TOO_LARGE = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|[Oo]verflow|too (large|big)|Maximum allowed|"
-    r"Unable to allocate|exceeds? the (limit|maximum)|numel|negative dimension|int too big|cannot fit|must be less than|"
-    r"exceeded|can't represent|too many",
+    r"[Oo]verflow|too (large|big)|Maximum allowed|exceeds? the (limit|maximum)|numel|negative dimension|int too big|"
+    r"cannot fit|must be less than|exceeded|can't represent|too many",
 )
+_ASKING = ("bomemeta", "torch", "numpy")
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -61,6 +64,15 @@ def check_counts(values: Mapping[str, Any]) -> None:
             )
 
 
+def check_bytes(key: str, what: str, size: int) -> None:
+    """Raises ConfigError where `what`, of `size` bytes, is more than this machine has free."""
+    free = available_memory()
+    if free is not None and size > free:
+        raise ConfigError(
+            f"{key}: {what} take {said(size)}, and this machine has {said(free)} free; wanted less"
+        )
+
+
 @contextlib.contextmanager
 def within_memory(values: Mapping[str, Any], *, limited: bool) -> Iterator[None]:
     """Turns the errors of arrays that cannot be had into a ConfigError that names the largest numbers
@@ -83,10 +95,23 @@ def within_memory(values: Mapping[str, Any], *, limited: bool) -> Iterator[None]
 
 def asks_too_much(error: Exception) -> bool:
     """Whether this is what torch, numpy or Python say of a size that cannot be had."""
-    if isinstance(error, MemoryError | OverflowError):
+    if isinstance(error, MemoryError):
         return True
-    sized = isinstance(error, RuntimeError | ValueError | TypeError | IndexError)
-    return sized and _TOO_LARGE.search(str(error)) is not None
+    if not isinstance(
+        error, RuntimeError | ValueError | TypeError | IndexError | OverflowError
+    ) or isinstance(error, RecursionError):
+        return False
+    if _NO_MEMORY.search(str(error)) is not None:
+        return True
+    sized = isinstance(error, OverflowError) or _TOO_LARGE.search(str(error)) is not None
+    return sized and _raised_by_a_library(error)
+
+
+def _raised_by_a_library(error: Exception) -> bool:
+    """Whether the line that raised it is none of a user's own file, where it is a mistake like any."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__", "") if frames else ""
+    return str(module).partition(".")[0] in _ASKING
 
 
 def available_memory() -> int | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bomemeta.errors import BomemetaError
 from bomemeta.files import naming, written_whole
 from bomemeta.run_folder import RunFolder, finite
 
@@ -204,6 +205,10 @@ def _keep_before(path: Path, step: int) -> bytes:
     """Takes the lines of this step and later ones out, and those that are none; what is kept."""
     if not path.exists():
         return b""
+    if not path.is_file():
+        raise BomemetaError(
+            f"{path} is a folder, a pipe or a device; wanted the file that a run writes. Take it away"
+        )
     lines = path.read_bytes().splitlines(keepends=True)
     kept = b"".join(line for line in lines if _is_before(line, step))
     with naming(path), written_whole(path) as file:

@@ -45,7 +45,9 @@ def loaded(settings: Config, folder: RunFolder) -> Result:
     last = load_latest(folder.checkpoints)
     upper = judged_upper(last.checkpoint)
     digest = upper_sha256(upper)
-    return _read(settings, folder, last.checkpoint.step, {}, upper, digest, last.notes)
+    _, fault = folder.read_result()
+    notes = last.notes if fault is None else [*last.notes, fault]
+    return _read(settings, folder, last.checkpoint.step, {}, upper, digest, notes)
 
 
 def _read(

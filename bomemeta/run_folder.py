@@ -256,6 +256,8 @@ class RunFolder:
 
     def read_result(self) -> tuple[dict[str, Any] | None, str | None]:
         """result.json, None where there is none that can be used; and what is wrong with it."""
+        if self.result_file.is_fifo():  # a reader would wait for ever
+            return None, f"{self.result_file} is a pipe; wanted the file that a run writes"
         return read_sealed(self.result_file) if self.result_file.exists() else (None, None)
 
     def identity(self) -> tuple[int, int]:

@@ -95,7 +95,17 @@ def extend(
     listener: Listener | None = None,
 ) -> Result:
     """As `bomemeta.extend`."""
+    if not isinstance(data, str | Path):
+        raise ConfigError(f"data: got {type(data).__name__}, wanted the path of an .npz file")
+    if tasks is not None and (isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1):
+        raise ConfigError(f"tasks: got {tasks!r}, wanted a whole number >= 1, or None")
     folder = RunFolder.open(run_dir)
+    named = {override.partition("=")[0].strip() for override in overrides} | {*(keys or ())}
+    for key in ("output_dir", "steps", "problem.appended"):
+        if key in named:
+            raise ConfigError(
+                f"{key}: an extended run has its own folder, and its stream's length; leave the override out"
+            )
     settings = config_of(folder, overrides, keys, trust=trust)
     if settings.seeds > 1:
         raise ConfigError(
@@ -143,20 +153,22 @@ def _continued(settings: Config, listener: Listener) -> Result | None:
     folder = RunFolder.find(settings.output_dir)
     if folder is None:
         return None
-    for note in (folder.recorded_config()[1], folder.read_result()[1]):
-        if note is not None:
-            listener.note(note)
+    notes = [note for note in (folder.recorded_config()[1], folder.read_result()[1]) if note]
+    for note in notes:
+        listener.note(note)
     check_continues(settings, folder)
     result = finished(settings, folder)
     if result is None:
-        return _go_on(settings, folder, listener)
+        return _go_on(settings, folder, listener, notes)
     listener.note(f"run folder: {folder.location}, where this run is finished")
     return result
 
 
-def _go_on(settings: Config, folder: RunFolder, listener: Listener) -> Result:
+def _go_on(
+    settings: Config, folder: RunFolder, listener: Listener, said: Sequence[str] = ()
+) -> Result:
     return (
-        resume_one(settings, folder, listener)
+        resume_one(settings, folder, listener, said)
         if settings.seeds == 1
         else run_seeds(settings, folder, listener)
     )

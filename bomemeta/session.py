@@ -14,7 +14,7 @@ from typing import Any
 
 from bomemeta import checkpoint as checkpoints
 from bomemeta import engine
-from bomemeta.assembly import build_problem, build_solver, trainer_of
+from bomemeta.assembly import build_problem, build_solver, looked_at, trainer_of
 from bomemeta.checkpoint import (
     Checkpoint,
     check_same_run,
@@ -27,7 +27,7 @@ from bomemeta.continuation import longer_notes
 from bomemeta.contract import check_at_start
 from bomemeta.core.problem import Problem
 from bomemeta.core.solver import Solver
-from bomemeta.data.digest import as_texts, check_same_data, digest_of, other_data
+from bomemeta.data.digest import as_texts, check_same_data, other_data
 from bomemeta.engine import State, Trainer
 from bomemeta.environment import restarts_before
 from bomemeta.errors import (
@@ -63,13 +63,13 @@ def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
         build_problem(later)
     problem = build_problem(stages[0])
     solver = build_solver(settings, problem)
-    data = digest_of(problem)
+    data = looked_at(settings, problem)
     check_at_start(problem, vmap=settings.task_map == "vmap")
 
     def run(folder: RunFolder) -> Result:
         session = _Session(stages[0], folder, listener, data)
         result = session.run(problem, solver, None, ends=len(stages) == 1)
-        return _later_stages(stages[1:], folder, listener, result)
+        return _later_stages(stages[1:], folder, listener, result, session.notes)
 
     if settings.output_dir is None and name is None:
         with RunFolder.passing(settings) as passing:
@@ -86,25 +86,33 @@ def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
         raise
 
 
-def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Result:
-    """Goes on from the folder's newest readable checkpoint."""
+def resume_one(
+    settings: Config, folder: RunFolder, listener: Listener, said: Sequence[str] = ()
+) -> Result:
+    """Goes on from the folder's newest readable checkpoint. `said`: notes that the listener has heard,
+    for the result.
+    """
     stages = stages_of(settings)
     at = 0
     with folder.held(listener.note):
         saved = None
         loaded = standing(folder)
-        if loaded is None:  # it died before its first step, or somebody cleared up
-            listener.note(f"no checkpoint in {folder.checkpoints}: the run begins again at step 0")
-        else:
-            for note in loaded.notes:
-                listener.note(note)
+        early = (
+            loaded.notes
+            if loaded is not None  # else it died before its first step, or somebody cleared up
+            else [f"no checkpoint in {folder.checkpoints}: the run begins again at step 0"]
+        )
+        for note in early:
+            listener.note(note)
+        if loaded is not None:
             saved = loaded.checkpoint
             as_now = saved._replace(config={**saved.config, "steps": settings.steps})
             at = stage_of(as_now, stages)
             check_same_run(as_now, stages[at])
         problem = build_problem(stages[at])
         solver = build_solver(settings, problem)
-        session = _Session(stages[at], folder, listener, data := digest_of(problem))
+        data = looked_at(settings, problem)
+        session = _Session(stages[at], folder, listener, data, [*said, *early])
         if saved is not None:
             check_same_data(saved.data, data, saved.step)
             for note in longer_notes(solver, saved, settings.steps):
@@ -116,21 +124,26 @@ def resume_one(settings: Config, folder: RunFolder, listener: Listener) -> Resul
             result = None  # that stage is done
         else:
             result = session.run(problem, solver, saved, ends=not later)
-        return _later_stages(later, folder, listener, result)
+        return _later_stages(later, folder, listener, result, session.notes)
 
 
 def _later_stages(
-    stages: Sequence[Config], folder: RunFolder, listener: Listener, result: Result | None
+    stages: Sequence[Config],
+    folder: RunFolder,
+    listener: Listener,
+    result: Result | None,
+    notes: Sequence[str],
 ) -> Result:
     """The result after the stages that are left; `result` is that of the one before them, None where it
-    was done long ago.
+    was done long ago, and `notes` what was said so far.
     """
     for left, settings in enumerate(stages, start=1 - len(stages)):
         if result is not None and result.interrupted:
             return result
         problem = build_problem(settings)
         solver = build_solver(settings, problem)
-        session = _Session(settings, folder, listener, digest_of(problem))
+        session = _Session(settings, folder, listener, looked_at(settings, problem), notes)
+        notes = session.notes
         check_at_start(problem, vmap=settings.task_map == "vmap")
         saved = load_latest(folder.checkpoints).checkpoint
         result = session.run(problem, solver, saved, grows=True, ends=left == 0)
@@ -144,7 +157,7 @@ def evaluate_one(settings: Config, folder: RunFolder, listener: Listener) -> Res
     stages = stages_of(settings)
     settings = stages[stage_of(loaded.checkpoint, stages)]
     problem = build_problem(settings)
-    session = _Session(settings, folder, listener, data := digest_of(problem))
+    session = _Session(settings, folder, listener, data := looked_at(settings, problem))
     for note in [*loaded.notes, *other_data(loaded.checkpoint.data, data)]:
         session.note(note)
     return session.evaluate(problem, build_solver(settings, problem), loaded.checkpoint)
@@ -154,12 +167,17 @@ class _Session:
     """One process's work on one run folder."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, listener: Listener, data: dict[str, Any]
+        self,
+        config: Config,
+        folder: RunFolder,
+        listener: Listener,
+        data: dict[str, Any],
+        notes: Sequence[str] = (),
     ) -> None:
         self._config, self._folder, self._listener = config, folder, listener
         self._data = data  # its digest
         self._health = HealthMonitor()
-        self._notes: list[str] = []
+        self.notes = [*notes]
         self._log: MetricsLog | None = None
         self._trackers: Trackers | None = None
         self._saving = threading.Lock()
@@ -318,7 +336,7 @@ class _Session:
             self.note(finding)
 
     def note(self, text: str) -> None:
-        self._notes.append(text)
+        self.notes.append(text)
         self._listener.note(text)
 
     def _diverged(self, error: DivergenceError) -> str:
@@ -350,7 +368,7 @@ class _Session:
             upper,
             upper_sha256(upper),
             interrupted,
-            list(self._notes),
+            list(self.notes),
             uri,
             signal,
             self._config,

@@ -32,7 +32,7 @@ def serve(
         int, typer.Option(min=1, help="Processes that hold the network, one CPU each.")
     ] = 1,
     max_mb: Annotated[
-        float, typer.Option(min=0.001, help="The largest request, in megabytes.")
+        float, typer.Option(min=0.001, max=100_000, help="The largest request, in megabytes.")
     ] = 32.0,
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to run on; without, one is started here.")

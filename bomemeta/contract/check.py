@@ -198,7 +198,15 @@ class _Check(Asker):
 
     def encoded(self, upper: Params, row: Batch) -> Params:
         leaves = tree.leaves(upper) if self.problem.encodes else upper
-        return self.tensors("encode", self.watched("encode", leaves, row))
+        found = self.tensors("encode", self.watched("encode", leaves, row))
+        with torch.no_grad():
+            again = self.call("encode", leaves, row)
+        if not same(tree.detached(found), again):
+            self.wrong(
+                "encode", "other values when it was called again", "a pure function of its arguments",
+                "torch's global generator will do (it is seeded from seed, step and task); numpy's, Python's and one of your own are not",
+            )  # fmt: skip
+        return found
 
     def lower(self, encoded: Params, row: Batch) -> Params:
         with torch.no_grad():
@@ -346,6 +354,7 @@ class _Check(Asker):
             if self.problem.meta_tests:  # sizes may differ from training's
                 lower = self.call("init_lower", encoded, row)
             figures = self.watched("evaluate", encoded, lower, row)
+            again = self.call("evaluate", encoded, lower, row)
         if not isinstance(figures, Mapping):
             self.wrong("evaluate", f"a {type(figures).__name__}", "a dict of names and tensors []")
         for name, value in figures.items():
@@ -359,6 +368,11 @@ class _Check(Asker):
                     "evaluate", f"{name} of shape {list(value.shape)}", "one number per task, shape []",
                     "evaluate is asked of ONE task: take a mean over its samples",
                 )  # fmt: skip
+        if not same(dict(figures), again):
+            self.wrong(
+                "evaluate", "other values when it was called again", "a pure function of its arguments",
+                "torch's global generator will do (it is seeded from seed, step and task); numpy's, Python's and one of your own are not",
+            )  # fmt: skip
 
 
 def _stacked(rows: Sequence[Params]) -> Params:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bomemeta.data.labelled import PARTS, Examples, LabelledArrays
 from bomemeta.data.newsgroups import DocumentSource
+from bomemeta.data.pictures import Picture, picture_or_none
 from bomemeta.errors import CheckpointError, DataError
 
 # So many classes' names and counts are in a digest; of more there is a hash.
@@ -32,7 +33,7 @@ def digest_of(problem: Any) -> dict[str, Any]:
     if data is None:
         return dict(found)
     if not found and isinstance(data, LabelledArrays):
-        check_rows(data)
+        check_rows(data, problem.dtype)
         found = digest_of_rows(data)
     elif not found and isinstance(data, DocumentSource):
         found = digest_of_documents(data)
@@ -50,6 +51,8 @@ def digest_of_rows(data: LabelledArrays) -> dict[str, Any]:
     names = getattr(data, "class_names", None)
     if names is not None:
         found["classes"] = _listed(list(names))
+    if isinstance(picture := picture_or_none(data), Picture):
+        found["picture"] = list(picture)
     for part in PARTS:
         inputs, labels = data.examples(part)[:2]
         found |= {
@@ -121,14 +124,16 @@ def sha256(*tensors: Tensor) -> str:
     return found.hexdigest()
 
 
-def check_rows(data: LabelledArrays) -> None:
+def check_rows(data: LabelledArrays, dtype: torch.dtype | None = None) -> None:
     """Raises DataError where rows or labels are not those of `LabelledArrays`: it names the class of
-    the data set, the part, what was got and what was wanted.
+    the data set, the part, what was got and what was wanted. `dtype`: the run's, which is to hold them.
     """
     name = type(data).__name__
     for part in PARTS:
         where, examples = f"{name}, part {part}", data.examples(part)
         _check_form(examples, data.features, where)
+        if dtype is not None and examples.inputs.dtype == torch.float64:
+            _check_range(examples.inputs, dtype, where)
         labels = examples.labels
         least, most = int(labels.min()), int(labels.max())
         if least < 0 or most >= data.classes:
@@ -163,6 +168,17 @@ def _check_form(examples: Examples, features: int, where: str) -> None:
                 f"{where}: NaN or infinite numbers in {len(rows)} of {len(inputs)} rows (first in row {int(rows[0])}). Wanted finite "
                 "numbers"
             )
+
+
+def _check_range(inputs: Tensor, dtype: torch.dtype, where: str) -> None:
+    most = torch.finfo(dtype).max
+    rows = (inputs.abs() > most).any(1).nonzero()[:, 0]
+    if len(rows):
+        kind = str(dtype).removeprefix("torch.")
+        raise DataError(
+            f"{where}: numbers up to {float(inputs.abs().max()):.3g} in {len(rows)} of {len(inputs)} rows (first in row {int(rows[0])}); "
+            f"the run's dtype {kind} holds {most:.3g} at most. Scale the data, or set dtype=float64"
+        )
 
 
 def _counts(labels: Tensor, classes: int) -> Any:

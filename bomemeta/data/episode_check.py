@@ -45,7 +45,7 @@ def check_episodes(
         bits = hashlib.sha256()
         for task in range(LOOKED_AT):
             key = (seed, number, task)
-            episode, again = (_drawn(source, split, spec, key) for _ in range(2))
+            episode, again = (checked(source, split, spec, key) for _ in range(2))
             where = f"{type(source).__name__}, split {split}, episode {task}"
             for part in PARTS:
                 _check_numbers(getattr(episode, part), low, high, f"{where}: the {part} images")
@@ -66,11 +66,18 @@ def checked(
     source: EpisodeSource, split: Split, spec: EpisodeSpec, key: tuple[int, ...]
 ) -> Episode:
     """The episode of this key with its rows sorted by label. Raises DataError where its form is not
-    that of `Episode`.
+    that of `Episode`, and where the source raises.
     """
-    return in_order(
-        source.episode(split, spec, key), source, spec, f"split {split}, episode {key[-1]}"
-    )
+
+    def refused(why: str) -> DataError:
+        return DataError(
+            f"{type(source).__name__}, split {split}, episode {key[-1]}: episode() raised {why}. Wanted an "
+            f"episode of {spec.ways} ways, {spec.shots} shots and {spec.queries} queries"
+        )
+
+    with refusing(refused):
+        drawn = source.episode(split, spec, key)
+    return in_order(drawn, source, spec, f"split {split}, episode {key[-1]}")
 
 
 def in_order(episode: Any, source: EpisodeSource, spec: EpisodeSpec, which: str) -> Episode:
@@ -96,18 +103,6 @@ def in_order(episode: Any, source: EpisodeSource, spec: EpisodeSpec, which: str)
         )
         found += _sorted(images.detach(), labels, spec.ways, each, f"{where}: the {name} labels")
     return Episode(*found)
-
-
-def _drawn(source: EpisodeSource, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
-    def refused(why: str) -> DataError:
-        return DataError(
-            f"{type(source).__name__}, split {split}, episode {key[-1]}: episode() raised {why}. Wanted an "
-            f"episode of {spec.ways} ways, {spec.shots} shots and {spec.queries} queries"
-        )
-
-    with refusing(refused):
-        return checked(source, split, spec, key)
-    raise AssertionError("unreachable")
 
 
 def _image_shape(source: EpisodeSource) -> tuple[int, ...]:

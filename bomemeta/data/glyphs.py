@@ -261,7 +261,7 @@ def _check(arrays: dict[str, NDArray[Any]], path: Path) -> None:
         not whole
         or not len(count) == len(code_point) == len(split)
         or images.dtype != np.uint8
-        or images.shape != (count.sum(), IMAGE_PX, IMAGE_PX)
+        or images.shape != (count.sum(), STORED_PX, STORED_PX)
         or not np.isin(split, range(len(SPLITS))).all()
     ):
         raise DataError(f"{path} has not the arrays that were rendered")

@@ -56,6 +56,14 @@ def picture_of_row(row: Sequence[int], channels: Channels | None) -> Picture | s
     return Picture(row[2], row[0], row[1], channels_last=True)
 
 
+def picture_or_none(data: Any) -> Picture | None:
+    """The picture of a data set's rows where that is known."""
+    if not hasattr(data, "picture"):
+        return None
+    found: Picture | str = data.picture()
+    return found if isinstance(found, Picture) else None
+
+
 def picture_of(data: Any, wanted_for: str) -> Picture:
     """The picture of a data set's rows: what its `picture()` gives, or its `image_shape` (channels
     first). Raises ConfigError where it has neither, or they do not fit its rows.

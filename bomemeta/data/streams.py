@@ -24,6 +24,7 @@ from torch.nn import functional
 from bomemeta.data.labelled import GREY_LEVELS, Examples, LabelledArrays, Part
 from bomemeta.data.pictures import Picture, picture_of
 from bomemeta.errors import ConfigError, DataError
+from bomemeta.limits import check_bytes
 
 Kind = Literal["permuted", "rotated", "split"]
 ImageShape = tuple[int, int, int]  # channels, height, width
@@ -69,6 +70,7 @@ def build_stream(data: LabelledArrays, spec: StreamSpec) -> Stream:
     """Its tasks are counted from 0, whatever `spec.first` is. Raises ConfigError where the classes
     cannot be cut so, DataError where a task has too few samples.
     """
+    _check_memory(data, spec)
     groups = _groups(data.classes, spec)
     allowed = torch.zeros(spec.tasks, data.classes, dtype=torch.bool)
     for t, group in enumerate(groups):
@@ -79,6 +81,16 @@ def build_stream(data: LabelledArrays, spec: StreamSpec) -> Stream:
         _part(data, spec, "test", spec.test_samples, allowed, transforms),
         allowed,
     )
+
+
+def _check_memory(data: LabelledArrays, spec: StreamSpec) -> None:
+    """Raises ConfigError where the samples of all tasks would take more than this machine has free."""
+    wanted = 0
+    for part, asked in (("train", spec.samples), ("test", spec.test_samples)):
+        inputs = data.examples("train" if part == "train" else "test").inputs
+        rows = asked or (len(inputs) if spec.kind != "split" else 1)
+        wanted += spec.tasks * rows * inputs.shape[1] * inputs.element_size()
+    check_bytes("problem.tasks", f"{spec.tasks} tasks of that many samples", wanted)
 
 
 def joined(streams: Sequence[Stream], numbers: Sequence[Tensor]) -> Stream:

@@ -75,7 +75,7 @@ class TrainedModel:
         settings = config if isinstance(config, Config) else load_config(config)
         problem: Problem = copy.copy(settings.problem)
         data: Any = settings.data
-        if preprocessing is None and hasattr(data, "image_shape"):
+        if preprocessing is None and getattr(data, "image_shape", None) is not None:
             preprocessing = preprocessing_of(data)
         given = NoData(preprocessing) if preprocessing is not None else data
         problem.attach(seed=settings.seed, dtype=getattr(torch, settings.dtype), data=given)

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
 from bomemeta.core.problem import Batch, Encoded, Split, StreamProblem
 from bomemeta.core.tree import Params
@@ -33,6 +32,7 @@ from bomemeta.data.labelled import GREY_LEVELS, LabelledArrays
 from bomemeta.data.pictures import picture_of
 from bomemeta.data.streams import Kind, StreamSpec
 from bomemeta.errors import ConfigError
+from bomemeta.limits import check_bytes
 from bomemeta.nets.controller import (
     Mlp,
     Network,
@@ -43,7 +43,14 @@ from bomemeta.nets.controller import (
 )
 from bomemeta.problems import continual_report as report
 from bomemeta.problems.continual_appended import AppendedData, tasks_in, whole_stream
-from bomemeta.problems.continual_losses import distilled, fisher_share, masked, rows_share
+from bomemeta.problems.continual_losses import (
+    cross_entropies,
+    distilled,
+    fisher_share,
+    masked,
+    nothing_of,
+    rows_share,
+)
 from bomemeta.problems.continual_memory import Policy
 from bomemeta.problems.continual_samples import NETWORK, Notes, Plan, Samples
 from bomemeta.registry import problems
@@ -183,7 +190,7 @@ class Continual(StreamProblem):
                 f"data.dataset: continual wants labelled rows (digits, mnist, cifar10_subset, labelled_array ...), and "
                 f"{type(self.data).__name__} is none of these"
             )
-        check_rows(self.data)
+        check_rows(self.data, self.dtype)
         if self.objective == "joint" and self.appended:
             raise ConfigError(
                 "problem.appended: objective joint draws from all tasks at once, which a stream that goes on later does not have. "
@@ -207,6 +214,8 @@ class Continual(StreamProblem):
     def _build_network(self) -> Network:
         classes = self._classes
         if self.network == "mlp":
+            size = self.layers * self.hidden * (self.hidden + 1) * self.dtype.itemsize
+            check_bytes("problem.layers", f"{self.layers} layers of {self.hidden} units", size)
             return Mlp(
                 inputs=self.data.features, hidden=self.hidden, layers=self.layers, classes=classes
             )
@@ -262,10 +271,10 @@ class Continual(StreamProblem):
 
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         if "g_inputs" not in batch:
-            return _nothing(lower)
+            return nothing_of(lower)
         logits = self._logits(encoded, lower, batch["g_inputs"], batch["g_tasks"])
         allowed = batch["allowed"][batch["g_tasks"]]
-        loss = (batch["g_weight"] * _cross_entropies(logits, batch["g_labels"], allowed)).sum()
+        loss = (batch["g_weight"] * cross_entropies(logits, batch["g_labels"], allowed)).sum()
         if self.objective in NOTES:
             notes = batch[NOTES[self.objective]][batch["g_slots"]]
             temperature = self.temperature if self.objective == "ctn" else None
@@ -283,11 +292,11 @@ class Continual(StreamProblem):
 
     def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         if "f_inputs" not in batch:  # the first task has no earlier ones to be replayed
-            return _nothing(lower)
+            return nothing_of(lower)
         logits = self._logits(encoded, lower, batch["f_inputs"], batch["f_tasks"])
         return (
             batch["f_weight"]
-            * _cross_entropies(logits, batch["f_labels"], batch["allowed"][batch["f_tasks"]])
+            * cross_entropies(logits, batch["f_labels"], batch["allowed"][batch["f_tasks"]])
         ).sum()
 
     def _logits(self, encoded: Encoded, lower: Params, inputs: Tensor, tasks: Tensor) -> Tensor:
@@ -323,7 +332,7 @@ class Continual(StreamProblem):
 
             def loss(y: Params, inputs: Tensor, label: Tensor, task: Tensor, row: Tensor) -> Tensor:
                 logits = self._logits(encoded, y, inputs[None], task[None])
-                return _cross_entropies(logits, label[None], row[None])[0]
+                return cross_entropies(logits, label[None], row[None])[0]
 
             samples = (batch["kept_inputs"], batch["kept_labels"], tasks, allowed)
             return fisher_share(loss, lower, samples, weight, batch)
@@ -389,12 +398,3 @@ class Continual(StreamProblem):
             "accuracy_matrix.png": report.heat_map(matrix, title),
             "accuracy_curve.png": report.curve(matrix, title),
         }
-
-
-def _cross_entropies(logits: Tensor, labels: Tensor, allowed: Tensor) -> Tensor:
-    return functional.cross_entropy(masked(logits, allowed), labels, reduction="none")
-
-
-def _nothing(lower: Params) -> Tensor:
-    """0, as a function of y: of no samples."""
-    return next(iter(lower.values())).sum() * 0

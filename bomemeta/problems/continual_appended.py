@@ -13,6 +13,7 @@ from typing_extensions import TypedDict  # pydantic does not take typing's befor
 
 from bomemeta.data.digest import check_rows, digest_of_rows
 from bomemeta.data.labelled import LabelledArray, LabelledArrays
+from bomemeta.data.pictures import picture_or_none
 from bomemeta.data.streams import Kind, Stream, StreamSpec, build_stream, joined
 from bomemeta.errors import ConfigError, DataError
 
@@ -44,7 +45,7 @@ def whole_stream(data: LabelledArrays, spec: StreamSpec, appended: Sequence[Appe
     digest: dict[str, Any] = {}
     first, each = spec.tasks, len(_one_task(streams[0]))
     for i, addition in enumerate(appended):
-        more = opened(addition["path"])
+        more = opened(addition["path"], data)
         _check_alike(data, more, addition["path"])
         number = _numbers(names, more, spec.kind, addition["path"])
         its = replace(
@@ -76,10 +77,16 @@ def tasks_in(path: str, kind: Kind, classes_per_task: int) -> int:
     return classes // classes_per_task
 
 
-def opened(path: str) -> LabelledArray:
-    data = LabelledArray(path=path)
+def opened(
+    path: str, like: LabelledArrays | None = None, dtype: torch.dtype | None = None
+) -> LabelledArray:
+    """The file, its rows folded to pictures as those of `like` are where that is such a file too."""
+    options: dict[str, Any] = {}
+    if isinstance(like, LabelledArray):
+        options = {"image_shape": like.image_shape, "channels": like.channels}
+    data = LabelledArray(path=path, **options)
     data.prepare()
-    check_rows(data)
+    check_rows(data, dtype)
     return data
 
 
@@ -101,6 +108,11 @@ def _check_alike(data: LabelledArrays, more: LabelledArrays, path: str) -> None:
                 f"{path}: rows of x_{part} are {theirs.shape[1]} of {theirs.dtype}; the stream's are "
                 f"{ours.shape[1]} of {ours.dtype}. Wanted rows like the stream's"
             )
+    theirs_picture, ours_picture = picture_or_none(more), picture_or_none(data)
+    if theirs_picture and ours_picture and theirs_picture != ours_picture:
+        raise DataError(
+            f"{path}: a row is a picture [C, H, W] = {list(theirs_picture.shape)}; the stream's are {list(ours_picture.shape)}"
+        )
 
 
 def _numbers(names: list[Any], more: LabelledArray, kind: Kind, path: str) -> Tensor:

@@ -69,3 +69,13 @@ def fisher_share(
     return {f"fisher.{name}": value for name, value in fisher.items()} | {
         f"anchor.{name}": once * y for name, y in lower.items()
     }
+
+
+def cross_entropies(logits: Tensor, labels: Tensor, allowed: Tensor) -> Tensor:
+    """`[n]`, of each sample among its task's classes."""
+    return functional.cross_entropy(masked(logits, allowed), labels, reduction="none")
+
+
+def nothing_of(lower: Params) -> Tensor:
+    """0, as a function of y: of no samples."""
+    return next(iter(lower.values())).sum() * 0

@@ -91,7 +91,7 @@ class HyperCleaning(SharedProblem):
                 f"data.dataset: hyper_cleaning wants labelled rows (mnist, fashion_mnist, labelled_array), and {type(self.data).__name__} "
                 "is none of these"
             )
-        check_rows(self.data)
+        check_rows(self.data, self.dtype)
         self._samples = self._cut(self.data)
         self._moments = self._scale(self.data)
         if self._moments.deviation == 0:
