@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from bomemeta.data import archives
 from bomemeta.data.class_images import ClassRows, check_size, episode_of, generator
@@ -26,6 +27,7 @@ from bomemeta.registry import datasets
 
 FILE = "omniglot28.npz"
 IMAGE_PX = 28
+TURN, SIZE, SLANT, SHIFT = 0.25, 0.15, 0.2, 0.08  # the most that `deform` does
 SPLIT_NUMBER: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -46,12 +48,15 @@ class Characters:
 @datasets.register("omniglot")
 @dataclass(frozen=True, kw_only=True)
 class Omniglot:
-    """Omniglot's 1,623 hand-written characters. `root`: the folder that holds `omniglot28.npz`; by
+    """Omniglot's 1,623 hand-written characters. `deform` draws from the episode's key. `root`: the folder that holds `omniglot28.npz`; by
     default `BOMEMETA_DATA`.
     """
 
     root: str | None = None
     rotations: bool = True
+    deform: bool = (
+        False  # training drawings are turned, scaled, slanted and moved a little, each anew
+    )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -70,10 +75,14 @@ class Omniglot:
         path = archives.find("omniglot", FILE, self.root)
         _check(path, self.rotations, split, spec)
         characters = _read(path)
-        draw = characters.classes(split, self.rotations).draw(spec, generator(key))
+        rng = generator(key)
+        draw = characters.classes(split, self.rotations).draw(spec, rng)
         turns = (draw.classes // len(characters.upright[split].count)).tolist()
         turned = _turned(characters.images, np.concatenate([draw.support, draw.query], 1), turns)
-        return episode_of(_floats(turned[:, : spec.shots]), _floats(turned[:, spec.shots :]), spec)
+        support, query = _floats(turned[:, : spec.shots]), _floats(turned[:, spec.shots :])
+        if self.deform and split == "train":
+            support, query = deformed(support, rng), deformed(query, rng)
+        return episode_of(support, query, spec)
 
     def class_names(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> list[str]:
         """The names of the characters of the episode of this key."""
@@ -133,6 +142,24 @@ def _turned(images: Tensor, rows: NDArray[np.int64], turns: list[int]) -> Tensor
     ways = images[torch.from_numpy(rows)]
     turned = [torch.rot90(way, turn, (1, 2)) for way, turn in zip(ways, turns, strict=True)]
     return torch.stack(turned)
+
+
+def deformed(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Images `[n, 1, H, W]`, floats, each under an affine map of its own: up to TURN radians, a size
+    of exp(+-SIZE), a slant of SLANT, and SHIFT of the side to each direction; all uniform.
+    """
+    n = len(images)
+    angle, size, slant, right, down = rng.uniform(-1.0, 1.0, (5, n))
+    cos, sin = np.cos(TURN * angle), np.sin(TURN * angle)
+    scale, slant = np.exp(SIZE * size), SLANT * slant
+    theta = np.empty((n, 2, 3))  # image to drawing, in units of half a side
+    theta[:, 0, 0], theta[:, 0, 1] = cos * scale, (cos * slant - sin) * scale
+    theta[:, 1, 0], theta[:, 1, 1] = sin * scale, (sin * slant + cos) * scale
+    theta[:, 0, 2], theta[:, 1, 2] = 2 * SHIFT * right, 2 * SHIFT * down
+    grid = functional.affine_grid(
+        torch.from_numpy(theta).to(images.dtype), list(images.shape), align_corners=False
+    )
+    return functional.grid_sample(images, grid, align_corners=False).clamp_(0, 1)
 
 
 def _floats(images: Tensor) -> Tensor:
