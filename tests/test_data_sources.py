@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from bomemeta import extras
+from bomemeta.data import omniglot
 from bomemeta.data.episodes import EpisodeSpec
 from bomemeta.errors import DataError
 from bomemeta.registry import datasets
@@ -436,6 +437,37 @@ def test_omniglot_turns_make_classes(tmp_path: Path) -> None:
         datasets.get("omniglot")(root=str(tmp_path), rotations=False).check(
             "train", EpisodeSpec(4, 1, 2)
         )
+
+
+def test_deformed_drawings_are_of_training_alone_and_of_the_key(tmp_path: Path) -> None:
+    write_omniglot(tmp_path)
+    plain, deformed = (
+        datasets.get("omniglot")(root=str(tmp_path), deform=deform) for deform in (False, True)
+    )
+    spec = EpisodeSpec(3, 1, 2)
+    for split in SPLITS:
+        a, b, again, other = (
+            source.episode(split, spec, key)
+            for source, key in (
+                (plain, (0, 1)), (deformed, (0, 1)), (deformed, (0, 1)), (deformed, (0, 2)),
+            )
+        )  # fmt: skip
+        assert all(torch.equal(one, two) for one, two in zip(b, again, strict=True))
+        assert torch.equal(a.query, b.query) == (split != "train")
+        assert not torch.equal(b.query, other.query)
+        assert b.query.shape == a.query.shape
+        assert 0 <= b.query.min() <= b.query.max() <= 1
+
+
+def test_no_deformation_is_the_image_itself() -> None:
+    """With all numbers drawn at the middle of their range."""
+
+    class Middle:
+        def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> Any:
+            return np.full(shape, (low + high) / 2)
+
+    images = torch.rand(4, 1, 28, 28)
+    torch.testing.assert_close(omniglot.deformed(images, Middle()), images, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pickled", "incomplete", "misshapen"])
