@@ -235,23 +235,24 @@ class RunFolder:
 
     def check_config(self) -> None:
         """Raises ConfigError naming the keys where config.yaml was changed after a run wrote it."""
+        anew = f"`bomemeta train CONFIG output_dir={self.location} --auto-resume` writes it anew"
         try:
-            if not is_changed(self.config_file):
-                return
             there: Any = read_document(self.config_file).data
         except (OSError, ConfigError) as error:
-            there, said = None, f" ({str(error).partition(chr(10))[0]})"
-        else:
-            said = ""
+            raise ConfigError(f"{str(error).partition(chr(10))[0]}. {anew}") from error
+        if not is_changed(self.config_file):
+            return
         try:
             written = load_latest(self.checkpoints).checkpoint.config
         except CheckpointError:
             written = {}
-        keys = "; ".join(changes(written, there)[:6]) if written and there is not None else ""
+        # output_dir stands as it was typed in a checkpoint, and absolute in the file.
+        here, before = ({**each, "output_dir": None} for each in (there, written))
+        keys = "; ".join(changes(before, here)[:6]) if written else ""
         raise ConfigError(
-            f"{self.config_file} was changed after the run wrote it{said}{': ' + keys if keys else ''}. Set keys on the command "
-            f"line, as in `bomemeta resume {self.location} steps=N`, and put the file back; `bomemeta train CONFIG "
-            f"output_dir={self.location} --auto-resume` writes it anew. To keep it as it is, take its last line out"
+            f"{self.config_file} was changed after the run wrote it{': ' + keys if keys else ''}. Set keys on the command "
+            f"line, as in `bomemeta resume {self.location} steps=N`, and put the file back; {anew}. To keep it as it is, take its "
+            "last line out"
         )
 
     def read_result(self) -> tuple[dict[str, Any] | None, str | None]:

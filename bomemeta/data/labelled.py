@@ -25,6 +25,7 @@ from bomemeta.data import archives
 from bomemeta.data.class_labels import Name, Unknown, numbered
 from bomemeta.data.pictures import Channels, Picture, picture_of_row
 from bomemeta.errors import DataError
+from bomemeta.paths import absolute
 from bomemeta.registry import datasets
 
 Part = Literal["train", "test"]
@@ -174,10 +175,11 @@ class LabelledArray(_Arrays):
     test_only_classes: Unknown = "refuse"  # test rows of classes without training rows
 
     def _read(self) -> _Archive:
-        path = Path(self.path).expanduser()
+        path = absolute(self.path, what="data.path")
         if not path.is_file():
+            why = "is a folder, a pipe or a device" if path.exists() else "does not exist"
             raise DataError(
-                f"labelled_array: {path} (data.path) does not exist. Point data.path at an .npz file of x_train, y_train, x_test and "
+                f"labelled_array: {path} (data.path) {why}. Point data.path at an .npz file of x_train, y_train, x_test and "
                 "y_test, on every machine that has workers"
             )
         archive = _file(path, self.test_only_classes)
