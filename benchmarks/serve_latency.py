@@ -28,7 +28,7 @@ from PIL import Image
 
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
-from bomemeta.predict import load_classifier
+from bomemeta.predict.classifier import few_shot_classifier
 
 WAYS, SHOTS, WARM_UP = 5, 5, 10
 START_S = 300.0
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     labels = [f"class {number % WAYS}" for number in range(WAYS * SHOTS)]
     examples, new = [photograph(number) for number in range(len(labels))], photograph(1000)
-    classifier = load_classifier(options.run_dir).fit(examples, labels)
+    classifier = few_shot_classifier(options.run_dir).fit(examples, labels)
     result: dict[str, Any] = {
         "predict": percentiles(lambda: classifier.predict([new]), options.calls)
     }

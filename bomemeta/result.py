@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 from bomemeta.config import Config
 from bomemeta.errors import ConfigError
+from bomemeta.run_folder import RunFolder
 from bomemeta.sections import label
 
 if TYPE_CHECKING:
-    from bomemeta.predict import FewShotClassifier, FewShotRegressor, TrainedModel
+    from bomemeta.predict import (
+        FewShotClassifier,
+        FewShotRegressor,
+        StreamClassifier,
+        TrainedModel,
+    )
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,19 @@ class Result:
     signal: int | None = None
     config: Config | None = None  # None: of several seeds
 
-    def classifier(self) -> FewShotClassifier:
-        """A classifier of images on the trained x, to be fitted to examples. Problem few_shot alone."""
-        from bomemeta.predict import FewShotClassifier
+    def classifier(self) -> FewShotClassifier | StreamClassifier:
+        """A classifier of images on the trained x, to be fitted to examples (problem few_shot); or the
+        one that a stream left, of the run's folder (problem continual).
+        """
+        from bomemeta.predict import FewShotClassifier, StreamClassifier
+        from bomemeta.problems.continual import Continual
 
+        if self.config is not None and isinstance(self.config.problem, Continual):
+            if self.run_dir is None:
+                raise ConfigError(
+                    "y of a stream is in the run's checkpoint, and nothing was kept: give output_dir=DIR"
+                )
+            return StreamClassifier.of_folder(RunFolder.open(self.run_dir), self.config)
         return FewShotClassifier(self.model())
 
     def regressor(self) -> FewShotRegressor:

@@ -35,9 +35,9 @@ def fit(
 ) -> None:
     """Fit a classifier to a folder of class folders, on a trained run's network."""
     with reported():
-        from bomemeta.predict import load_classifier
+        from bomemeta.predict.classifier import few_shot_classifier
 
-        classifier = load_classifier(run_dir, trust=trust).fit(folder)
+        classifier = few_shot_classifier(run_dir, trust=trust).fit(folder)
         where = classifier.save(out, examples=examples)
         counts = zip(classifier.classes_.tolist(), classifier.n_examples_.tolist(), strict=True)
         typer.echo(f"classifier of {len(classifier.classes_)} classes: {where}")
@@ -111,11 +111,11 @@ def predict(
 def _here(clf: Path, paths: list[str], trust: bool) -> tuple[list[str], tuple[Any, list[Path]]]:
     """The classes' names, and the classifier with the images' files."""
     from bomemeta.errors import ConfigError
-    from bomemeta.predict import load_classifier
+    from bomemeta.predict.classifier import few_shot_classifier
     from bomemeta.predict.inputs import labelled_files
     from bomemeta.storage import is_uri
 
-    classifier = load_classifier(clf, trust=trust)
+    classifier = few_shot_classifier(clf, trust=trust)
     names = [str(name) for name in classifier.classes_.tolist()]
     files: list[Path] = []
     for path in paths:
@@ -163,10 +163,15 @@ def trials(
 ) -> None:
     """Judge a run's classifier on given trials, each fitted to its own support images."""
     with reported():
-        from bomemeta.predict import TrialsResult, load_classifier
+        from bomemeta.predict import TrialsResult
+        from bomemeta.predict.classifier import few_shot_classifier
         from bomemeta.predict.trials import evaluate_trials, trials_of
 
-        classifier, given, outcomes = load_classifier(run_dir, trust=trust), trials_of(where), []
+        classifier, given, outcomes = (
+            few_shot_classifier(run_dir, trust=trust),
+            trials_of(where),
+            [],
+        )
         for outcome in evaluate_trials(classifier, given):
             outcomes.append(outcome)
             if not as_json:
@@ -190,9 +195,9 @@ def export(
 ) -> None:
     """Write a fitted classifier as one graph, and check it against the original."""
     with reported():
-        from bomemeta.predict import load_classifier
+        from bomemeta.predict.classifier import few_shot_classifier
 
-        written = load_classifier(clf, trust=trust).export(file)
+        written = few_shot_classifier(clf, trust=trust).export(file)
         typer.echo(f"{written}: images [n, C, H, W] -> logits [n, classes], features [n, d]")
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from bomemeta.data import archives
 from bomemeta.data.class_images import ClassRows, check_size, episode_of, generator
+from bomemeta.data.digest import sha256
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
 from bomemeta.errors import DataError
 from bomemeta.registry import datasets
@@ -65,6 +66,10 @@ class Omniglot:
     def prepare(self) -> None:
         """Reads the archive. Raises DataError where it is missing or damaged."""
         self._characters()
+
+    def digest(self) -> str:
+        """Of all drawings, for checkpoints."""
+        return sha256(self._characters().images)
 
     def check(self, split: Split, spec: EpisodeSpec) -> None:
         """Raises DataError where the split has too few classes, or one of them too few drawings."""

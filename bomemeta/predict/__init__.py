@@ -3,8 +3,9 @@
 from bomemeta.predict.classifier import FewShotClassifier, load_classifier
 from bomemeta.predict.model import TrainedModel
 from bomemeta.predict.regressor import FewShotRegressor
+from bomemeta.predict.stream import StreamClassifier
 from bomemeta.predict.trials import Trial, TrialOutcome, TrialsResult
 
 __all__ = [
-    "FewShotClassifier", "FewShotRegressor", "TrainedModel", "Trial", "TrialOutcome", "TrialsResult", "load_classifier",
+    "FewShotClassifier", "FewShotRegressor", "StreamClassifier", "TrainedModel", "Trial", "TrialOutcome", "TrialsResult", "load_classifier",
 ]  # fmt: skip

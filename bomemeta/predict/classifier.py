@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,13 @@ from bomemeta.predict.inputs import Examples, class_array, examples_of, pixels_o
 from bomemeta.predict.model import TrainedModel, validation_source
 from bomemeta.predict.task import Task, few_shot, fitted, images_of, together
 from bomemeta.predict.trials import TrialsResult, evaluate_trials, trials_of
+from bomemeta.problems.continual import Continual
 from bomemeta.problems.few_shot import SPLITS
+from bomemeta.run_folder import RunFolder
+from bomemeta.trust import config_of
+
+if TYPE_CHECKING:
+    from bomemeta.predict.stream import StreamClassifier
 
 Policy = Literal["inductive", "transductive", "running"]
 CALIBRATION_EPISODES = 50
@@ -263,7 +269,29 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
 
-def load_classifier(source: str | os.PathLike[str], *, trust: bool = False) -> FewShotClassifier:
+def load_classifier(
+    source: str | os.PathLike[str], *, trust: bool = False
+) -> FewShotClassifier | StreamClassifier:
+    """A classifier from a run's folder (not fitted yet), or from what `save` wrote (fitted); of a run of
+    problem continual a StreamClassifier, which its stream has fitted.
+
+    Reads tensors and JSON, and executes what the folder's config names (`trust` as for
+    `bomemeta.resume`). Raises ConfigError where the folder is neither, or is not trusted.
+    """
+    from bomemeta.predict.saving import is_saved
+    from bomemeta.predict.stream import StreamClassifier
+
+    if not is_saved(Path(source)):
+        folder = RunFolder.open(str(source))
+        settings = config_of(folder, trust=trust)
+        if isinstance(settings.problem, Continual):
+            return StreamClassifier.of_folder(folder, settings)
+    return few_shot_classifier(source, trust=trust)
+
+
+def few_shot_classifier(
+    source: str | os.PathLike[str], *, trust: bool = False
+) -> FewShotClassifier:
     """A classifier from a run's folder (not fitted yet), or from what `save` wrote (fitted).
 
     Reads tensors and JSON, and executes what the folder's config names (`trust` as for

@@ -138,12 +138,12 @@ class Continual(StreamProblem):
             shuffle_classes=self.shuffle_classes,
             seed=self.seed,
         )
-        stream, self._digest = whole_stream(self.data, spec, self.appended)
+        stream, self._digest, self.class_names = whole_stream(self.data, spec, self.appended)
         self._tasks, self._classes = stream.allowed.shape
         self._network = self._build_network()
         known = self.protocol == "task_incremental"
-        self._allowed = stream.allowed if known else torch.ones_like(stream.allowed)
-        self._samples = Samples(stream, self._allowed, self._plan(), self.dtype)
+        self.allowed = stream.allowed if known else torch.ones_like(stream.allowed)
+        self._samples = Samples(stream, self.allowed, self._plan(), self.dtype)
         self._loaded: dict[tuple[int, ...], Batch] = {}  # of the step that was last asked for
         self._loaded_step = -1
         self._tests: dict[tuple[int, ...], Batch] = {}
@@ -272,7 +272,7 @@ class Continual(StreamProblem):
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         if "g_inputs" not in batch:
             return nothing_of(lower)
-        logits = self._logits(encoded, lower, batch["g_inputs"], batch["g_tasks"])
+        logits = self.logits(encoded, lower, batch["g_inputs"], batch["g_tasks"])
         allowed = batch["allowed"][batch["g_tasks"]]
         loss = (batch["g_weight"] * cross_entropies(logits, batch["g_labels"], allowed)).sum()
         if self.objective in NOTES:
@@ -293,13 +293,13 @@ class Continual(StreamProblem):
     def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         if "f_inputs" not in batch:  # the first task has no earlier ones to be replayed
             return nothing_of(lower)
-        logits = self._logits(encoded, lower, batch["f_inputs"], batch["f_tasks"])
+        logits = self.logits(encoded, lower, batch["f_inputs"], batch["f_tasks"])
         return (
             batch["f_weight"]
             * cross_entropies(logits, batch["f_labels"], batch["allowed"][batch["f_tasks"]])
         ).sum()
 
-    def _logits(self, encoded: Encoded, lower: Params, inputs: Tensor, tasks: Tensor) -> Tensor:
+    def logits(self, encoded: Encoded, lower: Params, inputs: Tensor, tasks: Tensor) -> Tensor:
         return self._network.logits(
             lower, inputs, films_of(encoded, tasks) if self.method == "ctn" else []
         )
@@ -331,12 +331,12 @@ class Continual(StreamProblem):
         if self.objective == "ewc":
 
             def loss(y: Params, inputs: Tensor, label: Tensor, task: Tensor, row: Tensor) -> Tensor:
-                logits = self._logits(encoded, y, inputs[None], task[None])
+                logits = self.logits(encoded, y, inputs[None], task[None])
                 return cross_entropies(logits, label[None], row[None])[0]
 
             samples = (batch["kept_inputs"], batch["kept_labels"], tasks, allowed)
             return fisher_share(loss, lower, samples, weight, batch)
-        logits = self._logits(encoded, lower, batch["kept_inputs"], tasks)
+        logits = self.logits(encoded, lower, batch["kept_inputs"], tasks)
         name = NOTES[self.objective]
         if self.objective == "ctn":
             logits = masked(logits / self.temperature, allowed).softmax(1)
@@ -365,7 +365,7 @@ class Continual(StreamProblem):
             if inputs.dtype == torch.uint8:
                 floats = floats / GREY_LEVELS
             tasks = torch.full((len(inputs),), task, device=inputs.device)
-            logits = self._logits(encoded, lower, floats, tasks)
+            logits = self.logits(encoded, lower, floats, tasks)
             found.append(masked(logits, batch["allowed"][task]).argmax(1))
         return torch.cat(found)
 
@@ -378,7 +378,7 @@ class Continual(StreamProblem):
         matrix = report.matrix_of(history)
         if self.objective == "joint":
             return {"acc": float(matrix[-1].mean())}
-        return report.scores(matrix, (1 / self._allowed.sum(1)).tolist())
+        return report.scores(matrix, (1 / self.allowed.sum(1)).tolist())
 
     def artefacts(
         self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]

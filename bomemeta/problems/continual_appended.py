@@ -34,6 +34,7 @@ class Whole(NamedTuple):
 
     stream: Stream
     digest: dict[str, Any]  # of the appended data
+    class_names: list[Any]  # of all classes, in the order of their numbers
 
 
 def whole_stream(data: LabelledArrays, spec: StreamSpec, appended: Sequence[AppendedData]) -> Whole:
@@ -59,7 +60,7 @@ def whole_stream(data: LabelledArrays, spec: StreamSpec, appended: Sequence[Appe
         numbers.append(number)
         digest |= {f"appended {i}: {name}": value for name, value in digest_of_rows(more).items()}
         first += addition["tasks"]
-    return Whole(joined(streams, numbers) if appended else streams[0], digest)
+    return Whole(joined(streams, numbers) if appended else streams[0], digest, names)
 
 
 def tasks_in(path: str, kind: Kind, classes_per_task: int) -> int:

@@ -16,7 +16,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 from bomemeta.data.image_files import SUFFIXES
 from bomemeta.distributed.cluster import RayOptions, joined, local, must_start
 from bomemeta.errors import ClusterError, DataError
-from bomemeta.predict import load_classifier
+from bomemeta.predict.classifier import few_shot_classifier
 from bomemeta.predict.inputs import labelled_files
 from bomemeta.storage import is_uri
 
@@ -40,7 +40,7 @@ class _Predicts:
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 (Path(folder) / name).write_bytes(content)
-            self._classifier = load_classifier(folder, trust=True)  # `predictions` has asked
+            self._classifier = few_shot_classifier(folder, trust=True)  # `predictions` has asked
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows of `path`, as rows of an Answer; of an image that has none the probabilities are NaN."""
@@ -92,7 +92,7 @@ def predictions(
 
     Raises DataError where there are no images, ClusterError where the workers cannot be had.
     """
-    classifier = load_classifier(clf, trust=trust)
+    classifier = few_shot_classifier(clf, trust=trust)
     names = [str(name) for name in classifier.classes_.tolist()]
     files = {path.name: path.read_bytes() for path in sorted(clf.iterdir()) if path.is_file()}
     images = [image for path in paths for image in _images(path)]

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from bomemeta.errors import DataError
-from bomemeta.predict import load_classifier
-from bomemeta.predict.classifier import FewShotClassifier
+from bomemeta.predict.classifier import FewShotClassifier, few_shot_classifier
 from bomemeta.serve.tenants import Tenants, TooLate, UnknownTenant
 
 
@@ -30,7 +29,7 @@ class Desk:
     """
 
     def __init__(self, source: str, tenants: Path, *, trust: bool = False) -> None:
-        loaded = load_classifier(source, trust=trust)
+        loaded = few_shot_classifier(source, trust=trust)
         self._model, self._options = loaded.trained, loaded.get_params(deep=False)
         self.tenants = Tenants(tenants)
 
