@@ -142,7 +142,8 @@ def _(solver: BOME, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     if sizes.where == "pool":
         return [Kernel(evaluations, 0, vectors, (vectors * x + scalars,), 0), *moves]
     rounds = [y + 1] * solver.inner_steps + [2 * x + 2 * y + 3] * full
-    rounds += [y + 1] * (2 + gap) * local + [x + 2 * y + 3] * local
+    # The local barrier's grad f and grad g come in one round.
+    rounds += [y + 1] * gap * local + [2 * y + 2, x + 2 * y + 3] * local
     return [
         Kernel(evaluations, 0, vectors, tuple(rounds), vectors * x + scalars + groups * y),
         *moves,

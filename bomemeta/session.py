@@ -265,6 +265,7 @@ class _Session:
         self._listener.close()
         if self._trackers is not None:
             self._trackers.end({}, "failed")  # nothing where it has ended
+            self._trackers = None  # it knows `note`, which is ours: a circle would keep the folder
         if self._log is not None:
             self._log.close()
 

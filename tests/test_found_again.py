@@ -96,7 +96,7 @@ def rows(path: Path, **changes: Any) -> str:
     [
         (
             {"x_test": lambda a: a["x_test"].astype(np.float32)},
-            "x_train is uint8 and x_test float32",
+            "x_train is uint8 and x_test float32, with floats from 0 to 250",
         ),
         (
             {n: lambda a, n=n: a[n].astype(float) * 1e200 for n in ("x_train", "x_test")},

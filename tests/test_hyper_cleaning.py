@@ -325,7 +325,7 @@ def test_standardise(tmp_path: Path, dtype: type[np.generic]) -> None:
 
 
 def test_nothing_to_standardise(tmp_path: Path) -> None:
-    flat = written(tmp_path, x_train=np.ones((TRAIN, *SHAPE)))
+    flat = written(tmp_path, x_train=np.ones((TRAIN, *SHAPE)))  # as uint8 of 255 is read
     with pytest.raises(DataError, match=r"problem\.standardise: all training inputs"):
         attached(flat, standardise=True)
 

@@ -256,8 +256,14 @@ def _wrong(arrays: dict[str, NDArray[Any]]) -> str | None:
         if inputs.dtype != np.uint8 and not (finite := np.isfinite(inputs)).all():
             rows = np.flatnonzero(~finite.reshape(len(inputs), -1).all(1))
             return f"x_{part} has numbers that are NaN or infinite in {len(rows)} of {len(inputs)} rows, first in row {rows[0]}"
-    if (arrays["x_train"].dtype == np.uint8) != (arrays["x_test"].dtype == np.uint8):
-        return f"x_train is {arrays['x_train'].dtype} and x_test {arrays['x_test'].dtype}: uint8 is read as 0 to 1, floats as they are"
+    kinds = [arrays[f"x_{part}"].dtype == np.uint8 for part in PARTS]
+    floats = arrays[f"x_{PARTS[kinds.index(False)]}"] if False in kinds else None
+    # uint8 is read as 0 to 1, so floats in that range go with it.
+    if True in kinds and floats is not None and not (floats.min() >= 0 and floats.max() <= 1):
+        return (
+            f"x_train is {arrays['x_train'].dtype} and x_test {arrays['x_test'].dtype}, with floats from {floats.min():.3g} to "
+            f"{floats.max():.3g}: uint8 is read as 0 to 1, floats as they are"
+        )
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         return f"a row of x_train is {list(arrays['x_train'].shape[1:])}, one of x_test {list(arrays['x_test'].shape[1:])}"
     return None

@@ -70,6 +70,7 @@ def build_stream(data: LabelledArrays, spec: StreamSpec) -> Stream:
     """Its tasks are counted from 0, whatever `spec.first` is. Raises ConfigError where the classes
     cannot be cut so, DataError where a task has too few samples.
     """
+    _transform(data, spec, spec.first)  # raises where rows are no pictures and are to be turned
     _check_memory(data, spec)
     groups = _groups(data.classes, spec)
     allowed = torch.zeros(spec.tasks, data.classes, dtype=torch.bool)
