@@ -105,7 +105,7 @@ def some_memory(problem: Continual) -> Params:
     if "soft_targets" in memory:
         # Probabilities of the classes that a slot's task has.
         each = len(memory["soft_targets"]) // problem.tasks
-        memory["soft_targets"] *= problem._allowed.repeat_interleave(each, 0)
+        memory["soft_targets"] *= problem.allowed.repeat_interleave(each, 0)
         memory["soft_targets"] /= memory["soft_targets"].sum(1, keepdim=True)
     return memory
 
@@ -173,7 +173,7 @@ def test_film_by_hand() -> None:
         3, FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     tasks = torch.tensor([2, 0, 2])
-    got = problem._logits(problem.encode(x, {}), y, inputs, tasks)
+    got = problem.logits(problem.encode(x, {}), y, inputs, tasks)
     for row, t, logits in zip(inputs, tasks, got, strict=True):
         both = x["film0.weight"] @ x["embedding"][t] + x["film0.bias"]
         gamma, beta = both[:2] / both[:2].norm(), both[2:] / both[2:].norm()
@@ -183,7 +183,7 @@ def test_film_by_hand() -> None:
     plain = attached(hidden=2, layers=1, method="plain")
     h = inputs @ y["layer0.weight"].T + y["layer0.bias"]
     assert_tight(
-        plain._logits({}, y, inputs, tasks), h.clamp(min=0) @ y["head.weight"].T + y["head.bias"]
+        plain.logits({}, y, inputs, tasks), h.clamp(min=0) @ y["head.weight"].T + y["head.bias"]
     )
 
 
@@ -207,10 +207,10 @@ def test_resnet_judges_each_image_by_itself() -> None:
     inputs = problem.load([0], 0, "train")["g_inputs"][0]
     tasks = torch.arange(len(inputs)) % 3
     films = problem.encode(x, {})
-    together = problem._logits(films, y, inputs, tasks)
+    together = problem.logits(films, y, inputs, tasks)
     for i in range(len(inputs)):
-        assert_tight(problem._logits(films, y, inputs[i : i + 1], tasks[i : i + 1])[0], together[i])
-    assert not torch.allclose(problem._logits(films, y, inputs, (tasks + 1) % 3), together)
+        assert_tight(problem.logits(films, y, inputs[i : i + 1], tasks[i : i + 1])[0], together[i])
+    assert not torch.allclose(problem.logits(films, y, inputs, (tasks + 1) % 3), together)
 
 
 # Memory
@@ -314,8 +314,8 @@ def test_blocks_change_nothing(fields: dict[str, Any], step: int) -> None:
 def reference_logits(
     problem: Continual, x: Params, y: Params, inputs: torch.Tensor, tasks: torch.Tensor
 ) -> torch.Tensor:
-    logits = problem._logits(problem.encode(x, {}), y, inputs, tasks)
-    return logits.masked_fill(~problem._allowed[tasks], -torch.inf)
+    logits = problem.logits(problem.encode(x, {}), y, inputs, tasks)
+    return logits.masked_fill(~problem.allowed[tasks], -torch.inf)
 
 
 def test_ctn_losses_are_the_equations() -> None:
@@ -332,7 +332,7 @@ def test_ctn_losses_are_the_equations() -> None:
     )
     # CTN's KLDivLoss is torch's default, a mean over samples and classes: here three, and the two
     # of their task.
-    within = problem._allowed[batch["g_tasks"]][~new]
+    within = problem.allowed[batch["g_tasks"]][~new]
     soft = memory["soft_targets"][batch["g_slots"]][~new]
     cold = (logits[~new][within] / 5).reshape(-1, 2).log_softmax(1)
     loss = loss + 100 * functional.kl_div(cold, soft[within].reshape(-1, 2), reduction="sum") / (
@@ -366,7 +366,7 @@ def test_replay_baselines_by_hand() -> None:
         x, y, memory = some_x(problem), some_y(problem), some_memory(problem)
         oracle = oracle_at(problem, 9, x, memory)
         batch = {name: t[0] for name, t in oracle.batch.items()}
-        logits = problem._logits({}, y, batch["g_inputs"], batch["g_tasks"])
+        logits = problem.logits({}, y, batch["g_inputs"], batch["g_tasks"])
         loss = functional.cross_entropy(logits[:4], batch["g_labels"][:4])
         if beta is None:
             assert len(logits) == 4
@@ -377,7 +377,7 @@ def test_replay_baselines_by_hand() -> None:
                 logits[4:], memory["logits"][batch["g_slots"][4:]]
             )
         assert_tight(oracle.lower(repeated(y, 1)).value[0], loss)
-        again = problem._logits({}, y, batch["f_inputs"], batch["f_tasks"])
+        again = problem.logits({}, y, batch["f_inputs"], batch["f_tasks"])
         assert_tight(
             oracle.upper(repeated(y, 1)).value[0],
             functional.cross_entropy(again, batch["f_labels"]),
@@ -442,7 +442,7 @@ def test_derpp_stores_logits_of_what_came() -> None:
             if row < 11:  # of the first task, or none yet
                 assert torch.equal(after[number], before[number])
             else:
-                wanted = problem._logits(
+                wanted = problem.logits(
                     {}, walk.y_params(), train.examples.inputs[row][None], torch.tensor([t])
                 )[0]
                 assert_tight(after[number], wanted)
@@ -461,7 +461,7 @@ def test_ewc_adds_up_fisher_information() -> None:
     leaves = tree.leaves(y)
     wanted = {name: memory[f"fisher.{name}"].clone() for name in y}
     for row in range(5):
-        logits = one._logits(
+        logits = one.logits(
             {}, leaves, train.examples.inputs[row][None], train.tasks[row : row + 1]
         )
         loss = functional.cross_entropy(logits, train.examples.labels[row : row + 1])
