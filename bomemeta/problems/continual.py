@@ -105,7 +105,7 @@ class Continual(StreamProblem):
     embedding: Size = 16  # method: ctn
     objective: Objective = "ctn"
     batch: Size = 10
-    rounds: Size = 2
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 2
     memory: Policy = "reservoir"
     memory_per_task: Count = 50
     semantic_per_task: Size = 10  # objective: ctn
