@@ -80,10 +80,9 @@ def predict(
         if workers:
             from bomemeta.serve.batch import predictions
 
-            names, answers = stack.enter_context(
+            names, count, answers = stack.enter_context(
                 predictions(clf, paths, workers, address=address, trust=trust, say=_say)
             )
-            count = None
         else:
             if address is not None:
                 raise ConfigError("--address: wanted together with --workers N")
@@ -93,9 +92,7 @@ def predict(
             typer.echo(_csv_line(["path", "class", *names]), nl=False)
         unread = 0
         bar = stack.enter_context(
-            typer.progressbar(
-                length=count or 0, file=_stderr(), hidden=count is None or count < PART
-            )
+            typer.progressbar(length=count, file=_stderr(), hidden=count < PART)
         )
         for path, row, reason in answers:
             if row is None:

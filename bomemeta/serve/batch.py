@@ -86,8 +86,8 @@ def predictions(
     address: str | None,
     trust: bool,
     say: Callable[[str], None],
-) -> Iterator[tuple[list[str], Iterator[Answer]]]:
-    """The classes' names, and an answer for each image, in the order of the paths. Each is a file, a
+) -> Iterator[tuple[list[str], int, Iterator[Answer]]]:
+    """The classes' names, how many images there are, and an answer for each, in the order of the paths. Each is a file, a
     folder of images, or a URI as in s3://BUCKET/FOLDER.
 
     Raises DataError where there are no images, ClusterError where the workers cannot be had.
@@ -103,7 +103,7 @@ def predictions(
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield names, _answers(images, files, workers)
+        yield names, len(images), _answers(images, files, workers)
 
 
 def _images(path: str) -> list[str]:

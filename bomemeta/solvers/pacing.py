@@ -15,7 +15,6 @@ from bomemeta.core.lower_moves import LowerRule
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.problem import Problem, must_define
 from bomemeta.core.solver import (
-    Kernel,
     KernelResult,
     LowerGroups,
     LowerStates,
@@ -124,16 +123,8 @@ class _Counted:
         self.tasks, self.persistent = run.tasks, run.persistent
         self.project_upper: Callable[[Params], Params] = run.project_upper
 
-    def __call__(
-        self,
-        kernel: Kernel,
-        solver: Solver,
-        upper: Params,
-        lower: LowerStates,
-        keeps: bool = False,
-        **arguments: Any,
-    ) -> Reduced:
-        return self._run(kernel, solver, upper, lower, keeps, **arguments)
+    def __call__(self, *given: Any, **named: Any) -> Reduced:
+        return self._run(*given, **named)
 
 
 def groups_of(solver: Paced, oracle: Oracle, lower: LowerGroups | None) -> LowerGroups:
