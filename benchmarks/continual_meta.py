@@ -32,7 +32,7 @@ from torch.nn import functional
 from bomemeta.checkpoint import load_latest
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.problem import Split
-from bomemeta.core.solver import LowerStates
+from bomemeta.core.solver import LowerStates, take_step
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import schedule_factor
 from bomemeta.data.episodes import EpisodeSpec
@@ -114,7 +114,7 @@ def few_shot(data: Any, options: argparse.Namespace) -> tuple[Params, int, float
     def step(number: int, elapsed: float) -> None:
         ids = range(number * tasks, (number + 1) * tasks)
         run = StepRun(transport, ids, 1, step=int(elapsed * CLOCK), steps=CLOCK, persistent=False)
-        solver.step(upper, LowerStates.none(), run)
+        take_step(solver, upper, LowerStates.none(), run)
 
     steps, minutes = train(step, options)
     return upper.params, steps, minutes

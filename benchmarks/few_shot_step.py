@@ -44,7 +44,7 @@ from benchmarks.supervised import (
     plain_network,
 )
 from bomemeta.allocator import keep_freed_memory
-from bomemeta.core.solver import LowerStates
+from bomemeta.core.solver import LowerStates, take_step
 from bomemeta.distributed.rounds import StepRun
 from bomemeta.distributed.serial import SerialTransport
 from bomemeta.distributed.worker import ShardWorker
@@ -89,7 +89,7 @@ def bome_step(
         run = StepRun(
             transport, range(options.tasks), options.shards, step=0, steps=1, persistent=False
         )
-        solver.step(upper, LowerStates.none(), run)
+        take_step(solver, upper, LowerStates.none(), run)
 
     return step
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.few_shot_step import peer_step
 from benchmarks.peers import PEERS, QueryLoss, absent, learn2learn_peer
 from benchmarks.supervised import Preloaded, channels_last_network
-from bomemeta.core.solver import LowerStates, Solver
+from bomemeta.core.solver import LowerStates, Solver, take_step
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
 from bomemeta.distributed.rounds import StepRun
 from bomemeta.distributed.serial import SerialTransport
@@ -80,7 +80,7 @@ def peak_of_step(problem: FewShot, solver: Solver, tasks: int) -> int:
     upper = solver.start(problem.init_upper(torch.Generator().manual_seed(0)), 1)
     gc.collect()
     run = StepRun(transport, range(tasks), 1, step=0, steps=1, persistent=False)
-    return _peak(lambda: solver.step(upper, LowerStates.none(), run))
+    return _peak(lambda: take_step(solver, upper, LowerStates.none(), run))
 
 
 def measure(form: str, solver: str, options: argparse.Namespace) -> dict[str, Any]:

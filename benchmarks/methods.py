@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from bomemeta.core.inner import evaluate
 from bomemeta.core.problem import Batch, Split
-from bomemeta.core.solver import LowerStates
+from bomemeta.core.solver import LowerStates, take_step
 from bomemeta.core.upper import schedule_factor
 from bomemeta.data.l2l_tasksets import learn2learn
 from bomemeta.distributed.rounds import StepRun
@@ -116,7 +116,7 @@ class Bome:
             steps=CLOCK,
             persistent=False,
         )
-        self._solver.step(self._upper, LowerStates.none(), run)
+        take_step(self._solver, self._upper, LowerStates.none(), run)
 
     def accuracy(self, split: Split, episodes: int) -> Accuracy:
         shards = math.ceil(episodes / EPISODES_AT_ONCE)

@@ -28,7 +28,7 @@ from torch.nn import functional
 from benchmarks.few_shot_step import WARM_UP, interleaved, ratio, spread
 from bomemeta.assembly import build_problem, build_solver, open_transport, torch_threads, trainer_of
 from bomemeta.config import load_config
-from bomemeta.core.solver import LowerStates
+from bomemeta.core.solver import LowerStates, take_step
 from bomemeta.core.upper import UpperVariable
 from bomemeta.engine import Trainer
 from bomemeta.environment import environment
@@ -45,7 +45,7 @@ def ours(trainer: Trainer) -> tuple[Callable[[], None], UpperVariable]:
 
     def step() -> None:
         nonlocal lower, number
-        lower = trainer.solver.step(upper, lower, trainer.step_run(number)).lower
+        lower = take_step(trainer.solver, upper, lower, trainer.step_run(number)).lower
         number += 1
 
     return step, upper

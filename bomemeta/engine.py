@@ -21,7 +21,7 @@ from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config
 from bomemeta.core.problem import Problem, StreamProblem, start_memory, stream_length
 from bomemeta.core.randomness import mixed_seed
-from bomemeta.core.solver import LowerStates, Solver
+from bomemeta.core.solver import LowerStates, Solver, take_step
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.distributed.joint import step_run
@@ -125,7 +125,7 @@ class Trainer:
         run = run if run is not None else self.step_run(state.step)
         memory = state.memory
         try:
-            lower, metrics = self.solver.step(state.upper, state.lower, run)
+            lower, metrics = take_step(self.solver, state.upper, state.lower, run)
             if (
                 isinstance(run, SharedRun)
                 and isinstance(self.problem, StreamProblem)

@@ -11,7 +11,7 @@ import torch
 
 from bomemeta.core.inner import evaluate, solve_lower
 from bomemeta.core.problem import SharedProblem, Split, StreamProblem
-from bomemeta.core.solver import LowerStates, Sums
+from bomemeta.core.solver import LowerStates, Run, Sums
 from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.errors import DivergenceError
 from bomemeta.intervals import half_width
@@ -43,8 +43,10 @@ def final_metrics(
         )
     doing("the closing examination, with more inner steps than in training")
     try:
-        last = trainer.step_run(max(trainer.state.step - 1, 0))
-        metrics = solver.examine(trainer.state.upper, trainer.state.lower, last, longest)
+        state = trainer.state
+        last = trainer.step_run(max(state.step - 1, 0))
+        run = Run(last, solver, state.upper, state.lower)
+        metrics = solver.examine(state.upper, state.lower, run, longest)
     except DivergenceError as error:
         say(
             f"no metrics with many more inner steps, which diverge ({error}): solver.inner_lr is at the edge of what is stable"

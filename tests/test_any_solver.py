@@ -5,14 +5,23 @@ alone.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import toy
 
 import bomemeta
+from bomemeta.core import tree
+from bomemeta.core.oracle import Oracle, Term
+from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult
+from bomemeta.core.tree import Params
+from bomemeta.core.upper import UpperVariable
 from bomemeta.registry import solvers
 from bomemeta.solvers.learner_options import LearnerOptions
+from bomemeta.solvers.lower_options import LowerOptions
+from bomemeta.solvers.upper_options import UpperOptions
 
 __all__ = ["toy"]
 
@@ -66,3 +75,91 @@ def test_solvers_that_adapt_networks_say_that_they_need_one(name: str, tmp_path:
             CONFIGS / "analytic_bamm_convex.yaml",
             [f"solver.name={name}", f"output_dir={tmp_path / 'run'}"],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllSaid(LowerOptions, UpperOptions):
+    """Two rounds a step, the second from the states that the first left; `run` is told everything."""
+
+    inner_lr: float = 0.1
+
+    def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
+        return start or oracle.init_lower()
+
+    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        now = self.in_step(run)
+        _, lower = run(descend, now, upper.params, lower, keeps=run.persistent, twice=False)
+        sums, lower = run(descend, now, upper.params, lower, run.persistent, twice=True)
+        seen, _ = run(descend, replace(now, inner_lr=9.0), upper.params, lower, twice=False)
+        metrics = {"seen": float(seen["value"])}
+        return StepResult(
+            lower, metrics | upper.move(sums["direction"], run.step, run.project_upper)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Short(AllSaid):
+    """The same, and `run` knows it."""
+
+    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        run(descend, twice=False)
+        sums, lower = run(descend, twice=True)
+        looser = replace(self.in_step(run), inner_lr=9.0)
+        seen, _ = run(descend, solver=looser, keeps=False, twice=False)
+        metrics = {"seen": float(seen["value"])}
+        return StepResult(
+            lower, metrics | upper.move(sums["direction"], run.step, run.project_upper)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calling(UpperOptions):
+    """Leaves its steps to another solver."""
+
+    other: ClassVar[Solver] = Short(lower_schedule="cosine", upper_lr=0.1)
+
+    def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
+        return self.other.adapt(oracle, steps, start)
+
+    def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        return self.other.step(upper, lower, run.by(self.other))
+
+
+def descend(
+    solver: AllSaid, oracle: Oracle, lower: LowerGroups | None, *, twice: bool
+) -> KernelResult:
+    """Kernel."""
+    at = lower["y"] if lower is not None else oracle.init_lower()
+    for _ in range(1 + twice):
+        at = tree.axpy(-solver.inner_lr, oracle.lower(at).lower, at)
+    f = oracle.total(Term("upper", at), Term("lower", at))
+    return KernelResult({"direction": f.upper, "value": f.values[0].sum()}, {"y": at})
+
+
+FEW = ["problem.width=4", "problem.ways=3", "problem.queries=2", "evaluation={episodes: 2}"]
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        ("analytic_quadratic", []),
+        ("hyper_cleaning_mnist_bome", [*SMALL, "evaluation={}"]),
+        ("quickstart", FEW),
+    ],
+)
+def test_a_run_knows_what_a_solver_need_not_say(config: str, keys: list[str]) -> None:
+    """Equal bits whether a solver passes itself, x, the states and `keeps`, or leaves them to `run`."""
+    found = [
+        bomemeta.train(
+            CONFIGS / f"{config}.yaml", solver=solver, overrides=keys, steps=4, workers=0
+        )
+        for solver in (
+            AllSaid(lower_schedule="cosine", upper_lr=0.1),
+            Short(lower_schedule="cosine", upper_lr=0.1),
+            Calling(upper_lr=0.1),
+            Short(upper_lr=0.1),
+        )
+    ]
+    said, short, calling, constant = (result.upper_sha256 for result in found)
+    assert said == short == calling
+    assert short != constant

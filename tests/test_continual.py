@@ -19,6 +19,7 @@ import bomemeta
 from bomemeta.core import tree
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Term
+from bomemeta.core.solver import take_step
 from bomemeta.core.tree import Params
 from bomemeta.data.labelled import Examples
 from bomemeta.distributed.joint import step_run
@@ -142,7 +143,7 @@ class Walk(Bench):
                 memory=self.memory,
             )  # fmt: skip
             assert isinstance(run, SharedRun)
-            self.lower, _ = self.solver.step(self.upper, self.lower, run)
+            self.lower, _ = take_step(self.solver, self.upper, self.lower, run)
             if self.problem.memory_due(self.step):
                 self.memory = run.update_memory(self.solver, self.upper.params, self.lower)
             self.step += 1
@@ -564,7 +565,7 @@ def test_agem_step_by_hand_and_in_one_reduce() -> None:
     )
     wanted = d - min(float(d @ m), 0.0) / float(m @ m) * m
     run = step_run(problem, walk.transport, range(2), 2, step=8, steps=STEPS)
-    lower, metrics = walk.solver.step(walk.upper, walk.lower, run)
+    lower, metrics = take_step(walk.solver, walk.upper, walk.lower, run)
     assert run.traffic.reduces == 1
     walk.lower = lower
     assert_tight(tree.flatten(walk.y_params()), tree.flatten(y) - 0.1 * wanted)

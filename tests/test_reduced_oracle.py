@@ -15,6 +15,7 @@ from bomemeta.core import tree
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Oracle, Term
 from bomemeta.core.reduced_oracle import ReducedOracle
+from bomemeta.core.solver import take_step
 from bomemeta.solvers.aid_cg import AidCG
 from bomemeta.solvers.aid_neumann import AidNeumann
 from bomemeta.solvers.amigo_cg import AmigoCG
@@ -277,7 +278,7 @@ def test_reduces_and_numbers_sent(name):
     rounds, vectors, losses = TRAFFIC[name]
     for step in range(1, 9):
         run = bench.run(range(3))
-        result = bench.solver.step(bench.upper, bench.lower, run)
+        result = take_step(bench.solver, bench.upper, bench.lower, run)
         bench.lower = result.lower
         bench.step += 1
         restart = name == "lancbio" and step % M == 0  # one round more for A v_bar
@@ -294,7 +295,7 @@ def test_the_residual_costs_y_numbers_in_the_last_round(every):
     plain = FLOAT * sum(TRAFFIC["amigo_gd"][1:])
     for step in range(1, 5):
         run = bench.run(range(2))
-        result = bench.solver.step(bench.upper, bench.lower, run)
+        result = take_step(bench.solver, bench.upper, bench.lower, run)
         bench.lower, bench.step = result.lower, step + 1
         measured = step % every == 0
         assert ("residual" in result.metrics) == measured

@@ -14,7 +14,7 @@ import torch
 
 from bomemeta.core import tree
 from bomemeta.core.problem import Problem
-from bomemeta.core.solver import LowerStates, Solver, StepResult
+from bomemeta.core.solver import LowerStates, Solver, StepResult, take_step
 from bomemeta.core.upper import UpperVariable
 from bomemeta.data.episodes import Episode, EpisodeSpec, Split
 from bomemeta.data.labelled import Examples
@@ -139,7 +139,7 @@ class Bench:
 
     def advance(self, task_ids: Sequence[int] | None = None) -> StepResult:
         ids = task_ids if task_ids is not None else range(self.problem.num_tasks or 4)
-        result = self.solver.step(self.upper, self.lower, self.run(ids))
+        result = take_step(self.solver, self.upper, self.lower, self.run(ids))
         self.lower = result.lower
         self.step += 1
         return result

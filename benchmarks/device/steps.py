@@ -33,7 +33,7 @@ from benchmarks.device.sizes import (
 from benchmarks.sized import Noise
 from benchmarks.supervised import Preloaded, channels_last_network
 from bomemeta.core.problem import Batch, Encoded, SharedProblem, Split
-from bomemeta.core.solver import LowerStates
+from bomemeta.core.solver import LowerStates, take_step
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.distributed.joint import step_run
@@ -165,7 +165,7 @@ def few_shot_step(
 
     def step() -> None:
         run = StepRun(transport, range(sizes.tasks), 1, step=0, steps=1, persistent=False)
-        solver.step(upper, LowerStates.none(), run)
+        take_step(solver, upper, LowerStates.none(), run)
 
     return step, upper
 
@@ -246,7 +246,7 @@ def shared(problem: Whole, device: str) -> Contenders:
 
     def step() -> None:
         run = step_run(problem, transport, range(1), 1, step=0, steps=1)
-        kept[0] = solver.step(upper, kept[0], run).lower
+        kept[0] = take_step(solver, upper, kept[0], run).lower
 
     inputs, labels = problem.batch["inputs"][0], problem.batch["labels"][0]
 

@@ -8,6 +8,7 @@ tasks; the sums of all shards are added in an order that depends on their number
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -58,7 +59,7 @@ class Reduced(NamedTuple):
     lower: LowerStates
 
 
-class Run(Protocol):
+class Rounds(Protocol):
     """Runs a kernel on every task of the present step, wherever the tasks are."""
 
     tasks: int  # how many tasks this step has
@@ -81,6 +82,64 @@ class Run(Protocol):
         Raises DivergenceError where a sum is not finite.
         """
         ...
+
+
+class Run:
+    """A step's rounds in the hands of its solver: it knows the solver, x and the lower states.
+
+    `run(kernel, **arguments)` is one round. `lower` is what the last round left that kept any.
+    """
+
+    def __init__(
+        self, rounds: Rounds, solver: Solver, upper: UpperVariable, lower: LowerStates
+    ) -> None:
+        self.rounds, self.solver, self.upper, self.lower = rounds, solver, upper, lower
+        self.tasks, self.persistent = rounds.tasks, rounds.persistent
+        self.step, self.steps = rounds.step, rounds.steps
+        self.project_upper: Callable[[Params], Params] = rounds.project_upper
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        solver: Solver | None = None,
+        upper: Params | None = None,
+        lower: LowerStates | None = None,
+        keeps: bool | None = None,
+        **arguments: Any,
+    ) -> Reduced:
+        """One round of `kernel(solver, oracle, lower, **arguments)`.
+
+        `solver`: None is the run's own as it is in this step (`Solver.in_step`). `upper`: None is
+        the present x. `lower`: None is `self.lower`. `keeps`: whether the lower groups that the
+        kernel returns stay with the tasks; None: where y persists, unless `lower` is given.
+
+        Raises DivergenceError where a sum is not finite.
+        """
+        if keeps is None:
+            keeps = self.persistent and lower is None
+        reduced = self.rounds(
+            kernel,
+            solver if solver is not None else self.solver.in_step(self),
+            upper if upper is not None else self.upper.params,
+            lower if lower is not None else self.lower,
+            keeps,
+            **arguments,
+        )
+        if keeps:
+            self.lower = reduced.lower
+        return reduced
+
+    def by(self, solver: Solver) -> Run:
+        """The same for the step of another solver, which this one calls."""
+        other = copy.copy(self)
+        other.solver = solver
+        return other
+
+    def counted(self, step: int, steps: int) -> Run:
+        """The same with other numbers for `step` and `steps`."""
+        other = copy.copy(self)
+        other.step, other.steps = step, steps
+        return other
 
 
 class StepResult(NamedTuple):
@@ -109,6 +168,12 @@ class Solver(Recorded):
         """
         raise must_define(self, "step")
 
+    def in_step(self, run: Run) -> Solver:
+        """This solver as its kernels see it in a step: with the sizes that follow a schedule.
+        Default: itself.
+        """
+        return self
+
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
         """y solved on g alone, as meta-testing uses it: `steps` inner steps (None: as many as
         training uses) from `start` (None: from where a fresh task's y is).
@@ -136,6 +201,13 @@ class Solver(Recorded):
         None: it takes as many. Default.
         """
         return None
+
+
+def take_step(
+    solver: Solver, upper: UpperVariable, lower: LowerStates, rounds: Rounds
+) -> StepResult:
+    """One iteration of the solver, from this x and these lower states."""
+    return solver.step(upper, lower, Run(rounds, solver, upper, lower))
 
 
 def mean_sums(sums: Sums, names: tuple[str, ...], tasks: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.solver import LowerStates, Run, Solver
+from bomemeta.core.solver import LowerStates, Rounds, Solver, take_step
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import DivergenceError
@@ -53,7 +53,7 @@ class Settled(NamedTuple):
     failure: str = ""
 
 
-def settle(solver: Solver, upper: Params, run: Run, most: int) -> Settled:
+def settle(solver: Solver, upper: Params, run: Rounds, most: int) -> Settled:
     """Steps the solver at fixed x until its direction stands still, `most` times at the most; once
     where tasks are fresh.
 
@@ -67,7 +67,7 @@ def settle(solver: Solver, upper: Params, run: Run, most: int) -> Settled:
     for step in range(1, (most if run.persistent else 1) + 1):
         frozen.heard = None
         try:
-            result = solver.step(frozen, lower, run)
+            result = take_step(solver, frozen, lower, run)
         except DivergenceError as error:
             return _failed(
                 f"the solver's own numbers are not finite after {step - 1} steps at a fixed x ({error})",

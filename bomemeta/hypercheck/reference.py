@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bomemeta.core import tree
-from bomemeta.core.solver import LowerStates, Run, Solver
+from bomemeta.core.solver import LowerStates, Rounds, Solver
 from bomemeta.core.tree import Params
 from bomemeta.hypercheck import kernels
 
@@ -57,7 +57,7 @@ def reference(
     solver: Solver,
     upper: Params,
     lower: LowerStates,
-    parts: Sequence[Run],
+    parts: Sequence[Rounds],
     inner: tuple[int, float],
     adapts: bool,
     seed: int,
@@ -98,7 +98,7 @@ def reference(
 def differences(
     solver: Solver,
     upper: Params,
-    parts: Sequence[Run],
+    parts: Sequence[Rounds],
     known: Reference,
     random: int,
     seed: int,
@@ -155,7 +155,7 @@ def _of_one(
     solver: Solver,
     upper: Params,
     lower: LowerStates,
-    run: Run,
+    run: Rounds,
     inner: tuple[int, float],
     adapts: bool,
     seed: int,

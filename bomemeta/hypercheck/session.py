@@ -17,7 +17,7 @@ from bomemeta.config import Config, load_config
 from bomemeta.core.arguments import replaced
 from bomemeta.core.problem import SharedProblem
 from bomemeta.core.randomness import mixed_seed
-from bomemeta.core.solver import Run, Solver
+from bomemeta.core.solver import Rounds, Solver
 from bomemeta.core.tree import Params
 from bomemeta.engine import Trainer
 from bomemeta.errors import CheckpointError, ConfigError, DivergenceError
@@ -54,8 +54,8 @@ class Subproblem(NamedTuple):
     """
 
     upper: Params
-    whole: Run
-    parts: list[Run]
+    whole: Rounds
+    parts: list[Rounds]
     tasks: int
     step: int
 
@@ -237,7 +237,7 @@ def _cut(
     num_tasks, shared = trainer.problem.num_tasks, isinstance(trainer.problem, SharedProblem)
     count = num_tasks if shared and num_tasks is not None else min(tasks, num_tasks or tasks)
     whole = trainer.run_on(range(count), trainer.config.shards, step=step)
-    parts: list[Run] = (
+    parts: list[Rounds] = (
         [whole] if shared else [trainer.run_on([task], 1, step=step) for task in range(count)]
     )
     return Subproblem(upper, whole, parts, count, step)

@@ -47,7 +47,7 @@ class PlainDescent(Solver):
         return gradient_steps(oracle, start or oracle.init_lower(), steps or 0, self.lr)
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = run(descend, self, upper.params, lower, keeps=run.persistent)
+        sums, lower = run(descend)
         return StepResult(
             lower, mean_sums(sums, ("upper_loss", "lower_loss", "gradient_evaluations"), run.tasks)
         )

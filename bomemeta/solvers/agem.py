@@ -12,7 +12,7 @@ x stands still.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ class AGem(LowerOnly):
     """Averaged gradient episodic memory (Chaudhry et al., ICLR 2019)."""
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
-        sums, lower = run(descend_projected, now, upper.params, lower, keeps=run.persistent)
+        sums, lower = run(descend_projected)
         return StepResult(lower, mean_sums(sums, (*MEANS, "projected_share"), run.tasks))
 
 

@@ -17,7 +17,7 @@ averaged with 1/N, so that N = 1 is the paper and repeating every task changes n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -65,6 +65,8 @@ class BOME(LowerOptions, PacedOptions):
     task i's lower block alone and then needs one vector in x instead of two.
     """
 
+    scheduled: ClassVar[str] = "lower_lr"
+
     inner_steps: Annotated[int, Field(ge=1)] = 10  # T
     inner_lr: Positive = 0.1  # alpha, the step of the inner loop
     lower_lr: Positive = 0.1  # the step of y along grad f + lambda grad q
@@ -91,8 +93,7 @@ class BOME(LowerOptions, PacedOptions):
             self.diagnose_every > 0 and run.step % self.diagnose_every == 0
         )
         kernel = measure if run.persistent else episode
-        now = self._now(run)
-        sums, pending = run(kernel, now, upper.params, lower, keeps=run.persistent, full=full)
+        sums, lower = run(kernel, full=full)
         metrics = mean_sums(sums, MEANS, run.tasks)
         if full:
             whole = _whole_barrier(self, sums, run.tasks)
@@ -105,24 +106,19 @@ class BOME(LowerOptions, PacedOptions):
             weight = whole.barrier.weights()
             direction = tree.axpy(weight, sums["grad_upper_gap"], sums["grad_upper_f"])
             if run.persistent:
-                _, pending = run(
-                    move_lower, now, upper.params, pending, keeps=True, weight=float(weight)
-                )
+                _, lower = run(move_lower, weight=float(weight))
         else:
             direction = sums["direction"]
         metrics |= upper.move(tree.scaled(1 / run.tasks, direction), run.step, run.project_upper)
-        return StepResult(pending, metrics)
+        return StepResult(lower, metrics)
 
     def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = run(move_lower_alone, self._now(run), upper.params, lower, keeps=True)
+        sums, lower = run(move_lower_alone)
         return StepResult(lower, mean_sums(sums, MEANS, run.tasks))
 
     @property
     def lower_step_size(self) -> float:
         return self.lower_lr
-
-    def _now(self, run: Run) -> BOME:
-        return replace(self, lower_lr=self.lower_lr * self.lower_factor(run))
 
     def solved(self, oracle: Oracle, at: Params, steps: int | None = None) -> Params:
         """y_T: the inner loop from `at`, whose optimiser begins anew; `steps` None: T."""
@@ -144,9 +140,8 @@ class BOME(LowerOptions, PacedOptions):
         if steps == 0:
             return {}
         longer = replace(self, inner_steps=self._examine_steps(steps))
-        sums, _ = run(
-            measure if run.persistent else episode, longer, upper.params, lower, full=True
-        )
+        kernel = measure if run.persistent else episode
+        sums, _ = run(kernel, solver=longer, keeps=False, full=True)
         metrics = _whole_barrier(longer, sums, run.tasks).metrics
         return {
             f"{name}_long": metrics[name] for name in ("stationarity_gradient", "stationarity_gap")

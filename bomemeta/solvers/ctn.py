@@ -13,7 +13,7 @@ by copying y in place, so the term with d2g/dxdy is never there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -48,13 +48,8 @@ class CTN(LowerOptions, PacedOptions):
             self.inner_lr,
         )
 
-    def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
-        return super(CTN, now).lower_step(upper, lower, run)
-
     def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
-        sums, lower = run(alternate, now, upper.params, lower, keeps=run.persistent)
+        sums, lower = run(alternate)
         return StepResult(lower, move_upper(upper, sums, run))
 
 

@@ -10,7 +10,7 @@ They differ in `solve` alone: one file each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -69,20 +69,15 @@ class ImplicitSolver(LowerOptions, PacedOptions):
         )
 
     def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = self.asked(upper, lower, run)
+        sums, lower = self.asked(run)
         return StepResult(lower, move_upper(upper, sums, run))
 
-    def asked(self, upper: UpperVariable, lower: LowerStates, run: Run) -> Reduced:
+    def asked(self, run: Run) -> Reduced:
         """The step's one kernel, on all tasks."""
         kernel = self.tracking() if run.persistent else episode
         every = self.residual_every
         residual = every > 0 and (run.step % every == 0 or run.step == run.steps - 1)
-        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
-        return run(kernel, now, upper.params, lower, keeps=run.persistent, residual=residual)
-
-    def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
-        return super(ImplicitSolver, now).lower_step(upper, lower, run)
+        return run(kernel, residual=residual)
 
     def kept(self, at: Params) -> LowerGroups:
         return {"v": tree.zeros_like(at)} if self.warm else {}

@@ -57,7 +57,7 @@ class ITD(PacedOptions):
         )
 
     def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = run(unroll, self, upper.params, lower, keeps=run.persistent)
+        sums, lower = run(unroll)
         return StepResult(lower, move_upper(upper, sums, run))
 
 

@@ -100,7 +100,7 @@ class LearnerOptions(UpperOptions):
             )
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        sums, lower = run(episodes, self, upper.params, lower, keeps=run.persistent)
+        sums, lower = run(episodes)
         return StepResult(lower, move_upper(upper, sums, run))
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:

@@ -6,7 +6,7 @@ y <- y - inner_lr grad_y g(x, y),  `inner_steps` times
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -67,8 +67,7 @@ class LowerOnly(LowerOptions, Solver):
         )
 
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
-        now = replace(self, inner_lr=self.inner_lr * self.lower_factor(run))
-        sums, lower = run(descend, now, upper.params, lower, keeps=run.persistent)
+        sums, lower = run(descend)
         return StepResult(lower, mean_sums(sums, MEANS, run.tasks))
 
 

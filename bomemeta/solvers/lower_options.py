@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from bomemeta.core.arguments import replaced
 from bomemeta.core.lower_moves import LowerOptimizer, LowerRule
 from bomemeta.core.solver import Run
 from bomemeta.core.upper import schedule_factor
@@ -19,6 +20,8 @@ class LowerOptions:
     of its direction, over all of a task's y.
     """
 
+    scheduled: ClassVar[str] = "inner_lr"  # the field that is y's step size
+
     lower_optimizer: LowerOptimizer = "sgd"
     lower_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lower_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -29,9 +32,12 @@ class LowerOptions:
     def __post_init__(self) -> None:
         self.lower_rule()
 
-    def lower_factor(self, run: Run) -> float:
-        """What the step of y is multiplied by in this step."""
-        return schedule_factor(self.lower_schedule, run.step, run.steps)
+    def in_step(self, run: Run) -> Self:
+        """With the step size of y that its schedule gives."""
+        if self.lower_schedule == "constant":
+            return self
+        factor = schedule_factor(self.lower_schedule, run.step, run.steps)
+        return replaced(self, {self.scheduled: getattr(self, self.scheduled) * factor})
 
     def lower_rule(self) -> LowerRule:
         """With `lower_momentum` alone, SGD is momentum. Raises ConfigError where they do not fit."""

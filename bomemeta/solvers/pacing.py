@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -18,7 +17,6 @@ from bomemeta.core.solver import (
     KernelResult,
     LowerGroups,
     LowerStates,
-    Reduced,
     Run,
     Solver,
     StepResult,
@@ -81,10 +79,10 @@ class Paced(Solver):
             return self.joint_step(upper, lower, run)
         moved = self.upper_steps(run.step)
         if run.step < self.warm_start_steps:
-            sums, lower = run(train_lower, self, upper.params, lower, keeps=True)
+            sums, lower = run(train_lower, solver=self)
             result = StepResult(lower, mean_sums(sums, LOWER_MEANS, run.tasks))
         else:
-            counted = _Counted(run, moved, self.upper_steps(run.steps))
+            counted = run.counted(moved, self.upper_steps(run.steps))
             moves = self.upper_steps(run.step + 1) > moved
             result = (self.joint_step if moves else self.lower_step)(upper, lower, counted)
             moved += moves
@@ -96,7 +94,7 @@ class Paced(Solver):
 
     def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         """A step in which x stands still. Default: y moves as by `follow_lower`."""
-        sums, lower = run(follow_lower, self, upper.params, lower, keeps=True)
+        sums, lower = run(follow_lower)
         return StepResult(lower, mean_sums(sums, LOWER_MEANS, run.tasks))
 
     @property
@@ -113,18 +111,6 @@ class Paced(Solver):
         step. Default: nothing.
         """
         return {}
-
-
-class _Counted:
-    """A run whose steps are those of x alone."""
-
-    def __init__(self, run: Run, step: int, steps: int) -> None:
-        self._run, self.step, self.steps = run, step, steps
-        self.tasks, self.persistent = run.tasks, run.persistent
-        self.project_upper: Callable[[Params], Params] = run.project_upper
-
-    def __call__(self, *given: Any, **named: Any) -> Reduced:
-        return self._run(*given, **named)
 
 
 def groups_of(solver: Paced, oracle: Oracle, lower: LowerGroups | None) -> LowerGroups:

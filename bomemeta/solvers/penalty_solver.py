@@ -79,7 +79,7 @@ class PenaltySolver(PacedOptions):
     def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         penalty = self.penalty_at(run.step)
         kernel = track if run.persistent else episode
-        sums, lower = run(kernel, self, upper.params, lower, keeps=run.persistent, penalty=penalty)
+        sums, lower = run(kernel, penalty=penalty)
         direction = tree.scaled(1 / run.tasks, sums["direction"])
         metrics = {
             "penalty": penalty,
@@ -90,7 +90,7 @@ class PenaltySolver(PacedOptions):
 
     def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         penalty = self.penalty_at(run.step)
-        sums, lower = run(follow, self, upper.params, lower, keeps=True, penalty=penalty)
+        sums, lower = run(follow, penalty=penalty)
         return StepResult(lower, {"penalty": penalty} | mean_sums(sums, MEANS, run.tasks))
 
     def kept(self, at: Params) -> LowerGroups:

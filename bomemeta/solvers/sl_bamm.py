@@ -146,13 +146,13 @@ class SLBAMM(Paced, UpperSteps):
 
     def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         rates = self.rates(run.step)
-        sums, lower = self._asked(upper, lower, run, rates)
+        sums, lower = self._asked(run, rates)
         return StepResult(lower, {"mu": rates.mu, **move_upper(upper, sums, run, rates.upper)})
 
     def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         """The same question as in a joint step: y and v move."""
         rates = self.rates(run.step)
-        sums, lower = self._asked(upper, lower, run, rates)
+        sums, lower = self._asked(run, rates)
         return StepResult(lower, {"mu": rates.mu, **mean_sums(sums, MEANS, run.tasks)})
 
     @property
@@ -162,11 +162,11 @@ class SLBAMM(Paced, UpperSteps):
     def kept(self, at: Params) -> LowerGroups:
         return {"v": tree.zeros_like(at)}
 
-    def _asked(self, upper: UpperVariable, lower: LowerStates, run: Run, rates: Rates) -> Reduced:
+    def _asked(self, run: Run, rates: Rates) -> Reduced:
         kernel = (
             episode if not run.persistent else jacobi if self.order == "jacobi" else gauss_seidel
         )
-        return run(kernel, self, upper.params, lower, keeps=run.persistent, rates=rates)
+        return run(kernel, rates=rates)
 
 
 def psi(mu: float) -> Psi:

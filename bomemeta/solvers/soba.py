@@ -56,7 +56,7 @@ class SOBA(ImplicitSolver):
 
     def lower_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         """The same question as in a joint step: y and v move."""
-        sums, lower = self.asked(upper, lower, run)
+        sums, lower = self.asked(run)
         return StepResult(lower, mean_sums(sums, MEANS, run.tasks))
 
 

@@ -50,7 +50,7 @@ class FixedPenalty(Solver):
     def step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
         # One round: `penalised` runs on every shard of the step's tasks, on whatever worker; the
         # sums come back added.
-        sums, lower = run(penalised, self, upper.params, lower, keeps=run.persistent)
+        sums, lower = run(penalised)
         metrics = mean_sums(sums, ("upper_loss", "lower_loss", "gap"), run.tasks)
         # The last act: whatever fails before it leaves x as it was, and the step is as if it had
         # not begun.
