@@ -5,16 +5,19 @@ alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import quadratics
 import toy
 
 import bomemeta
 from bomemeta.core import tree
 from bomemeta.core.oracle import Oracle, Term
+from bomemeta.core.problem import Problem
 from bomemeta.core.solver import KernelResult, LowerGroups, LowerStates, Run, Solver, StepResult
 from bomemeta.core.tree import Params
 from bomemeta.core.upper import UpperVariable
@@ -136,30 +139,27 @@ def descend(
     return KernelResult({"direction": f.upper, "value": f.values[0].sum()}, {"y": at})
 
 
-FEW = ["problem.width=4", "problem.ways=3", "problem.queries=2", "evaluation={episodes: 2}"]
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "persistent tasks": lambda: quadratics.small(3),
+    "one shared y": lambda: quadratics.shared(2),
+    "fresh tasks": lambda: toy.attached(bomemeta.FewShot(ways=3, shots=1, queries=2, width=4)),
+}
 
 
-@pytest.mark.parametrize(
-    ("config", "keys"),
-    [
-        ("analytic_quadratic", []),
-        ("hyper_cleaning_mnist_bome", [*SMALL, "evaluation={}"]),
-        ("quickstart", FEW),
-    ],
-)
-def test_a_run_knows_what_a_solver_need_not_say(config: str, keys: list[str]) -> None:
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_a_run_knows_what_a_solver_need_not_say(problem: Callable[[], Problem]) -> None:
     """Equal bits whether a solver passes itself, x, the states and `keeps`, or leaves them to `run`."""
-    found = [
-        bomemeta.train(
-            CONFIGS / f"{config}.yaml", solver=solver, overrides=keys, steps=4, workers=0
-        )
-        for solver in (
-            AllSaid(lower_schedule="cosine", upper_lr=0.1),
-            Short(lower_schedule="cosine", upper_lr=0.1),
-            Calling(upper_lr=0.1),
-            Short(upper_lr=0.1),
-        )
-    ]
-    said, short, calling, constant = (result.upper_sha256 for result in found)
+    found = []
+    for solver in (
+        AllSaid(lower_schedule="cosine", upper_lr=0.1),
+        Short(lower_schedule="cosine", upper_lr=0.1),
+        Calling(upper_lr=0.1),
+        Short(upper_lr=0.1),
+    ):
+        bench = toy.Bench(problem(), solver, 4)
+        seen = [bench.advance().metrics["seen"] for _ in range(4)]
+        states = [bench.lower.handles[task].tolist() for task in sorted(bench.lower.handles)]
+        found.append((bench.x().tolist(), states, seen))
+    said, short, calling, constant = found
     assert said == short == calling
     assert short != constant
