@@ -22,7 +22,7 @@ from bomemeta.config import Config
 from bomemeta.core.problem import Problem, StreamProblem, start_memory, stream_length
 from bomemeta.core.randomness import mixed_seed
 from bomemeta.core.solver import LowerStates, Solver, take_step
-from bomemeta.core.tree import Params
+from bomemeta.core.tree import Layout, Params
 from bomemeta.core.upper import UpperVariable
 from bomemeta.distributed.joint import step_run
 from bomemeta.distributed.rounds import SharedRun, StepRun
@@ -227,7 +227,7 @@ class Trainer:
             upper=dict(state.upper.params),
             solver={
                 "optimizer": state.upper.state_dict(),
-                "lower_layout": state.lower.layout,
+                "lower_layout": state.lower.layout.plain(),
                 "memory": dict(state.memory),
                 "metrics": dict(state.metrics),
                 "history": [dict(metrics) for metrics in state.history],
@@ -242,7 +242,7 @@ class Trainer:
         state.step = checkpoint.step
         state.upper.load(checkpoint.upper, solver["optimizer"])
         handles = {task: tensor.numpy() for task, tensor in checkpoint.lower.items()}
-        state.lower = LowerStates(solver["lower_layout"], handles)
+        state.lower = LowerStates(Layout.read(solver["lower_layout"]), handles)
         state.memory = dict(solver["memory"])
         state.metrics = dict(solver["metrics"])
         state.history = [dict(metrics) for metrics in solver["history"]]

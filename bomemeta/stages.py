@@ -8,7 +8,6 @@ its beginning goes through the same stages, to the same bits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,7 +17,7 @@ from bomemeta.checkpoint import Checkpoint
 from bomemeta.config import Config, differing_keys
 from bomemeta.core import tree
 from bomemeta.core.problem import StreamProblem
-from bomemeta.core.tree import Params
+from bomemeta.core.tree import Layout, Params
 from bomemeta.engine import Trainer
 from bomemeta.errors import CheckpointError, ConfigError
 
@@ -87,17 +86,16 @@ def _grown_lower(
     batch = {name: value[0] for name, value in problem.load((0,), saved.step, "train").items()}
     with torch.no_grad():
         start = problem.init_lower(problem.encode(upper, batch), batch)
-    old = tuple((g, n, tuple(shape)) for g, n, shape in saved.solver["lower_layout"])
-    new = tuple((g, n, tuple(start[n].shape) if n in start else shape) for g, n, shape in old)
+    old = Layout.read(saved.solver["lower_layout"])
+    new = Layout.read((g, n, start[n].shape if n in start else shape) for g, n, shape in old)
     lower = {}
     for task, flat in saved.lower.items():
-        parts = torch.split(flat, [math.prod(shape) for _, _, shape in old])
         found = []
-        for (group, name, shape), (_, _, size), part in zip(old, new, parts, strict=True):
+        for (group, name, size), part in zip(new, old.parts(flat), strict=True):
             like = start[name] if group == "y" and name is not None else part.new_zeros(size)
-            found.append(_led(f"lower.{group}.{name}", part.reshape(shape), like).reshape(-1))
+            found.append(_led(f"lower.{group}.{name}", part, like).reshape(-1))
         lower[task] = torch.cat(found)
-    return lower, new
+    return lower, new.plain()
 
 
 def _grown_flat(flat: Tensor, old: Params, new: Params) -> Tensor:

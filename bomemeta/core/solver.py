@@ -17,7 +17,7 @@ from torch import Tensor
 from bomemeta.core.arguments import Recorded
 from bomemeta.core.oracle import Oracle
 from bomemeta.core.problem import Problem, must_define
-from bomemeta.core.tree import Params
+from bomemeta.core.tree import Layout, Params
 from bomemeta.core.upper import UpperVariable
 
 # Named sums over tasks: scalars [] and vectors in x.
@@ -25,8 +25,6 @@ Sums = dict[str, Any]
 # Named groups of stacks that stay with their tasks: `y` itself, and whatever else the solver keeps
 # per task (its velocity, ...).
 LowerGroups = dict[str, Params]
-# What lies in a flat array, in order: (group, name, shape); no name where the group is one tensor.
-Layout = tuple[tuple[str, str | None, tuple[int, ...]], ...]
 
 
 class KernelResult(NamedTuple):
@@ -47,7 +45,7 @@ class LowerStates(NamedTuple):
 
     @classmethod
     def none(cls) -> LowerStates:
-        return cls((), {})
+        return cls(Layout(), {})
 
 
 class Reduced(NamedTuple):

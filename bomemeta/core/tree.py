@@ -4,10 +4,89 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
+
+
+class Entry(NamedTuple):
+    """One tensor in a flat array."""
+
+    group: str
+    name: str | None  # within its group; None: the group is this tensor
+    shape: tuple[int, ...]
+
+
+class Layout(tuple[Entry, ...]):
+    """What lies in a flat array, in order: x, a task's y with what is kept beside it, a round's sums."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Tensor | Params], axes: int = 0) -> Layout:
+        """Of tensors and groups of tensors; `axes`: how many leading axes are no part of the shapes
+        (1 for a stack).
+        """
+        return cls(
+            Entry(group, name, tuple(tensor.shape[axes:])) for group, name, tensor in _each(values)
+        )
+
+    @classmethod
+    def read(cls, entries: Any) -> Layout:
+        """Of plain tuples or lists, as a checkpoint has them."""
+        return cls(Entry(group, name, tuple(shape)) for group, name, shape in entries)
+
+    def plain(self) -> tuple[tuple[Any, ...], ...]:
+        """The inverse of `read`: plain tuples (group, name, shape)."""
+        return tuple(tuple(entry) for entry in self)
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """The entries of `flat`, [n] or [B, n], as views of their shapes."""
+        return [flat[..., at].view((*flat.shape[:-1], *shape)) for at, shape in self._slices()]
+
+    def unflatten(self, flat: Tensor | np.ndarray) -> dict[str, Any]:
+        """The tensors and groups that lie in `flat`, [n] or [B, n], on the host where it is a numpy
+        array.
+
+        Each is a copy in memory of its own: vectorised sums round differently on differently
+        aligned memory, and workers must agree with the driver bit for bit.
+        """
+        found: dict[str, Any] = {}
+        for (group, name, _), (at, shape) in zip(self, self._slices(), strict=True):
+            part = flat[..., at].reshape((*flat.shape[:-1], *shape))
+            copied = part.clone() if isinstance(part, Tensor) else torch.tensor(part)
+            if name is None:
+                found[group] = copied
+            else:
+                found.setdefault(group, {})[name] = copied
+        return found
+
+    def _slices(self) -> Iterator[tuple[slice, tuple[int, ...]]]:
+        start = 0
+        for _, _, shape in self:
+            stop = start + math.prod(shape)
+            yield slice(start, stop), shape
+            start = stop
+
+
+def _each(values: Mapping[str, Tensor | Params]) -> Iterator[tuple[str, str | None, Tensor]]:
+    for group, value in values.items():
+        if isinstance(value, Tensor):
+            yield group, None, value
+        else:
+            for name, tensor in value.items():
+                yield group, name, tensor
+
+
+def tensors(values: Mapping[str, Tensor | Params]) -> list[Tensor]:
+    """All of them, in the order of a `Layout`."""
+    return [tensor for _, _, tensor in _each(values)]
 
 
 def dot(a: Params, b: Params) -> Tensor:
@@ -42,37 +121,24 @@ def zeros_like(params: Params) -> Params:
     return {name: torch.zeros_like(tensor) for name, tensor in params.items()}
 
 
-def flatten(params: Params) -> Tensor:
-    """One vector [n], tensors in the dictionary's order."""
-    return torch.cat([tensor.reshape(-1) for tensor in params.values()])
+def flatten(values: Mapping[str, Tensor | Params]) -> Tensor:
+    """One vector [n], tensors in the dictionaries' order."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors(values)])
 
 
 def unflatten(flat: Tensor, like: Params) -> Params:
-    """The inverse of `flatten` for the names and shapes of `like`. Copies, so that every tensor is
-    aligned the same way everywhere: vectorised sums round differently on differently aligned
-    memory, and workers must agree with the driver bit for bit.
-    """
-    sizes = [tensor.numel() for tensor in like.values()]
-    parts = torch.split(flat, sizes)
-    return {
-        name: part.reshape(tensor.shape).clone()
-        for (name, tensor), part in zip(like.items(), parts, strict=True)
-    }
+    """The inverse of `flatten` for the names and shapes of `like`; copies."""
+    return Layout.of(like).unflatten(flat)
 
 
-def flatten_tasks(params: Params) -> Tensor:
+def flatten_tasks(values: Mapping[str, Tensor | Params]) -> Tensor:
     """A stack as one row per task, shape [B, n]."""
-    return torch.cat([rows(tensor) for tensor in params.values()], dim=1)
+    return torch.cat([rows(tensor) for tensor in tensors(values)], dim=1)
 
 
 def unflatten_tasks(rows: Tensor, like: Params) -> Params:
-    """The inverse of `flatten_tasks`; `like` is a stack of any number of tasks."""
-    sizes = [tensor[0].numel() for tensor in like.values()]
-    parts = torch.split(rows, sizes, dim=1)
-    return {
-        name: part.reshape(len(rows), *tensor.shape[1:]).clone()
-        for (name, tensor), part in zip(like.items(), parts, strict=True)
-    }
+    """The inverse of `flatten_tasks`; `like` is a stack of any number of tasks. Copies."""
+    return Layout.of(like, axes=1).unflatten(rows)
 
 
 def detached(params: Params) -> Params:

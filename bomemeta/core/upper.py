@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from bomemeta.core import tree
@@ -72,7 +71,7 @@ class UpperVariable:
         # The run owns its x: one array, in which the optimiser takes a few large operations and not
         # a few for every layer. These operations are elementwise, so the bits are the same.
         self._flat = tree.flatten(upper).detach()
-        self._shapes = {name: tensor.shape for name, tensor in upper.items()}
+        self._layout = tree.Layout.of(upper)
         self.params: Params = self._views(self._flat)
         self._lr, self._clip_norm = lr, clip_norm
         self._factor = functools.partial(
@@ -154,9 +153,5 @@ class UpperVariable:
         self._optimizer.load({k: v for k, v in state.items() if k not in ("average", "moves")})
 
     def _views(self, flat: Tensor) -> Params:
-        sizes = [shape.numel() for shape in self._shapes.values()]
-        parts = torch.split(flat, sizes)
-        return {
-            name: part.view(shape)
-            for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
-        }
+        parts = self._layout.parts(flat)
+        return {name: part for (name, _, _), part in zip(self._layout, parts, strict=True)}

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bomemeta.core.problem import Problem, SharedProblem, Split
-from bomemeta.core.solver import Kernel, Layout, LowerStates, Reduced, Solver
-from bomemeta.core.tree import Params
+from bomemeta.core.solver import Kernel, LowerStates, Reduced, Solver
+from bomemeta.core.tree import Layout, Params
 from bomemeta.distributed.packing import Packed, pack, unpack
 from bomemeta.distributed.rounds import SharedRun, StepRun, Traffic
 from bomemeta.distributed.summation import TreeSum

@@ -21,8 +21,8 @@ from bomemeta.core import tree
 from bomemeta.core.inner import update_memory
 from bomemeta.core.problem import Problem, Split
 from bomemeta.core.reduced_oracle import ReducedOracle
-from bomemeta.core.solver import Kernel, Layout, LowerGroups, LowerStates, Reduced, Solver, Sums
-from bomemeta.core.tree import Params
+from bomemeta.core.solver import Kernel, LowerGroups, LowerStates, Reduced, Solver, Sums
+from bomemeta.core.tree import Layout, Params
 from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
 from bomemeta.distributed.transport import ShardCall, Transport, nothing
 from bomemeta.distributed.worker import Request

@@ -19,9 +19,10 @@ from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.problem import Problem, SharedProblem, Split
 from bomemeta.core.randomness import Draws
 from bomemeta.core.reduced_oracle import ADDITIVE
-from bomemeta.core.solver import Kernel, KernelResult, Layout, LowerGroups, Solver
+from bomemeta.core.solver import Kernel, KernelResult, LowerGroups, Solver
 from bomemeta.core.spans import LOAD, span
 from bomemeta.core.task_map import TaskMap
+from bomemeta.core.tree import Layout
 from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
 from bomemeta.errors import DataError
 from bomemeta.global_random import seeded
@@ -135,7 +136,7 @@ class ShardWorker:
         if not np.isfinite(sums.buffer).all():
             _blame_data(request, batch)
         if not request.keeps:
-            return ShardSums(sums.layout, ()), sums.buffer
+            return ShardSums(sums.layout, Layout()), sums.buffer
         layout, rows = pack_tasks(result.lower)
         return ShardSums(sums.layout, layout), sums.buffer, *(row.numpy().copy() for row in rows)
 

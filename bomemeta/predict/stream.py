@@ -12,7 +12,7 @@ from torch import Tensor
 from bomemeta.assembly import build_problem, torch_threads
 from bomemeta.checkpoint import Checkpoint, judged_upper, load_latest
 from bomemeta.config import Config
-from bomemeta.core.tree import Params
+from bomemeta.core.tree import Layout, Params
 from bomemeta.data.labelled import GREY_LEVELS
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.predict.inputs import class_array
@@ -113,11 +113,6 @@ def _lower_of(saved: Checkpoint) -> Params:
     """y of the one shared lower problem."""
     if not saved.lower:
         raise ConfigError("the run has taken no step yet, so there is nothing to predict with")
-    layout = saved.solver["lower_layout"]
-    sizes = [int(np.prod(shape)) for _, _, shape in layout]
-    parts = torch.split(saved.lower[min(saved.lower)], sizes)
-    return {
-        str(name): part.reshape(tuple(shape)).clone()
-        for (group, name, shape), part in zip(layout, parts, strict=True)
-        if group == _LOWER
-    }
+    layout = Layout.read(saved.solver["lower_layout"])
+    lower: Params = layout.unflatten(saved.lower[min(saved.lower)])[_LOWER]
+    return lower
