@@ -1,4 +1,4 @@
-"""Where a figure was measured: the line that belongs under every table; and what a run is told by the
+"""Where a value was measured: the line that belongs under every table; and what a run is told by the
 process that started it.
 """
 

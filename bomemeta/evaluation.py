@@ -67,7 +67,7 @@ def final_metrics(
             if name.endswith("accuracy") and own[name] - solved[name] > ACCURACY_LOSS:
                 say(
                     f"{name} falls from {own[name]:.4f} to {solved[name]:.4f} in {steps} steps on g alone: y does not solve the lower "
-                    "problem but was trained on the upper loss too, or too little. The second figure is nearer to what x is worth"
+                    "problem but was trained on the upper loss too, or too little. The second one is nearer to what x is worth"
                 )
         return metrics | own | {f"{name}_solved": value for name, value in solved.items()}
     episodes = trainer.config.evaluation.episodes
@@ -117,7 +117,7 @@ def meta_test(
     variant: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Means over the split's first `episodes` tasks, y adapted on g alone; `<split>_ci95` is the 95
-    % half-width of the accuracy by Student's t, and every figure with `accuracy` in its name has one, named with
+    % half-width of the accuracy by Student's t, and every metric with `accuracy` in its name has one, named with
     `ci95` in its place.
     """
     shards = math.ceil(episodes / EVALUATION_SHARD)
@@ -138,7 +138,7 @@ def meta_test(
         steps=trainer.config.evaluation.inner_steps,
     )
     means = _means(trainer, sums, episodes)
-    # A baseline's figure is not the method's, so it does not take the split's name.
+    # A baseline's metric is not the method's, so it does not take the split's name.
     metrics = {
         name if name.startswith("baseline_") else f"{split}_{name}": value
         for name, value in means.items()
@@ -158,7 +158,7 @@ def meta_test(
 
 
 def own_metrics(trainer: Trainer, steps: int = 0) -> dict[str, float]:
-    """Figures at the lower variables that the run carries, after `steps` steps on g alone: of a
+    """Metrics at the lower variables that the run carries, after `steps` steps on g alone: of a
     pool's tasks, or of the one shared y.
     """
     num_tasks = trainer.problem.num_tasks

@@ -182,7 +182,7 @@ def _figures(monitor: HealthMonitor) -> str:
     means = {label: monitor.mean(name) for label, name in names.items()}
     return (
         ", ".join(f"{label} {value:.2e}" for label, value in means.items() if value is not None)
-        or "no figures"
+        or "no metrics"
     )
 
 

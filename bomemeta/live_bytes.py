@@ -1,4 +1,4 @@
-"""Bytes of live tensors while something runs in this process: the program's own figure, the same at
+"""Bytes of live tensors while something runs in this process: the program's own count, the same at
 every run and on every machine.
 """
 

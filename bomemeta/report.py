@@ -120,7 +120,7 @@ class TerminalListener:
         if first_step > 0:
             self._print(f"going on at step {first_step} of {steps}")
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            # Where the terminal is narrow the figures are cut, never the count or the time.
+            # Where the terminal is narrow the metrics are cut, never the count or the time.
             count = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
             self._bar = Progress(
                 TextColumn("step", table_column=Column(min_width=4)),
@@ -129,20 +129,20 @@ class TerminalListener:
                 TextColumn("left", table_column=Column(min_width=4)),
                 TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=8)),
                 TextColumn(
-                    "{task.fields[figures]}",
+                    "{task.fields[metrics]}",
                     markup=False,
                     table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
                 ),
                 console=self._console,
                 expand=True,
             )
-            self._task = self._bar.add_task("", total=steps, completed=first_step, figures="")
+            self._task = self._bar.add_task("", total=steps, completed=first_step, metrics="")
             self._bar.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         done = step + 1
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, figures=self._live(metrics))
+            self._bar.update(self._task, completed=done, metrics=self._live(metrics))
         elif done % self._every_steps == 0 or done == self._steps:
             seconds = metrics.get("step_s")
             pace = f", {seconds:.3g} s/step" if seconds is not None else ""

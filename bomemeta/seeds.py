@@ -108,7 +108,7 @@ def run_seeds(
     """All seeds of the config, begun, gone on with or evaluated, `workers` at a time; result.json
     unless `evaluates`.
 
-    `metrics` has the mean of every figure over the seeds and, as NAME_ci95, the half-width of its
+    `metrics` has the mean of every metric over the seeds and, as NAME_ci95, the half-width of its
     95 % interval by Student's t. `upper` is empty and `upper_sha256` that of the seeds' own hashes,
     in order.
     """
@@ -173,7 +173,7 @@ def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool)
 
 
 def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every figure that all runs have, followed by NAME_ci95; an interval has no
+    """The mean of every metric that all runs have, followed by NAME_ci95; an interval has no
     interval of its own.
     """
     n = len(runs)

@@ -16,7 +16,7 @@ def profile(
     config: ConfigName,
     overrides: Overrides = None,
     steps: Annotated[
-        int, typer.Option(min=1, help="How many steps are measured; the figures are their medians.")
+        int, typer.Option(min=1, help="How many steps are measured; the values are their medians.")
     ] = 10,
     warm_up: Annotated[int, typer.Option(min=0, help="Steps before, which are not counted.")] = 3,
     json_file: Annotated[

@@ -353,11 +353,11 @@ class _Check(Asker):
             encoded = self.call("encode", upper, row)
             if self.problem.meta_tests:  # sizes may differ from training's
                 lower = self.call("init_lower", encoded, row)
-            figures = self.watched("evaluate", encoded, lower, row)
+            metrics = self.watched("evaluate", encoded, lower, row)
             again = self.call("evaluate", encoded, lower, row)
-        if not isinstance(figures, Mapping):
-            self.wrong("evaluate", f"a {type(figures).__name__}", "a dict of names and tensors []")
-        for name, value in figures.items():
+        if not isinstance(metrics, Mapping):
+            self.wrong("evaluate", f"a {type(metrics).__name__}", "a dict of names and tensors []")
+        for name, value in metrics.items():
             if not isinstance(value, Tensor):
                 self.wrong(
                     "evaluate", f"{name}: a {type(value).__name__}", "a tensor of shape []",
@@ -368,7 +368,7 @@ class _Check(Asker):
                     "evaluate", f"{name} of shape {list(value.shape)}", "one number per task, shape []",
                     "evaluate is asked of ONE task: take a mean over its samples",
                 )  # fmt: skip
-        if not same(dict(figures), again):
+        if not same(dict(metrics), again):
             self.wrong(
                 "evaluate", "other values when it was called again", "a pure function of its arguments",
                 "torch's global generator will do (it is seeded from seed, step and task); numpy's, Python's and one of your own are not",

@@ -34,14 +34,14 @@ def rule_steps(
 def evaluate(
     solver: Solver, oracle: Oracle, lower: LowerGroups | None, *, steps: int | None
 ) -> KernelResult:
-    """Kernel: the problem's figures of merit, as sums and sums of squares over tasks.
+    """Kernel: the problem's metrics, as sums and sums of squares over tasks.
 
     Tasks that carry a y of their own are judged at it, fresh ones at y adapted on g.
     """
     at = lower["y"] if lower is not None else solver.adapt(oracle, steps)
-    figures = oracle.evaluate(at)
-    sums = {f"sum/{name}": value.sum() for name, value in figures.items()}
-    squares = {f"square/{name}": value.square().sum() for name, value in figures.items()}
+    metrics = oracle.evaluate(at)
+    sums = {f"sum/{name}": value.sum() for name, value in metrics.items()}
+    squares = {f"square/{name}": value.square().sum() for name, value in metrics.items()}
     return KernelResult(sums | squares, {})
 
 

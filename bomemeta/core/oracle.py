@@ -182,7 +182,7 @@ class Oracle(ABC):
 
     @abstractmethod
     def evaluate(self, at: Params) -> dict[str, Tensor]:
-        """The problem's figures of merit per task, each [B]."""
+        """The problem's metrics per task, each [B]."""
 
     def lower(self, at: Params) -> Gradient:
         """g and grad_y g per task. The inner loop: costs one gradient of the loss on the encoded

@@ -248,7 +248,7 @@ class Problem(Recorded):
         """What is reported, from the means over tasks or blocks of what `evaluate` gave. Default:
         these, as they are.
 
-        Where a figure is no mean, as F1 is none, `evaluate` gives the counts that it follows from.
+        Where a metric is no mean, as F1 is none, `evaluate` gives the counts that it follows from.
         """
         return dict(means)
 
@@ -261,7 +261,7 @@ class Problem(Recorded):
     def artefacts(
         self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
     ) -> dict[str, bytes]:
-        """Files for the run's folder, by name, that follow from the milestones' figures and the
+        """Files for the run's folder, by name, that follow from the milestones' metrics and the
         result's metrics. Default: none.
 
         Those that end in .png are shown in TensorBoard too.
@@ -355,13 +355,13 @@ class StreamProblem(SharedProblem):
         raise must_define(self, "update_memory")
 
     def milestone(self, step: int) -> bool:
-        """Whether `evaluate` is asked after this step and its figures kept: the end of a task of a
+        """Whether `evaluate` is asked after this step and its metrics kept: the end of a task of a
         stream. Default: never.
         """
         return False
 
     def final_metrics(self, history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """What the figures of all milestones, in order, come to; among the result's metrics.
+        """The final metrics that follow from the milestones', in order; among the result's metrics.
         Default: nothing.
         """
         return {}

@@ -181,8 +181,8 @@ class Solver(Recorded):
     def examine(
         self, upper: UpperVariable, lower: LowerStates, run: Run, steps: int | None = None
     ) -> dict[str, float]:
-        """Figures that are worth one more round at the end of a run (stationarity with many more
-        inner steps: `steps`; None: the solver's own number; 0: no figures). Default: none.
+        """Metrics that are worth one more round at the end of a run (stationarity with many more
+        inner steps: `steps`; None: the solver's own number; 0: none). Default: none.
         """
         return {}
 

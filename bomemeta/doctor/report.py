@@ -27,10 +27,15 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """All findings, in order; `figures` are the numbers behind them: bytes and seconds."""
+    """All findings, in order; `values` are the numbers behind them: bytes and seconds."""
 
     findings: list[Finding]
-    figures: Mapping[str, Any] = field(repr=False)
+    values: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        """`values`, as they were called before, and are in `to_json`."""
+        return self.values
 
     @property
     def ok(self) -> bool:
@@ -50,7 +55,7 @@ class Report:
         """All of it; NaN and infinite numbers, which JSON does not have, become null."""
         findings = [finding._asdict() for finding in self.findings]
         return json.dumps(
-            _finite({"ok": self.ok, "findings": findings, "figures": dict(self.figures)}), indent=2
+            _finite({"ok": self.ok, "findings": findings, "figures": dict(self.values)}), indent=2
         )
 
 

@@ -50,7 +50,7 @@ def examine(
     name = Path(config).stem if isinstance(config, str | Path) else label(settings.problem)
     found = _devices(settings)
     place = _place(settings, say)
-    figures: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     try:
         problem = build_problem(settings)
         digest_of(problem)  # looks at the data as a run does
@@ -59,7 +59,7 @@ def examine(
         found += bundles.bundles(settings, place, places.workers_of(settings, place)) + _elsewhere(
             settings, place
         )
-        return Report(found + storage.output(settings, name, place, None), figures)
+        return Report(found + storage.output(settings, name, place, None), values)
     with torch_threads(settings.threads):
         found += data.data(problem) + data.batch_norm(problem)
         plan = plan_of(settings, problem)
@@ -68,9 +68,9 @@ def examine(
         found += bundles.shards(settings, plan, workers)
         if place.nodes:
             found += bundles.threads(settings, place, workers)
-        needs = _dry(settings, problem, plan, place, workers, found, figures, say)
+        needs = _dry(settings, problem, plan, place, workers, found, values, say)
     found += storage.output(settings, name, place, needs)
-    return Report(found, figures)
+    return Report(found, values)
 
 
 def _place(config: Config, say: Say) -> Place:
@@ -152,7 +152,7 @@ def _no_data(config: Config, error: DataError) -> list[Finding]:
 
 
 def _dry(
-    config: Config, problem: Problem, plan: Plan, place: Place, workers: Workers, found: list[Finding], figures: dict[str, Any],
+    config: Config, problem: Problem, plan: Plan, place: Place, workers: Workers, found: list[Finding], values: dict[str, Any],
     say: Say,
 ) -> storage.Needs | None:  # fmt: skip
     """Dry steps, and the findings that follow from them; None where there could be none."""
@@ -217,7 +217,7 @@ def _dry(
     found += standing.finding(still, steps, plan.shards)
     text = f"{label(config.solver)} takes problem {label(config.problem)}; whether its direction is right, `bomemeta check` says"
     found.append(Finding("OK", "solver", text))
-    figures |= {
+    values |= {
         "plan": plan._asdict(),
         "workers": workers._asdict(),
         "memory": {

@@ -23,7 +23,7 @@ ROUGH = 1e-5  # error over |reference| from which on the shorter step is tried t
 
 
 class Reference(NamedTuple):
-    """Means over tasks of vectors in x, flat; the worst task of every figure."""
+    """Means over tasks of vectors in x, flat; the worst task of every value."""
 
     direction: Tensor  # grad_x f - (d2g/dxdy) v at y*
     grad_upper_f: Tensor  # its first part

@@ -315,7 +315,7 @@ def _numbers(
     cut: Subproblem,
 ) -> dict[str, Any]:
     """Everything for `--json`."""
-    figures = (
+    values = (
         {name: value for name, value in known._asdict().items() if isinstance(value, int | float)}
         if known
         else {}
@@ -341,7 +341,7 @@ def _numbers(
             "error_at_solvers_y": compare(known.at_solvers_y, known.direction).error,
             "error_of_inner_steps": compare(known.seen, known.direction).error,
             "direction": _listed(known.direction),
-            **figures,
+            **values,
         },
         "finite_differences": [one._asdict() for one in found],
         "trials": [

@@ -143,7 +143,7 @@ def others(curves: Mapping[str, Curve]) -> Html | None:
     ]
     left = len(names) - len(drawn)
     more = html.paragraph(f"{left} more are in metrics.jsonl.", "dim") if left > 0 else Html("")
-    return html.section("Other figures of the log", html.figures(drawn), more)
+    return html.section("Other metrics of the log", html.figures(drawn), more)
 
 
 def duration(seconds: float) -> str:

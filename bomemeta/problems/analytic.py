@@ -97,16 +97,16 @@ class Analytic(Problem):
         """`upper_loss`, `lower_loss` at the task's own y, and where x* is known and unique
         `upper_error` = |x - x*|; where it is not 0 also `upper_relative_error` = |x - x*| / |x*|.
         """
-        figures = {
+        metrics = {
             "upper_loss": self.upper_loss(encoded, lower, batch),
             "lower_loss": self.lower_loss(encoded, lower, batch),
         }
         solution = self._case.solution(self._data)
         if solution is not None:
-            figures["upper_error"] = (encoded["x"] - solution.to(encoded["x"])).norm()
+            metrics["upper_error"] = (encoded["x"] - solution.to(encoded["x"])).norm()
             if (scale := float(solution.norm())) > 0:
-                figures["upper_relative_error"] = figures["upper_error"] / scale
-        return figures
+                metrics["upper_relative_error"] = metrics["upper_error"] / scale
+        return metrics
 
     def solution(self, truncation: tuple[int, float] | None = None) -> Tensor:
         """x*, float64 [dim x]; not for coreset. With `truncation` = (T, alpha), for quadratic: the

@@ -261,15 +261,15 @@ class HyperCleaning(SharedProblem):
         """Accuracies and `test_loss`, scaled as the losses are, and counts of samples: right
         labels, kept ones, and both.
         """
-        figures = {}
+        metrics = {}
         for name in ("test", "selection") if self.selection > 0 else ("test",):
             hits = self._logits(lower, batch[f"{name}_inputs"]).argmax(1) == batch[f"{name}_labels"]
-            figures[f"{name}_accuracy"] = (batch[f"{name}_scale"] * hits).sum()
+            metrics[f"{name}_accuracy"] = (batch[f"{name}_scale"] * hits).sum()
         real = batch["train_scale"] > 0  # filling is no sample
         right, kept = real & ~batch["wrong"], real & (encoded["weights"] >= KEPT_FROM)
         losses = self._cross_entropies("test", lower, batch)
         return {
-            **figures,
+            **metrics,
             "test_loss": (batch["test_scale"] * losses).sum(),
             **{
                 name: which.to(losses.dtype).sum()
@@ -289,10 +289,10 @@ class HyperCleaning(SharedProblem):
         The papers' F1 is taken to be `f1`, right labels being the positive class: the published
         level is met so and not with wrong ones.
         """
-        figures = dict(means)
-        right, kept, both = (figures.pop(name) for name in ("right", "kept", "both"))
+        metrics = dict(means)
+        right, kept, both = (metrics.pop(name) for name in ("right", "kept", "both"))
         samples = self.train / self.blocks  # in a block, on average, as the counts are
-        return figures | {
+        return metrics | {
             "precision": _ratio(both, kept),
             "recall": _ratio(both, right),
             "f1": _ratio(2 * both, right + kept),

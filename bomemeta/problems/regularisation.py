@@ -122,16 +122,16 @@ class Regularisation(SharedProblem):
         """`test_accuracy`, `test_loss`, `selection_accuracy` and `selection_loss`; the mean over
         blocks is the whole part's.
         """
-        figures = {}
+        metrics = {}
         for part in ("test", "selection"):
             block = self._block(part, batch["block"])
             logits = _product(block.matrix.rows, lower["weights"])
             right = (logits.argmax(1) == block.label).to(logits.dtype).sum()
-            figures[f"{part}_accuracy"] = right * block.share
-            figures[f"{part}_loss"] = (
+            metrics[f"{part}_accuracy"] = right * block.share
+            metrics[f"{part}_loss"] = (
                 functional.cross_entropy(logits, block.label, reduction="sum") * block.share
             )
-        return figures
+        return metrics
 
     def classified(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         block = self._block("test", batch["block"])

@@ -281,13 +281,13 @@ class Reweighting(SharedProblem):
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """Accuracies and losses on the test and the clean samples, and what `f1` is made of."""
-        figures = {}
+        metrics = {}
         for name in ("test", "clean"):
             logits = self.logits(lower, batch[f"{name}_inputs"])
             labels, scale = batch[f"{name}_labels"], batch[f"{name}_scale"]
             losses = functional.cross_entropy(logits, labels, reduction="none")
-            figures[f"{name}_accuracy"] = (scale * (logits.argmax(1) == labels)).sum()
-            figures[f"{name}_loss"] = (scale * losses).sum()
+            metrics[f"{name}_accuracy"] = (scale * (logits.argmax(1) == labels)).sum()
+            metrics[f"{name}_loss"] = (scale * losses).sum()
         real = batch["scale"] > 0  # filling is no sample
         _, weights = self._weighted(encoded, lower, batch)
         found = weights < self.wrong_below
@@ -296,7 +296,7 @@ class Reweighting(SharedProblem):
         found, wrong = found & real, batch["wrong"] & real
         counts = {"wrong": wrong, "found": found, "both": found & wrong, "real": real}
         weights = weights * real
-        return figures | {
+        return metrics | {
             **{name: which.to(weights.dtype).sum() for name, which in counts.items()},
             "weights": weights.sum(),
             "weights_of_wrong": (weights * wrong).sum(),
@@ -311,12 +311,12 @@ class Reweighting(SharedProblem):
         """`f1`, `precision` and `recall` of the labels declared wrong, and the mean weights of right and
         wrong ones; 0 where 0/0.
         """
-        figures = dict(means)
+        metrics = dict(means)
         wrong, found, both, real = (
-            figures.pop(name) for name in ("wrong", "found", "both", "real")
+            metrics.pop(name) for name in ("wrong", "found", "both", "real")
         )
-        every, of_wrong = figures.pop("weights"), figures.pop("weights_of_wrong")
-        return figures | {
+        every, of_wrong = metrics.pop("weights"), metrics.pop("weights_of_wrong")
+        return metrics | {
             "precision": _ratio(both, found),
             "recall": _ratio(both, wrong),
             "f1": _ratio(2 * both, wrong + found),

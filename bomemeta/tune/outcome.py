@@ -125,7 +125,7 @@ def _row(result: Any, search: Search, interrupted: bool) -> Row:
         steps=int(metrics.get("steps", 0)),
         figure=figure if isinstance(figure, float) and math.isfinite(figure) else None,
         values=dict(result.config or {}),
-        metrics=_figures(result.checkpoint),
+        metrics=_metrics(result.checkpoint),
         upper_sha256=metrics.get("upper_sha256"),
         seconds=round(float(metrics.get("time_total_s", 0.0)), 3),
         run_dir=trial_run(name),
@@ -136,15 +136,15 @@ def _row(result: Any, search: Search, interrupted: bool) -> Row:
     )
 
 
-def _figures(checkpoint: Any) -> dict[str, float]:
+def _metrics(checkpoint: Any) -> dict[str, float]:
     """What was reported with one of Tune's checkpoints."""
     if checkpoint is None:
         return {}
     report = Store(
         checkpoint.filesystem, checkpoint.path, f"the checkpoint in {checkpoint.path}"
     ).read(REPORT_FILE)
-    figures = json.loads(report)["figures"] if report is not None else {}
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
+    metrics = metrics_in(json.loads(report)) if report is not None else {}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _order(figure: float | None, sign: int) -> float:

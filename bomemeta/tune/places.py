@@ -13,7 +13,12 @@ from bomemeta.storage import Store, below, is_uri
 
 TRIALS = "trials"  # Tune's folder in the search's
 RUN = "run"  # the run's folder in a trial's
-REPORT_FILE = "report.json"  # in a checkpoint: what a report says beside its figures
+REPORT_FILE = "report.json"  # in a checkpoint: what a report says beside its metrics
+
+
+def metrics_in(report: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a REPORT_FILE's content; older ones call them figures."""
+    return dict(report["metrics"] if "metrics" in report else report["figures"])
 
 
 def trial_run(name: str) -> str:

@@ -34,10 +34,10 @@ class Halving(ASHAScheduler):  # type: ignore[misc]
         if reached == 0:  # a new trial, which has no folder yet
             return
         for line in parse_metrics(run_of(trial).read("metrics.jsonl") or b""):
-            figure = line.get(self._metric)
-            if line["step"] < reached and figure is not None:
+            value = line.get(self._metric)
+            if line["step"] < reached and value is not None:
                 self._trial_info[trial.trial_id].on_result(
-                    trial, line["step"] + 1, self._metric_op * figure
+                    trial, line["step"] + 1, self._metric_op * value
                 )
 
 

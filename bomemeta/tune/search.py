@@ -343,7 +343,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            # ASHA takes a percentile of the figures at a rung, where a trial that diverged has NaN:
+            # ASHA takes a percentile of the metric at a rung, where a trial that diverged has NaN:
             # with NaN alone nobody is stopped.
             warnings.filterwarnings(
                 "ignore", message="All-NaN slice encountered", category=RuntimeWarning

@@ -71,7 +71,7 @@ def trainable(
     over it.
 
     A `param_space` has config keys, dotted or nested: `{"solver.upper_lr": tune.loguniform(1e-4,
-    1e-1)}`. Every `report_every_steps` the figures of that step and a complete checkpoint are
+    1e-1)}`. Every `report_every_steps` the metrics of that step and a complete checkpoint are
     reported; `steps` counts the steps of the run, for a scheduler's `time_attr`. The function
     brings its resources along: a bundle of `driver_cpus` for the trial and one for each of the
     config's `workers`.
@@ -229,8 +229,8 @@ def _solver_of(config: Mapping[str, Any]) -> Any:
 
 @dataclass
 class _Reporter(Quiet):
-    """Hears a run and reports to Tune: figures with the checkpoint of the same step, and at the end
-    the final figures.
+    """Hears a run and reports to Tune: metrics with the checkpoint of the same step, and at the end
+    the final metrics.
     """
 
     plan: Plan
@@ -238,7 +238,7 @@ class _Reporter(Quiet):
     folder: RunFolder
     steps: int = 0  # of the whole run
     done: int = 0
-    figures: dict[str, float] = field(default_factory=dict)  # of the step that was last committed
+    metrics: dict[str, float] = field(default_factory=dict)  # of the step that was last committed
     notes: list[str] = field(default_factory=list)
     lineage: list[dict[str, Any]] = field(
         default_factory=list
@@ -246,7 +246,7 @@ class _Reporter(Quiet):
 
     def take_over(self, reported: Mapping[str, Any]) -> None:
         """What was reported with the checkpoint that the run goes on from."""
-        self.figures, self.lineage = dict(reported["figures"]), list(reported["lineage"])
+        self.metrics, self.lineage = metrics_in(reported), list(reported["lineage"])
 
     def start(
         self, run_dir: Path | str | None, first_step: int, steps: int, every_steps: int
@@ -257,19 +257,19 @@ class _Reporter(Quiet):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.done = step + 1
-        self.figures = {name: float(value) for name, value in metrics.items()}
+        self.metrics = {name: float(value) for name, value in metrics.items()}
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
     def saved(self, path: Path) -> None:
-        # The end has a report of its own, with the final figures: two of one step would be drawn
+        # The end has a report of its own, with the final metrics: two of one step would be drawn
         # twice.
         if 0 < self.done < self.steps and self.done % self.plan.report_every_steps == 0:
             self._report({})
 
     def finish(self, result: Result) -> None:
-        self.figures |= result.metrics
+        self.metrics |= result.metrics
         self._report({"ended": "done", "upper_sha256": result.upper_sha256, "done": True})
 
     def fail(self, error: Exception) -> None:
@@ -299,18 +299,18 @@ class _Reporter(Quiet):
 
     def _report(self, more: Mapping[str, Any]) -> None:
         metric = self.plan.metric
-        if metric is not None and metric not in self.figures:
+        if metric is not None and metric not in self.metrics:
             raise SearchError(
-                f"metric: got {metric!r}, wanted one of what is reported: {', '.join(self.figures)}"
+                f"metric: got {metric!r}, wanted one of what is reported: {', '.join(self.metrics)}"
             )
         checkpoint = self.folder.checkpoints
-        record = {"figures": self.figures, "lineage": self.lineage}
+        record = {"metrics": self.metrics, "lineage": self.lineage}
         (checkpoint / REPORT_FILE).write_text(json.dumps(record), encoding="utf-8")
         told = {"notes": "\n".join(self.notes)} if self.notes else {}
         tune.report(
             # timesteps_total is where Tune's TensorBoard files have their x axis.
             {
-                **self.figures,
+                **self.metrics,
                 "steps": self.done,
                 "timesteps_total": self.done,
                 "lineage": json.dumps(self.lineage),
