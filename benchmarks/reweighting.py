@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bomemeta.assembly import trainer_of
 from bomemeta.compare import Comparison, Entry, compare
-from bomemeta.compare.report import as_json, markdown
+from bomemeta.compare.tables import as_json, markdown
 from bomemeta.config import Config, load_config
 from bomemeta.core.problem import Batch, Encoded
 from bomemeta.core.solver import LowerStates

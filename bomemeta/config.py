@@ -143,7 +143,7 @@ RETIRED = {"load_ahead"}
 Source = str | Path | Mapping[str, Any] | Config
 
 
-class Difference(NamedTuple):
+class KeyDifference(NamedTuple):
     key: str
     a: Any
     b: Any
@@ -196,7 +196,7 @@ ADDED_KEYS: dict[str, Any] = {
 
 def differing_keys(
     a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]
-) -> list[Difference]:
+) -> list[KeyDifference]:
     """The result-changing keys in which two configs differ, in the config's order; None where one
     has no such key.
 
@@ -206,7 +206,7 @@ def differing_keys(
         result_keys(config.to_dict() if isinstance(config, Config) else config) for config in (a, b)
     )
     return [
-        Difference(key, mine.get(key), theirs.get(key))
+        KeyDifference(key, mine.get(key), theirs.get(key))
         for key in {**mine, **theirs}
         if mine.get(key, ADDED_KEYS.get(key)) != theirs.get(key, ADDED_KEYS.get(key))
     ]

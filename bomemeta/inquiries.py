@@ -185,7 +185,7 @@ def write_report(
     and `trust` as for `evaluate`. Raises ConfigError where `out` exists, where the folder is no run's,
     or comes from elsewhere and would execute something.
     """
-    from bomemeta.page.session import write_report as write
+    from bomemeta.page.run_page import write_report as write
 
     keys = objects_of(problem, solver, data)
     return write(

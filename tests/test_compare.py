@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bomemeta.api import train
 from bomemeta.cli import app
 from bomemeta.compare import Entry, compare, read_entries
-from bomemeta.compare.report import as_json, page
+from bomemeta.compare.tables import as_json, page
 from bomemeta.errors import ConfigError
 
 RNG = np.random.default_rng(0)

@@ -29,8 +29,8 @@ from bomemeta.cli import app
 from bomemeta.config import load_config
 from bomemeta.data.class_images import check_size
 from bomemeta.data.episodes import EpisodeSpec
-from bomemeta.doctor import Finding, Report, bundles, examine, machine, session
-from bomemeta.doctor.dry import DryRun, Plan, line_through
+from bomemeta.doctor import Finding, Report, bundles, doctor, examine, machine
+from bomemeta.doctor.dry import DryRun, TaskCounts, line_through
 from bomemeta.doctor.places import Node, Place, Workers, spread
 from bomemeta.metrics import read_metrics
 from bomemeta.problems.few_shot import FewShot
@@ -319,7 +319,7 @@ def test_more_shards_are_proposed_where_these_would_fit(monkeypatch: pytest.Monk
         - 8 * figures["step_bytes_per_task"]
     )
     monkeypatch.setattr(
-        machine, "process_memory", lambda: int(figures["process_bytes"] - session.RAY_BYTES)
+        machine, "process_memory", lambda: int(figures["process_bytes"] - doctor.RAY_BYTES)
     )
     monkeypatch.setattr(machine, "memory_available", lambda: int(least / 0.95) + 1000)
     (finding,) = of(examine(config), "memory")
@@ -352,9 +352,9 @@ def test_workers_are_spread_and_waited_for() -> None:
     assert [finding.level for finding in bundles.bundles(config, place, workers)] == ["OK"]
     busy = place._replace(free={"CPU": 1.0})
     assert "of which 1 free now" in bundles.bundles(config, busy, workers)[0].text
-    (idle,) = bundles.shards(config, Plan(6, 6, 1, 0), workers)
+    (idle,) = bundles.shards(config, TaskCounts(6, 6, 1, 0), workers)
     assert (idle.level, "40%" in idle.text) == ("NOTE", True)  # 6 of 10 places in two waves
-    assert bundles.shards(config, Plan(10, 5, 2, 0), workers)[0].level == "OK"
+    assert bundles.shards(config, TaskCounts(10, 5, 2, 0), workers)[0].level == "OK"
 
 
 def test_nodes_that_differ_or_do_not_answer() -> None:

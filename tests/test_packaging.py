@@ -187,7 +187,7 @@ def test_workers_0_trains_where_a_system_is_not_linux(tmp_path: Path) -> None:
     code += f"for name in {NOT_IN_OS!r}: hasattr(os, name) and delattr(os, name)\n"
     code += f"for name in {NOT_IN_SIGNAL!r}: hasattr(signal, name) and delattr(signal, name)\n"
     code += "os.open = None  # Windows opens no folder\n"
-    code += "import bomemeta, bomemeta.supervise, bomemeta.doctor.session, bomemeta.profile\n"
+    code += "import bomemeta, bomemeta.supervise, bomemeta.doctor.doctor, bomemeta.profile\n"
     code += "for name in dir(bomemeta): getattr(bomemeta, name)\n"
     code += "result = bomemeta.train('analytic_quadratic', ['steps=3', 'workers=0', 'output_dir=run'])\n"
     code += "print(bomemeta.resume('run', ['steps=4']).steps)\n"

@@ -13,7 +13,7 @@ import torch
 import bomemeta
 from bomemeta.core.randomness import Draws, generator, mixed_seed
 from bomemeta.errors import ConfigError
-from bomemeta.hypercheck.session import check
+from bomemeta.hypercheck.hypercheck import check
 
 SEEDS = (
     0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 2**64 + 1, 2**96, 10**1000,

@@ -33,11 +33,10 @@ from bomemeta.reproduce import (
     lancbio_synthetic,
     report,
     reproduce,
-    session,
 )
-from bomemeta.reproduce.experiment import Budget, Run, merged
-from bomemeta.reproduce.report import table_lines
+from bomemeta.reproduce.experiment import Budget, PaperRun, merged
 from bomemeta.reproduce.runner import execute
+from bomemeta.reproduce.tables import table_lines
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -75,11 +74,11 @@ def newsgroups(folder: Path) -> str:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Callable[[Run], Run]:
+def tiny(tmp_path: Path) -> Callable[[PaperRun], PaperRun]:
     """Cuts a run down to a few steps on data that is made up here."""
     root = newsgroups(tmp_path)
 
-    def change(run: Run) -> Run:
+    def change(run: PaperRun) -> PaperRun:
         problem = run.config["problem"]["name"]
         changes: dict[str, Any] = {"steps": STEPS}
         if problem == "hyper_cleaning":
@@ -134,7 +133,7 @@ def agree(cell: str, value: Any, column: str) -> bool:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_writes_table_and_figure_that_agree(
-    name: str, tiny: Callable[[Run], Run], tmp_path: Path
+    name: str, tiny: Callable[[PaperRun], PaperRun], tmp_path: Path
 ) -> None:
     said: list[str] = []
     folder = reproduce(name, out=tmp_path / "out", say=said.append, change=tiny)
@@ -167,7 +166,7 @@ def test_experiment_writes_table_and_figure_that_agree(
 
 
 def test_numbers_of_the_table_are_those_of_a_plain_run(
-    tiny: Callable[[Run], Run], tmp_path: Path
+    tiny: Callable[[PaperRun], PaperRun], tmp_path: Path
 ) -> None:
     """A second witness: `bomemeta.train` of the same config."""
     import bomemeta
@@ -192,9 +191,9 @@ def test_numbers_of_the_table_are_those_of_a_plain_run(
     )
 
 
-def one_run(name: str, **changes: Any) -> Run:
+def one_run(name: str, **changes: Any) -> PaperRun:
     config = merged(bome_toys.DEGENERATE, steps=12, **changes)
-    return Run(name=name, label=name, config=config, points=3, variables=True)
+    return PaperRun(name=name, label=name, config=config, points=3, variables=True)
 
 
 def test_a_run_ends_with_the_step_that_spends_its_budget() -> None:
@@ -230,13 +229,13 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_before: int | None = None) -> 
     """The names of the runs that start from here on; Ctrl-C comes before the run of that number."""
     started: list[str] = []
 
-    def run(each: Run) -> Any:
+    def run(each: PaperRun) -> Any:
         if len(started) == stop_before:
             raise KeyboardInterrupt
         started.append(each.name)
         return execute(each)
 
-    monkeypatch.setattr(session, "execute", run)
+    monkeypatch.setattr(runs, "execute", run)
     return started
 
 
@@ -246,7 +245,7 @@ def names_of(name: str) -> list[str]:
 
 @pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_experiment_keeps_its_runs_and_goes_on(
-    tiny: Callable[[Run], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[PaperRun], PaperRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     counted(monkeypatch, stop_before=2)
@@ -272,12 +271,12 @@ def test_an_interrupted_experiment_keeps_its_runs_and_goes_on(
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_of_other_settings_or_a_damaged_file_is_run_again(
-    tiny: Callable[[Run], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[PaperRun], PaperRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reproduce("bome_toys", out=tmp_path / "out", change=tiny)
     (tmp_path / "out" / "runs" / "coreset_2.json").write_text("{")
 
-    def other(run: Run) -> Run:
+    def other(run: PaperRun) -> PaperRun:
         run = tiny(run)
         return (
             dataclasses.replace(run, config=merged(run.config, steps=3))
@@ -293,7 +292,7 @@ def test_a_run_of_other_settings_or_a_damaged_file_is_run_again(
 
 @pytest.mark.usefixtures("undrawn")
 def test_nothing_of_another_experiment_is_written_over(
-    tiny: Callable[[Run], Run], tmp_path: Path
+    tiny: Callable[[PaperRun], PaperRun], tmp_path: Path
 ) -> None:
     reproduce("bome_toys", out=tmp_path / "out", change=tiny)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -321,11 +320,11 @@ def test_nothing_of_another_experiment_is_written_over(
 
 @pytest.mark.usefixtures("undrawn")
 def test_default_folder_follows_length_and_seed(
-    tiny: Callable[[Run], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[PaperRun], PaperRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(
-        session.EXPERIMENTS, "bome_toys", lambda length, seed: _small(bome_toys.make(length, seed))
+        runs.EXPERIMENTS, "bome_toys", lambda length, seed: _small(bome_toys.make(length, seed))
     )
     assert reproduce("bome_toys", change=tiny) == tmp_path / "reproduced" / "bome_toys"
     assert (
@@ -357,7 +356,7 @@ def test_the_command_prints_the_table(tmp_path: Path, monkeypatch: pytest.Monkey
         experiment = bome_toys.make(length, seed)
         return dataclasses.replace(experiment, runs=[one_run("degenerate", seed=seed)])
 
-    monkeypatch.setitem(session.EXPERIMENTS, "bome_toys", small)
+    monkeypatch.setitem(runs.EXPERIMENTS, "bome_toys", small)
     result = CliRunner().invoke(
         app, ["reproduce", "bome_toys", "--out", str(tmp_path / "out"), "--seed", "5"]
     )

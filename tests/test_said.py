@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import bomemeta
-from bomemeta.doctor.session import examine
+from bomemeta.doctor.doctor import examine
 from bomemeta.solvers.bome import BOME
 
 STREAM: dict[str, Any] = {

@@ -48,7 +48,7 @@ def compare(
     """
     with reported():
         from bomemeta.compare import compare as compare_entries
-        from bomemeta.compare import read_entries, report
+        from bomemeta.compare import read_entries
         from bomemeta.errors import ConfigError
         from bomemeta.files import written_whole
 
@@ -56,16 +56,16 @@ def compare(
         if kind not in ("png", "svg"):
             raise ConfigError(f"--figure: got {figure_file}; wanted a name in .png or .svg")
         found = compare_entries(read_entries(runs), metric or (), reference)
-        text = report.markdown(found)
+        text = tables.markdown(found)
         typer.echo(text, nl=False)
         contents = {
-            json_file: report.as_json(found).encode(),
+            json_file: tables.as_json(found).encode(),
             markdown_file: text.encode(),
         }
         if figure_file is not None:
-            contents[figure_file] = report.figure(found, kind)
+            contents[figure_file] = tables.figure(found, kind)
         if html_file is not None:
-            contents[html_file] = report.page(found).encode()
+            contents[html_file] = tables.page(found).encode()
         for path, content in contents.items():
             if path is not None:
                 with written_whole(path) as stream:

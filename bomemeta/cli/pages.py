@@ -37,7 +37,7 @@ def report(
     say where the data are now, as in data.root=DIR. The page loads nothing and runs nothing.
     """
     with reported():
-        from bomemeta.page.session import write_report
+        from bomemeta.page.run_page import write_report
 
         written = write_report(
             run_dir,

@@ -2,12 +2,12 @@
 
 `dry.py` runs a step on a few tasks and counts; `machine.py` and `cluster.py` look at this machine
 and at a cluster's nodes; `data.py`, `memory.py`, `traffic.py`, `bundles.py` and `storage.py` make
-findings of it; `session.py` does it in order.
+findings of it; `doctor.py` does it in order.
 """
 
 from bomemeta.callable_module import callable_as
-from bomemeta.doctor.report import Finding, Report
-from bomemeta.doctor.session import examine
+from bomemeta.doctor.doctor import examine
+from bomemeta.doctor.findings import Finding, Report
 
 __all__ = ["Finding", "Report", "examine"]
 

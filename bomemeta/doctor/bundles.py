@@ -8,9 +8,9 @@ import os
 
 from bomemeta.config import Config
 from bomemeta.doctor import machine
-from bomemeta.doctor.dry import Plan
+from bomemeta.doctor.dry import TaskCounts
+from bomemeta.doctor.findings import Finding, number
 from bomemeta.doctor.places import Node, Place, Workers, cores_of, room, spread
-from bomemeta.doctor.report import Finding, number
 
 # A share of the workers' time that is lost without a word.
 IDLE = 0.05
@@ -68,7 +68,7 @@ def bundles(config: Config, place: Place, workers: Workers) -> list[Finding]:
     return [Finding("OK", "workers", text)]
 
 
-def shards(config: Config, plan: Plan, workers: Workers) -> list[Finding]:
+def shards(config: Config, plan: TaskCounts, workers: Workers) -> list[Finding]:
     """Whether every worker has something to do, all of the time."""
     text = f"{number(plan.tasks, 'task')} in a step in {number(plan.shards, 'shard')} of at most {plan.largest}"
     if plan.shards < config.shards:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bomemeta.core.problem import Problem
 from bomemeta.data.episodes import EpisodeSpec, Split
-from bomemeta.doctor.report import Finding
+from bomemeta.doctor.findings import Finding
 from bomemeta.errors import DataError
 from bomemeta.problems.few_shot import FewShot
 

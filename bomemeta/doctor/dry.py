@@ -89,7 +89,7 @@ class Still(NamedTuple):
     step_s: float
 
 
-class Plan(NamedTuple):
+class TaskCounts(NamedTuple):
     """How a step's tasks are cut."""
 
     tasks: int  # in a step
@@ -98,7 +98,7 @@ class Plan(NamedTuple):
     evaluated: int  # tasks that an evaluation holds in a worker at once; 0: there is none
 
 
-def plan_of(config: Config, problem: Problem) -> Plan:
+def plan_of(config: Config, problem: Problem) -> TaskCounts:
     num_tasks = problem.num_tasks
     tasks = config.tasks_per_step or (FRESH_TASKS_PER_STEP if num_tasks is None else num_tasks)
     tasks = tasks if num_tasks is None else min(tasks, num_tasks)
@@ -107,7 +107,7 @@ def plan_of(config: Config, problem: Problem) -> Plan:
         evaluated = min(EVALUATION_SHARD, config.evaluation.episodes)
     else:
         evaluated = 0 if num_tasks is None else -(-num_tasks // min(config.shards, num_tasks))
-    return Plan(tasks, shards, -(-tasks // shards), evaluated)
+    return TaskCounts(tasks, shards, -(-tasks // shards), evaluated)
 
 
 def device_of(config: Config) -> str:

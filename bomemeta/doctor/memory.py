@@ -8,9 +8,9 @@ import math
 from typing import NamedTuple
 
 from bomemeta.config import Config
-from bomemeta.doctor.dry import Dry, Line, Plan
+from bomemeta.doctor.dry import Dry, Line, TaskCounts
+from bomemeta.doctor.findings import Finding, Level, number, size
 from bomemeta.doctor.places import Node, Place, Workers, spread
-from bomemeta.doctor.report import Finding, Level, number, size
 from bomemeta.sections import label
 
 # Ray kills workers from here on (its memory_usage_threshold); without Ray the system is not far
@@ -26,7 +26,7 @@ STORE_SHARE = 0.3
 WORTH = 0.2
 
 
-class Memory(NamedTuple):
+class MemoryNeeds(NamedTuple):
     """Bytes. `process` is what a worker holds before its first step; `step` and `evaluation` are
     its tensors, by tasks held at once.
     """
@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     device: str
     inner_steps: Line | None  # in one step on one task, by T
 
-    def tensors(self, plan: Plan) -> float:
+    def tensors(self, plan: TaskCounts) -> float:
         """The most that a worker's tensors take, whatever it is doing."""
         return max(
             self.step.at(plan.largest),
@@ -50,7 +50,7 @@ class Memory(NamedTuple):
 
 
 def memory(
-    config: Config, plan: Plan, place: Place, workers: Workers, needs: Memory
+    config: Config, plan: TaskCounts, place: Place, workers: Workers, needs: MemoryNeeds
 ) -> list[Finding]:
     """Whether the workers, or the one process, fit into what is free."""
     tensors = needs.tensors(plan)
@@ -94,7 +94,7 @@ def memory(
     return found or [Finding("OK", "memory", text)]
 
 
-def inner_steps(config: Config, needs: Memory) -> list[Finding]:
+def inner_steps(config: Config, needs: MemoryNeeds) -> list[Finding]:
     """Whether memory grows with T, as in methods that differentiate through the inner loop."""
     steps = getattr(config.solver, "inner_steps", None)
     if needs.inner_steps is None or not isinstance(steps, int):
@@ -121,7 +121,7 @@ def inner_steps(config: Config, needs: Memory) -> list[Finding]:
 
 def states(
     config: Config,
-    plan: Plan,
+    plan: TaskCounts,
     place: Place,
     workers: Workers,
     dry: Dry,
@@ -181,7 +181,13 @@ def states(
 
 
 def _fits(
-    node: Node, count: int, each: float, driver: float, plan: Plan, needs: Memory, text: str
+    node: Node,
+    count: int,
+    each: float,
+    driver: float,
+    plan: TaskCounts,
+    needs: MemoryNeeds,
+    text: str,
 ) -> Finding:
     assert node.facts is not None
     free, wanted = node.facts["memory_available"], count * each + driver
@@ -195,7 +201,7 @@ def _fits(
     return Finding("OK", "memory", text)
 
 
-def _smaller(free: float, count: int, driver: float, plan: Plan, needs: Memory) -> str:
+def _smaller(free: float, count: int, driver: float, plan: TaskCounts, needs: MemoryNeeds) -> str:
     """What would make it fit."""
     left = (free - driver) / count - needs.process
     tasks = math.floor((left - needs.step.rest) / needs.step.each) if needs.step.each > 0 else 0
@@ -206,7 +212,7 @@ def _smaller(free: float, count: int, driver: float, plan: Plan, needs: Memory) 
 
 
 def _on_gpus(
-    config: Config, plan: Plan, place: Place, workers: Workers, needs: Memory, what: str
+    config: Config, plan: TaskCounts, place: Place, workers: Workers, needs: MemoryNeeds, what: str
 ) -> list[Finding]:
     """A worker has a share of one GPU, or whole ones."""
     tensors = needs.tensors(plan)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from bomemeta.core.solver import Solver
 from bomemeta.doctor.dry import DryRun, Still
-from bomemeta.doctor.report import Finding, duration, number, size
+from bomemeta.doctor.findings import Finding, duration, number, size
 from bomemeta.solvers.pacing import Paced
 
 

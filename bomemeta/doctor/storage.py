@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bomemeta.config import Config
+from bomemeta.doctor.findings import Finding, size
 from bomemeta.doctor.machine import text_of
 from bomemeta.doctor.places import Place
-from bomemeta.doctor.report import Finding, size
 from bomemeta.storage import is_uri
 
 # File systems that other machines see too; `fuse` is a prefix of several.

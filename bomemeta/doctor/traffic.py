@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from bomemeta.config import Config
 from bomemeta.core.problem import Problem
-from bomemeta.doctor.dry import Dry, Line, Plan, Still
+from bomemeta.doctor.dry import Dry, Line, Still, TaskCounts
+from bomemeta.doctor.findings import Finding, duration, number, size
 from bomemeta.doctor.places import Place, Workers, spread
-from bomemeta.doctor.report import Finding, duration, number, size
 from bomemeta.doctor.storage import TENSORBOARD_BYTES, Needs
 
 # As measured with Ray on one machine (docs/ray.md): an empty round, and a megabyte out and back.
@@ -21,19 +21,23 @@ MEGABYTE_S = 0.002
 LARGE = 50e6
 
 
-class Traffic(NamedTuple):
+class ExpectedTraffic(NamedTuple):
     """Bytes of a step."""
 
     down: float  # x and what goes with it, to every node
     up: float  # the shards' sums, all of them
 
 
-def traffic_of(config: Config, plan: Plan, place: Place, workers: Workers, dry: Dry) -> Traffic:
+def traffic_of(
+    config: Config, plan: TaskCounts, place: Place, workers: Workers, dry: Dry
+) -> ExpectedTraffic:
     nodes = len(spread(config, place, workers.expected)) if place.kind != "serial" else 1
-    return Traffic(dry.sent_bytes * nodes, dry.bytes_reduced * plan.shards)
+    return ExpectedTraffic(dry.sent_bytes * nodes, dry.bytes_reduced * plan.shards)
 
 
-def traffic(config: Config, plan: Plan, place: Place, workers: Workers, dry: Dry) -> list[Finding]:
+def traffic(
+    config: Config, plan: TaskCounts, place: Place, workers: Workers, dry: Dry
+) -> list[Finding]:
     bytes_ = traffic_of(config, plan, place, workers, dry)
     nodes = round(bytes_.down / dry.sent_bytes) if dry.sent_bytes else 1
     text = f"in {number(dry.reduces, 'round')}: {size(dry.sent_bytes)} down to each of {number(nodes, 'node')}, "
@@ -66,7 +70,7 @@ class Times(NamedTuple):
 
 
 def times_of(
-    config: Config, problem: Problem, plan: Plan, place: Place, workers: Workers, dries: list[Dry], worker: Line, evaluating: Line,
+    config: Config, problem: Problem, plan: TaskCounts, place: Place, workers: Workers, dries: list[Dry], worker: Line, evaluating: Line,
     steps: int, still: Sequence[tuple[int, Still]] = (),
 ) -> Times:  # fmt: skip
     """`still`: how many steps there are of each kind in which x stands still, and one of them."""

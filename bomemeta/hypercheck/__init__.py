@@ -2,10 +2,10 @@
 small cut of the user's problem.
 
 `frozen.py` gets the solver's direction at a fixed x, `kernels.py` the reference, `verdict.py`
-judges, `session.py` does it in order.
+judges, `hypercheck.py` does it in order.
 """
 
-from bomemeta.hypercheck.session import check
+from bomemeta.hypercheck.hypercheck import check
 from bomemeta.hypercheck.verdict import Report
 
 __all__ = ["Report", "check"]

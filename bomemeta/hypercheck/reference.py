@@ -44,7 +44,7 @@ class Reference(NamedTuple):
     largest: float  # L
 
 
-class Difference(NamedTuple):
+class FiniteDifference(NamedTuple):
     """Phi's slope along one unit direction."""
 
     along: str
@@ -103,7 +103,7 @@ def differences(
     random: int,
     seed: int,
     say: Callable[[str], None],
-) -> list[Difference]:
+) -> list[FiniteDifference]:
     """Central differences along the reference hypergradient and along `random` random directions,
     y* solved anew at each point.
 
@@ -137,7 +137,7 @@ def differences(
         slope, error = _slope(phi, step)
         if error > ROUGH * float(known.direction.norm()):
             slope, error = min((slope, error), _slope(phi, step * SHORTER), key=lambda one: one[1])
-        found.append(Difference(along, float(known.direction.dot(unit)), slope, error))
+        found.append(FiniteDifference(along, float(known.direction.dot(unit)), slope, error))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from bomemeta.errors import ConfigError
-from bomemeta.hypercheck.reference import Difference, Reference
+from bomemeta.hypercheck.reference import FiniteDifference, Reference
 
 Word = Literal["OK", "POOR", "WRONG", "UNDECIDED"]
 
@@ -154,7 +154,7 @@ def stationary(known: Reference) -> str:
     return ""
 
 
-def disagreement(known: Reference, found: Sequence[Difference]) -> str:
+def disagreement(known: Reference, found: Sequence[FiniteDifference]) -> str:
     """Where finite differences contradict the implicit formula; empty where they do not, or cannot
     say.
     """

@@ -52,7 +52,7 @@ from bomemeta.problems.continual_losses import (
     rows_share,
 )
 from bomemeta.problems.continual_memory import Policy
-from bomemeta.problems.continual_samples import NETWORK, Notes, Plan, Samples
+from bomemeta.problems.continual_samples import NETWORK, Notes, Samples, StreamSizes
 from bomemeta.registry import problems
 
 # What earlier networks said of the samples in memory: probabilities at the end of their task, or
@@ -160,7 +160,7 @@ class Continual(StreamProblem):
             tasks = tasks_in(path, self.stream, each)
         return replace(self, appended=[*self.appended, AppendedData(path=path, tasks=tasks)])
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> StreamSizes:
         weights: dict[str, tuple[float, float]] = {
             "ctn": (1.0, self.distillation),
             "er": (1.0, 0.0),
@@ -168,7 +168,7 @@ class Continual(StreamProblem):
         }
         notes: dict[str, Notes] = {"ctn": "task", "derpp": "batch", "ewc": "fisher"}
         replay_weight, notes_weight = weights.get(self.objective, (None, 0.0))
-        return Plan(
+        return StreamSizes(
             seed=self.seed,
             batch=self.batch,
             rounds=self.rounds,

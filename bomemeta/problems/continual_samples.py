@@ -27,7 +27,7 @@ Notes = Literal["none", "task", "batch", "fisher"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StreamSizes:
     """How a stream is walked through."""
 
     seed: int
@@ -48,7 +48,9 @@ class Plan:
 class Samples:
     """The batches of a stream."""
 
-    def __init__(self, stream: Stream, allowed: Tensor, plan: Plan, dtype: torch.dtype) -> None:
+    def __init__(
+        self, stream: Stream, allowed: Tensor, plan: StreamSizes, dtype: torch.dtype
+    ) -> None:
         self._stream, self._allowed, self._plan, self._dtype = stream, allowed, plan, dtype
         starts = stream.train.starts
         key = np.random.SeedSequence((plan.seed, MEMORY))

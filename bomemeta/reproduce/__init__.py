@@ -2,9 +2,9 @@
 figure.
 
 `experiment.py` says what an experiment is, `runner.py` does one run, `folder.py` keeps what is
-done, `report.py` writes it up; each paper's experiment is a file of its own.
+done, `tables.py` writes it up; each paper's experiment is a file of its own.
 """
 
-from bomemeta.reproduce.session import EXPERIMENTS, reproduce
+from bomemeta.reproduce.runs import EXPERIMENTS, reproduce
 
 __all__ = ["EXPERIMENTS", "reproduce"]

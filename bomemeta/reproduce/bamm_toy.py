@@ -12,8 +12,8 @@ from bomemeta.reproduce.experiment import (
     Column,
     Experiment,
     Length,
+    PaperRun,
     Records,
-    Run,
     Table,
     merged,
 )
@@ -74,7 +74,7 @@ def make(length: Length, seed: int) -> Experiment:
         else {"sl_bamm": 6000, "sl_bamm_script": 6000, "other": 1000}
     )
     runs = [
-        Run(
+        PaperRun(
             name=f"{method}_{dimension}",
             label=f"{label}, {dimension} dimensions",
             config=merged(

@@ -13,8 +13,8 @@ from bomemeta.reproduce.experiment import (
     Column,
     Experiment,
     Length,
+    PaperRun,
     Records,
-    Run,
     Table,
     merged,
 )
@@ -133,7 +133,7 @@ def make(data: DataName, length: Length, seed: int) -> Experiment:
         )
 
     runs = [
-        Run(name=name, label=label, config=config(solver), budget=Budget("gradients", amount))
+        PaperRun(name=name, label=label, config=config(solver), budget=Budget("gradients", amount))
         for name, (label, solver) in METHODS.items()
     ]
     # f + g with x = 0 is the validation loss with the same ridge; elsewhere g with x = 1.
@@ -146,7 +146,7 @@ def make(data: DataName, length: Length, seed: int) -> Experiment:
         steps = 500 if full else 200
         reference = merged(config(METHODS["bome"][1], **problem), steps=steps)
         runs.append(
-            Run(
+            PaperRun(
                 name=f"reference_{name}",
                 label=f"trained on {REFERENCES[name]}",
                 config=reference,

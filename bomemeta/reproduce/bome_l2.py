@@ -12,8 +12,8 @@ from bomemeta.reproduce.experiment import (
     Column,
     Experiment,
     Length,
+    PaperRun,
     Records,
-    Run,
     Table,
     merged,
 )
@@ -53,9 +53,9 @@ def make(length: Length, seed: int) -> Experiment:
         "seed": seed,
         "evaluation": {"solve_steps": solve_steps},
     }
-    runs = [Run(name="bome", label=LABELS["bome"], config=merged(BASE, **changes), points=25)]
+    runs = [PaperRun(name="bome", label=LABELS["bome"], config=merged(BASE, **changes), points=25)]
     runs += [
-        Run(
+        PaperRun(
             name=name,
             label=label,
             config=merged(BASE, **changes | {"steps": plain_steps}),

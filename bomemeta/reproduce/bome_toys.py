@@ -10,10 +10,10 @@ from bomemeta.reproduce.experiment import (
     Column,
     Experiment,
     Length,
+    PaperRun,
     Point,
     Record,
     Records,
-    Run,
     Table,
     merged,
 )
@@ -78,7 +78,7 @@ LABELS = {
 def make(length: Length, seed: int) -> Experiment:
     full = length == "full"
     runs = [
-        Run(
+        PaperRun(
             name=f"coreset_{number}",
             label=f"coreset from {start}",
             config=merged(
@@ -92,7 +92,7 @@ def make(length: Length, seed: int) -> Experiment:
     for name, config, steps in (("minimax", MINIMAX, 1000), ("degenerate", DEGENERATE, 300)):
         changed = merged(config, seed=seed, **({} if full else {"steps": steps}))
         runs.append(
-            Run(
+            PaperRun(
                 name=name,
                 label=name,
                 config=changed,

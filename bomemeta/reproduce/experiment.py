@@ -23,7 +23,7 @@ class Budget(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class PaperRun:
     """One training run. `config` is what `bomemeta.train` takes, its `steps` the most that are
     taken.
     """
@@ -113,7 +113,7 @@ class Experiment:
     name: str
     title: str
     source: str  # the paper
-    runs: Sequence[Run]
+    runs: Sequence[PaperRun]
     tables: Callable[[Records], list[Table]]
     draw: Callable[[Any, Records], None]  # on an empty matplotlib figure
     notes: Sequence[str] = ()  # what a reader of the tables has to know

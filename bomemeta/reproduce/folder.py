@@ -13,7 +13,7 @@ from typing import Any
 from bomemeta.errors import BomemetaError, ConfigError
 from bomemeta.files import written_whole
 from bomemeta.paths import absolute, real
-from bomemeta.reproduce.experiment import Record, Run
+from bomemeta.reproduce.experiment import PaperRun, Record
 
 MARKER = "experiment.json"
 # Whoever changes what a record holds raises this: records of another number are run again.
@@ -55,7 +55,7 @@ class Folder:
                 "--out"
             )
 
-    def load(self, run: Run) -> Record | None:
+    def load(self, run: PaperRun) -> Record | None:
         """The record of this run with these settings, if it is there; one of other settings counts
         as none.
         """

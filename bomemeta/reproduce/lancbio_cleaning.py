@@ -15,9 +15,9 @@ from bomemeta.reproduce.experiment import (
     Cost,
     Experiment,
     Length,
+    PaperRun,
     Record,
     Records,
-    Run,
     Table,
     merged,
 )
@@ -100,7 +100,7 @@ def make(data: DataName, length: Length, seed: int) -> Experiment:
     steps = FULL if length == "full" else SHORT
     products = round(1.1 * steps)
     runs = [
-        Run(
+        PaperRun(
             name=name,
             label=label,
             config=merged(

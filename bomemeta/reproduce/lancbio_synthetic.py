@@ -13,8 +13,8 @@ from bomemeta.reproduce.experiment import (
     Cost,
     Experiment,
     Length,
+    PaperRun,
     Records,
-    Run,
     Table,
     merged,
 )
@@ -57,7 +57,7 @@ FIGURES = {
 def make(length: Length, seed: int) -> Experiment:
     steps = BASE["steps"] if length == "full" else 1500
     runs = [
-        Run(
+        PaperRun(
             name=name,
             label=label,
             config=merged(BASE, solver=solver, steps=steps, seed=seed),

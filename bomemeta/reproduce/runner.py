@@ -15,7 +15,7 @@ from bomemeta.engine import State, Trainer
 from bomemeta.environment import environment
 from bomemeta.errors import DivergenceError
 from bomemeta.evaluation import final_variables, own_metrics
-from bomemeta.reproduce.experiment import Cost, Point, Record, Run
+from bomemeta.reproduce.experiment import Cost, PaperRun, Point, Record
 
 # What a Hessian product costs in gradient evaluations: a double backward pass is about two of them.
 PRODUCT_COST = 2
@@ -23,7 +23,7 @@ PRODUCT_COST = 2
 _NOT_FIGURES = ("_s", "reduces", "bytes_reduced", "gradient_evaluations", "hessian_products")
 
 
-def execute(run: Run) -> Record:
+def execute(run: PaperRun) -> Record:
     """Runs it to its end and returns the record. A run that diverges has a record too, up to there."""
     started = time.perf_counter()
     config = load_config(run.config, ["workers=0"])
@@ -51,7 +51,7 @@ def execute(run: Run) -> Record:
 class _Loop:
     """A run on its way: its points so far, and what they cost."""
 
-    def __init__(self, trainer: Trainer, run: Run) -> None:
+    def __init__(self, trainer: Trainer, run: PaperRun) -> None:
         self.curve: list[Point] = []
         self._trainer, self._state, self._run = trainer, trainer.state, run
         self._start = {name: tensor.clone() for name, tensor in trainer.state.upper.params.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from bomemeta.errors import BomemetaError, ConfigError
 from bomemeta.storage import Store, below
-from bomemeta.tune.places import REPORT_FILE, trial_run
+from bomemeta.tune.places import REPORT_FILE, metrics_in, trial_run
 from bomemeta.tune.spec import Search
 from bomemeta.yaml_text import dump
 

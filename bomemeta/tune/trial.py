@@ -27,7 +27,7 @@ from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
 from bomemeta.session import resume_one
 from bomemeta.tune.placement import bundles_of, check_placement
-from bomemeta.tune.places import REPORT_FILE, folder_here
+from bomemeta.tune.places import REPORT_FILE, folder_here, metrics_in
 from bomemeta.tune.space import flat
 from bomemeta.tune.spec import Search, override_texts, portable
 
@@ -45,7 +45,7 @@ class SearchError(ConfigError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrialSpec:
     """What all trials of a search have in common, ready to travel."""
 
     base: Mapping[str, Any]  # as the file has it, with absolute paths
@@ -88,7 +88,7 @@ def trainable(
     document = apply_overrides(document, overrides)
     base = portable(document.data, document.folder)
     return _trainable(
-        Plan(base, tuple(read_imports(settings.imports)), report_every_steps, metric),
+        TrialSpec(base, tuple(read_imports(settings.imports)), report_every_steps, metric),
         settings,
         driver_cpus,
     )
@@ -97,7 +97,7 @@ def trainable(
 def make_trainable(search: Search, location: str) -> Trainable:
     """The function for the trials of a search in the folder at `location`."""
     settings, config = search.settings, search.config
-    plan = Plan(
+    plan = TrialSpec(
         search.base,
         tuple(read_imports(config.imports)),
         settings.report_every_steps,
@@ -108,7 +108,7 @@ def make_trainable(search: Search, location: str) -> Trainable:
     return _trainable(plan, config, settings.driver_cpus)
 
 
-def _trainable(plan: Plan, settings: Config, driver_cpus: float) -> Trainable:
+def _trainable(plan: TrialSpec, settings: Config, driver_cpus: float) -> Trainable:
     bundles = bundles_of(settings, driver_cpus)
     if ray.is_initialized():
         check_placement(bundles)
@@ -121,7 +121,7 @@ def _trainable(plan: Plan, settings: Config, driver_cpus: float) -> Trainable:
     return wanted
 
 
-def run_trial(plan: Plan, config: Mapping[str, Any]) -> None:
+def run_trial(plan: TrialSpec, config: Mapping[str, Any]) -> None:
     """Begins the trial, or goes on from the checkpoint that Tune hands it, and reports until the
     run's end.
     """
@@ -153,7 +153,7 @@ def run_trial(plan: Plan, config: Mapping[str, Any]) -> None:
         reporter.fail(error)
 
 
-def _settings(plan: Plan, values: Mapping[str, Any], location: Path) -> Config:
+def _settings(plan: TrialSpec, values: Mapping[str, Any], location: Path) -> Config:
     """The trial's config: what changes the result comes from the plan and the values, what does not
     is the trial's own.
     """
@@ -179,7 +179,7 @@ def _settings(plan: Plan, values: Mapping[str, Any], location: Path) -> Config:
     )
 
 
-def _imports_here(plan: Plan, location: Path) -> list[str]:
+def _imports_here(plan: TrialSpec, location: Path) -> list[str]:
     """The config's `imports:`; files that this machine does not have are written beside the run
     from their text.
     """
@@ -233,7 +233,7 @@ class _Reporter(Quiet):
     the final metrics.
     """
 
-    plan: Plan
+    plan: TrialSpec
     values: dict[str, Any]
     folder: RunFolder
     steps: int = 0  # of the whole run

@@ -18,10 +18,10 @@ from bomemeta.copies import copy_of
 from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.data.digest import digest_of
 from bomemeta.doctor import bundles, data, machine, memory, places, standing, storage, traffic
-from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, Plan, line_through, plan_of
-from bomemeta.doctor.memory import Memory
+from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, TaskCounts, line_through, plan_of
+from bomemeta.doctor.findings import Finding, Report, number
+from bomemeta.doctor.memory import MemoryNeeds
 from bomemeta.doctor.places import Place, Workers
-from bomemeta.doctor.report import Finding, Report, number
 from bomemeta.errors import BomemetaError, ConfigError, DataError, DivergenceError
 from bomemeta.sections import label
 
@@ -152,7 +152,7 @@ def _no_data(config: Config, error: DataError) -> list[Finding]:
 
 
 def _dry(
-    config: Config, problem: Problem, plan: Plan, place: Place, workers: Workers, found: list[Finding], values: dict[str, Any],
+    config: Config, problem: Problem, plan: TaskCounts, place: Place, workers: Workers, found: list[Finding], values: dict[str, Any],
     say: Say,
 ) -> storage.Needs | None:  # fmt: skip
     """Dry steps, and the findings that follow from them; None where there could be none."""
@@ -243,7 +243,7 @@ def _dry(
     return disk
 
 
-def _few(run: DryRun, problem: Problem, plan: Plan) -> list[Dry]:
+def _few(run: DryRun, problem: Problem, plan: TaskCounts) -> list[Dry]:
     """Dry steps on one task, and on two or, where that is quick, as many as a shard has, up to
     four.
     """
@@ -257,8 +257,8 @@ def _few(run: DryRun, problem: Problem, plan: Plan) -> list[Dry]:
 
 
 def _measure(
-    run: DryRun, dries: list[Dry], plan: Plan, process: float, say: Say
-) -> tuple[Memory, Line]:
+    run: DryRun, dries: list[Dry], plan: TaskCounts, process: float, say: Say
+) -> tuple[MemoryNeeds, Line]:
     """Memory by tasks, and an evaluation's seconds by tasks."""
     evaluation, evaluating = Line(0.0, 0.0), Line(0.0, 0.0)
     if plan.evaluated:
@@ -281,7 +281,7 @@ def _measure(
     step = line_through([(dry.tasks, dry.worker_bytes) for dry in dries])
     last = dries[-1]
     driver = last.driver_bytes + last.bytes_reduced / max(last.reduces, 1) * plan.shards
-    measured = Memory(
+    measured = MemoryNeeds(
         process,
         step,
         evaluation,

@@ -25,7 +25,7 @@ from bomemeta.evaluation import READABLE_NUMBERS
 from bomemeta.hypercheck import advice
 from bomemeta.hypercheck.advice import Trial
 from bomemeta.hypercheck.frozen import Settled, settle
-from bomemeta.hypercheck.reference import Difference, Reference, differences, reference
+from bomemeta.hypercheck.reference import FiniteDifference, Reference, differences, reference
 from bomemeta.hypercheck.verdict import (
     NOISE,
     SINGULAR,
@@ -248,7 +248,7 @@ def _rows(
     cut: Subproblem,
     settled: Settled,
     known: Reference | None,
-    found: Sequence[Difference],
+    found: Sequence[FiniteDifference],
     now: Comparison | None,
     trials: Sequence[Trial],
 ) -> list[tuple[str, str]]:
@@ -309,7 +309,7 @@ def _rows(
 def _numbers(
     settled: Settled,
     known: Reference | None,
-    found: Sequence[Difference],
+    found: Sequence[FiniteDifference],
     now: Comparison | None,
     trials: Sequence[Trial],
     cut: Subproblem,

@@ -20,7 +20,7 @@ from bomemeta.reproduce import (
     lancbio_synthetic,
     report,
 )
-from bomemeta.reproduce.experiment import Experiment, Length, Record, Run
+from bomemeta.reproduce.experiment import Experiment, Length, PaperRun, Record
 from bomemeta.reproduce.folder import Folder
 from bomemeta.reproduce.runner import execute
 
@@ -46,7 +46,7 @@ def reproduce(
     out: str | Path | None = None,
     seed: int = 0,
     say: Say = lambda text: None,
-    change: Callable[[Run], Run] = lambda run: run,
+    change: Callable[[PaperRun], PaperRun] = lambda run: run,
 ) -> Path:
     """Runs the experiment's runs that its folder does not hold yet, and returns the folder:
     table.md, table.json, figure.png, runs/.
@@ -104,7 +104,7 @@ def _default_out(name: str, full: bool, seed: int) -> Path:
     )
 
 
-def _progress(run: Run, record: Record, left: int, each_s: float) -> str:
+def _progress(run: PaperRun, record: Record, left: int, each_s: float) -> str:
     steps = f"{record.last['step']} steps" + (", diverged" if record.diverged is not None else "")
     rest = f"{left} left, about {left * each_s:.0f} s" if left > 0 else "all done"
     return f"{run.label}: {steps}, {record.wall_s:.1f} s; {rest}"
