@@ -31,8 +31,9 @@ from bomemeta.reproduce import (
     bome_toys,
     lancbio_cleaning,
     lancbio_synthetic,
-    report,
     reproduce,
+    runs,
+    tables,
 )
 from bomemeta.reproduce.experiment import Budget, PaperRun, merged
 from bomemeta.reproduce.runner import execute
@@ -102,7 +103,7 @@ def tiny(tmp_path: Path) -> Callable[[PaperRun], PaperRun]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take half a second each."""
-    monkeypatch.setattr(report, "_figure", lambda experiment, records: PNG)
+    monkeypatch.setattr(tables, "_figure", lambda experiment, records: PNG)
 
 
 def read(folder: Path) -> Any:

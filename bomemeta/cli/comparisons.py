@@ -48,7 +48,7 @@ def compare(
     """
     with reported():
         from bomemeta.compare import compare as compare_entries
-        from bomemeta.compare import read_entries
+        from bomemeta.compare import read_entries, tables
         from bomemeta.errors import ConfigError
         from bomemeta.files import written_whole
 
