@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,18 @@ def test_a_planted_mistake_is_named(name):
     with pytest.raises(ConfigError) as caught:
         check_problem(type("Mine", (Good,), changes)())
     assert re.match(words, str(caught.value)), str(caught.value)
+
+
+def test_the_docs_show_what_is_said():
+    text = (Path(__file__).parents[1] / "docs/extending.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| `(Mine[^|]+)` \|$", text, re.MULTILINE)
+    assert len(rows) == 14
+    for name, shown in rows:
+        with pytest.raises(ConfigError) as caught:
+            check_problem(type("Mine", (Good,), MISTAKES[name][0])())
+        parts = shown.replace("at mine.py:12: ... ", "at ... ").split("...")
+        whole = ".*".join(re.escape(part) for part in parts) if name == "item under vmap" else None
+        assert re.fullmatch(whole or re.escape(shown), str(caught.value)), name
 
 
 def test_a_shared_y_that_depends_on_the_block_is_named():
