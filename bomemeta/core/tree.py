@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,9 +49,8 @@ class Layout(tuple[Entry, ...]):
         """The entries of `flat`, [n] or [B, n], as views of their shapes."""
         return [flat[..., at].view((*flat.shape[:-1], *shape)) for at, shape in self._slices()]
 
-    def unflatten(self, flat: Tensor | np.ndarray) -> dict[str, Any]:
-        """The tensors and groups that lie in `flat`, [n] or [B, n], on the host where it is a numpy
-        array.
+    def unflatten(self, flat: Any) -> dict[str, Any]:
+        """The tensors and groups that lie in `flat`, [n] or [B, n]: a tensor, or a numpy array.
 
         Each is a copy in memory of its own: vectorised sums round differently on differently
         aligned memory, and workers must agree with the driver bit for bit.
