@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from bomemeta.config import Config, load_config
 from bomemeta.document import Document, apply_overrides, find_config, read_document, shipped_configs
 from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.imports import is_file_entry
+from bomemeta.sections import SECTIONS
 from bomemeta.storage import is_uri
 
 # What no run needs, at the top of the folder where it begins with a slash; .gitignore and
@@ -263,6 +265,7 @@ def _check_carried(path: Path, document: Document, settings: Config, upload: Upl
             wrong.append(
                 f"imports: {entry} is not sent: it is outside of {upload.folder}, or excluded"
             )
+    wrong += [*_loose_classes(document, upload)]
     section = document.data.get("data")
     for key in ("root", "path"):
         location = section.get(key) if isinstance(section, dict) else None
@@ -275,6 +278,27 @@ def _check_carried(path: Path, document: Document, settings: Config, upload: Upl
             )
     if wrong:
         raise ConfigError("\n".join(wrong))
+
+
+def _loose_classes(document: Document, upload: Upload) -> Iterator[str]:
+    """What is wrong with classes of modules that lie beside the config and are not installed: a job
+    has this folder alone on Python's path.
+    """
+    from bomemeta.distributed.by_value import is_loose
+
+    for key in SECTIONS:
+        section = document.data.get(key)
+        path = section.get("class") if isinstance(section, dict) else None
+        if not isinstance(path, str):
+            continue
+        top = path.partition(":")[0].partition(".")[0]
+        module = sys.modules.get(top)  # the config was loaded
+        carried = any(upload.has(upload.folder / name) for name in (f"{top}.py", top))
+        if module is not None and is_loose(module) and not carried:
+            yield (
+                f"{document.location((key, 'class'))}: {key}.class: {path} is not sent: module {top} is not in {upload.folder}, or "
+                "excluded. Submit from the folder that holds it, or install it on the cluster"
+            )
 
 
 def _entries(document: Document) -> list[str]:

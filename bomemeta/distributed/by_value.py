@@ -36,7 +36,7 @@ def send_modules_by_value(objects: Mapping[str, object]) -> None:
     for made in objects.values():
         for cls in type(made).__mro__:
             module = sys.modules.get(cls.__module__.partition(".")[0])
-            if module is not None and _is_loose(module):
+            if module is not None and is_loose(module):
                 cloudpickle.register_pickle_by_value(module)
 
 
@@ -54,7 +54,7 @@ def why_not_sent(objects: Mapping[str, object]) -> str | None:
     return None
 
 
-def _is_loose(module: ModuleType) -> bool:
+def is_loose(module: ModuleType) -> bool:
     """Whether the module is a file of the user's and not of an installed package."""
     file = getattr(module, "__file__", None)
     if module.__name__ in _ELSEWHERE or file is None:
