@@ -169,14 +169,14 @@ def apply_overrides(
                 )
         target[path[-1]] = value
         if not as_typed:
-            _place(data, path, location)
+            _put(data, path, location)
         for known in [known for known in locations if known[: len(path)] == path]:
             del locations[known]
         locations[path] = location
     return document._replace(data=data, locations=locations)
 
 
-def _place(data: dict[str, Any], path: tuple[str, ...], location: str) -> None:
+def _put(data: dict[str, Any], path: tuple[str, ...], location: str) -> None:
     """Makes the paths that an override gave absolute; the others are so already."""
     typed = ".".join(path)
     keys = [key for key in KEYS if f"{key}.".startswith(f"{typed}.") or typed.startswith(f"{key}.")]

@@ -30,7 +30,7 @@ from bomemeta.distributed.transport import Transport, nothing
 from bomemeta.errors import DivergenceError, LowerStateLost
 from bomemeta.global_random import initial_upper
 
-# A default batch for problems without end; pools are taken whole.
+# A default batch for problems without end; a fixed set of tasks is taken whole.
 FRESH_TASKS_PER_STEP = 8
 # What a step costs, per task: added up over the run. Reduces and bytes are the driver's.
 COUNTS = ("gradient_evaluations", "hessian_products", "reduces", "bytes_reduced")

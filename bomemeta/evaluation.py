@@ -159,7 +159,7 @@ def meta_test(
 
 def own_metrics(trainer: Trainer, steps: int = 0) -> dict[str, float]:
     """Metrics at the lower variables that the run carries, after `steps` steps on g alone: of a
-    pool's tasks, or of the one shared y.
+    fixed set of tasks, or of the one shared y.
     """
     num_tasks = trainer.problem.num_tasks
     if num_tasks is None:

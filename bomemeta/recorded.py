@@ -1,4 +1,4 @@
-"""What a folder's run came to: its result, and the checkpoint that it stands at. Nothing is computed."""
+"""The record of a folder's run: its result, and the checkpoint that it stands at. Nothing is computed."""
 
 from __future__ import annotations
 

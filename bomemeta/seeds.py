@@ -1,8 +1,8 @@
 """One config with several seeds: independent runs, side by side where there are workers, and the
-mean of what they came to.
+mean of their results.
 
 Each seed is a run like any other, serial, in a folder of its own below the common one. A worker
-runs a seed from begin to end; one that is lost has its seed gone on with elsewhere, from the seed's
+runs a seed from begin to end; one that is lost has its seed resumed elsewhere, from the seed's
 last checkpoint and to the same bits.
 """
 
@@ -105,7 +105,7 @@ class SeedWorker:
 def run_seeds(
     config: Config, folder: RunFolder, listener: Listener, evaluates: bool = False
 ) -> Result:
-    """All seeds of the config, begun, gone on with or evaluated, `workers` at a time; result.json
+    """All seeds of the config, begun, resumed or evaluated, `workers` at a time; result.json
     unless `evaluates`.
 
     `metrics` has the mean of every metric over the seeds and, as NAME_ci95, the half-width of its

@@ -1,4 +1,4 @@
-"""One run in its folder: begun, gone on with or evaluated, with everything that a run says and
+"""One run in its folder: begun, resumed or evaluated, with everything that a run says and
 leaves behind.
 """
 

@@ -1,5 +1,5 @@
 """Places at a URI (s3://, gs://, abfs://, file:// ...), and run folders there: worked on in a local
-folder, which is copied as the run goes on. What is there is always a run that can be gone on with:
+folder, which is copied as the run goes on. What is there is always a run that can be resumed:
 a new checkpoint is complete before the older one is removed.
 """
 

@@ -59,7 +59,7 @@ def same_command(config: str, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, *how, "train", config, *overrides, "--auto-resume"]
 
 
-def place_of(config: str, overrides: Sequence[str]) -> str | None:
+def location_of(config: str, overrides: Sequence[str]) -> str | None:
     """The config's output_dir, read without the config's imports. Raises ConfigError where the file
     or an override cannot be read.
     """

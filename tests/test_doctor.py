@@ -31,7 +31,7 @@ from bomemeta.data.class_images import check_size
 from bomemeta.data.episodes import EpisodeSpec
 from bomemeta.doctor import Finding, Report, bundles, doctor, examine, machine
 from bomemeta.doctor.dry import DryRun, TaskCounts, line_through
-from bomemeta.doctor.places import Node, Place, Workers, spread
+from bomemeta.doctor.nodes import Machines, Node, Workers, spread
 from bomemeta.metrics import read_metrics
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.registry import datasets, problems
@@ -346,21 +346,23 @@ def node(name: str, cpus: float, **facts: Any) -> Node:
 
 def test_workers_are_spread_and_waited_for() -> None:
     config = load_config(FEW_SHOT, ["workers=5", "shards=6"])
-    place = Place("cluster", [node("a", 4.0), node("b", 2.0), node("head", 0.0)], {"CPU": 6.0})
-    assert [(one.name, count) for one, count in spread(config, place, 5)] == [("a", 3), ("b", 2)]
+    machines = Machines(
+        "cluster", [node("a", 4.0), node("b", 2.0), node("head", 0.0)], {"CPU": 6.0}
+    )
+    assert [(one.name, count) for one, count in spread(config, machines, 5)] == [("a", 3), ("b", 2)]
     workers = Workers(5, 5, 5)
-    assert [finding.level for finding in bundles.bundles(config, place, workers)] == ["OK"]
-    busy = place._replace(free={"CPU": 1.0})
+    assert [finding.level for finding in bundles.bundles(config, machines, workers)] == ["OK"]
+    busy = machines._replace(free={"CPU": 1.0})
     assert "of which 1 free now" in bundles.bundles(config, busy, workers)[0].text
     (idle,) = bundles.shards(config, TaskCounts(6, 6, 1, 0), workers)
-    assert (idle.level, "40%" in idle.text) == ("NOTE", True)  # 6 of 10 places in two waves
+    assert (idle.level, "40%" in idle.text) == ("NOTE", True)  # 6 of 10 slots in two waves
     assert bundles.shards(config, TaskCounts(10, 5, 2, 0), workers)[0].level == "OK"
 
 
 def test_nodes_that_differ_or_do_not_answer() -> None:
     config = load_config(FEW_SHOT, ["workers=2"])
     ours = machine.facts()["versions"]
-    place = Place(
+    machines = Machines(
         "cluster",
         [
             node("good", 1.0),
@@ -371,7 +373,9 @@ def test_nodes_that_differ_or_do_not_answer() -> None:
         ],
         {"CPU": 5.0},
     )
-    said = [finding.text for finding in bundles.nodes(config, place) if finding.level == "PROBLEM"]
+    said = [
+        finding.text for finding in bundles.nodes(config, machines) if finding.level == "PROBLEM"
+    ]
     assert [text.split()[0].rstrip(":") for text in said] == ["old", "bare", "silent", "empty"]
     assert f"torch 1.0 (here {ours['torch']})" in said[0]
     assert "bomemeta missing" in said[1]

@@ -60,13 +60,13 @@ def _trusted(trust: bool) -> dict[str, Any]:
 def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restarts: int) -> int:
     with reported():
         from bomemeta.errors import ConfigError
-        from bomemeta.supervise import cluster_of, place_of, same_command, supervise
+        from bomemeta.supervise import cluster_of, location_of, same_command, supervise
 
         if not auto_resume:
             raise ConfigError(
                 f"--restarts {restarts}: a run that is started again goes on where it was; give --auto-resume too"
             )
-        location = place_of(config, overrides)
+        location = location_of(config, overrides)
         return supervise(
             same_command(config, overrides),
             location,

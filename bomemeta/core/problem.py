@@ -335,7 +335,7 @@ class StreamProblem(SharedProblem):
         """
         raise ConfigError(f"problem {type(self).__name__} takes no more data; `continual` does")
 
-    # What the stream remembers from step to step beside y and its data: soft targets, stored
+    # The memory of the stream from step to step, beside y and its data: soft targets, stored
     # logits ...
 
     def init_memory(self) -> Params:
@@ -373,7 +373,7 @@ def stream_length(problem: Problem) -> int | None:
 
 
 def start_memory(problem: Problem) -> Params:
-    """What the problem remembers at step 0; nothing where it is no stream."""
+    """The memory of the problem at step 0; empty where it is no stream."""
     return problem.init_memory() if isinstance(problem, StreamProblem) else {}
 
 

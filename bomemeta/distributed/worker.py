@@ -203,7 +203,7 @@ class ShardWorker:
     def _unpack_lower(
         self, oracle: LocalOracle, request: Request, states: tuple[np.ndarray, ...]
     ) -> LowerGroups | None:
-        """State arrays into stacks. A task of the pool that is met for the first time starts at
+        """State arrays into stacks. A task that is met for the first time starts at
         `init_lower`, other groups at 0.
         """
         if not states:

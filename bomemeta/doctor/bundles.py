@@ -10,41 +10,42 @@ from bomemeta.config import Config
 from bomemeta.doctor import machine
 from bomemeta.doctor.dry import TaskCounts
 from bomemeta.doctor.findings import Finding, number
-from bomemeta.doctor.places import Node, Place, Workers, cores_of, room, spread
+from bomemeta.doctor.nodes import Machines, Node, Workers, cores_of, room, spread
 
 # A share of the workers' time that is lost without a word.
 IDLE = 0.05
 
 
-def bundles(config: Config, place: Place, workers: Workers) -> list[Finding]:
+def bundles(config: Config, machines: Machines, workers: Workers) -> list[Finding]:
     """Whether the workers fit. Ray itself would wait for ever."""
-    if place.kind == "serial":
+    if machines.kind == "serial":
         return [
             Finding(
                 "OK", "workers", "workers: 0: everything is computed in one process, without Ray"
             )
         ]
-    if place.error:
+    if machines.error:
         return []
     asked = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     each = (
         " and ".join(f"{amount:g} {name}" for name, amount in asked.items() if amount > 0)
         or "nothing of their own"
     )
-    at_all = sum(room(node.resources, config, workers.most) for node in place.nodes)
-    now = min(at_all, room(place.free, config, workers.most))
-    if place.kind == "local":
-        where = f"a cluster on this machine, of up to {place.nodes[0].resources['CPU']:g} CPU on its {cores_of(place.nodes[0])} cores,"
+    at_all = sum(room(node.resources, config, workers.most) for node in machines.nodes)
+    now = min(at_all, room(machines.free, config, workers.most))
+    if machines.kind == "local":
+        (only,) = machines.nodes
+        where = f"a cluster on this machine, of up to {only.resources['CPU']:g} CPU on its {cores_of(only)} cores,"
     else:
         has = ", ".join(
-            f"{sum(node.resources.get(name, 0.0) for node in place.nodes):g} {name}"
+            f"{sum(node.resources.get(name, 0.0) for node in machines.nodes):g} {name}"
             for name in ("CPU", "GPU")
         )
-        where = f"{number(len(place.nodes), 'node')} ({has})"
+        where = f"{number(len(machines.nodes), 'node')} ({has})"
     wanted = (
         str(workers.most) if workers.least == workers.most else f"{workers.least} to {workers.most}"
     )
-    verb = "have" if place.kind == "cluster" and len(place.nodes) > 1 else "has"
+    verb = "have" if machines.kind == "cluster" and len(machines.nodes) > 1 else "has"
     text = f"{wanted} workers of {each}: {where} {verb} room for {at_all}"
     if at_all < workers.least:
         count = f"workers={at_all}, or" if at_all else ""
@@ -104,13 +105,15 @@ def shards(config: Config, plan: TaskCounts, workers: Workers) -> list[Finding]:
     return [Finding("OK", "shards", f"{text}: {waves} for each of {count} workers")]
 
 
-def threads(config: Config, place: Place, workers: Workers) -> list[Finding]:
+def threads(config: Config, machines: Machines, workers: Workers) -> list[Finding]:
     """Threads against cores, node by node. Two processes of two threads each on two cores were
     measured 30 times slower than of one.
     """
     found = []
     loads = (
-        [(place.nodes[0], 1)] if place.kind == "serial" else spread(config, place, workers.expected)
+        [(machines.nodes[0], 1)]
+        if machines.kind == "serial"
+        else spread(config, machines, workers.expected)
     )
     for node, count in loads:
         cores = cores_of(node)
@@ -140,7 +143,7 @@ def threads(config: Config, place: Place, workers: Workers) -> list[Finding]:
                 )
             )
     if (
-        place.kind != "serial"
+        machines.kind != "serial"
         and config.gpus_per_worker == 0
         and config.cpus_per_worker < config.threads
     ):
@@ -155,17 +158,20 @@ def threads(config: Config, place: Place, workers: Workers) -> list[Finding]:
     return found
 
 
-def nodes(config: Config, place: Place) -> list[Finding]:
+def nodes(config: Config, machines: Machines) -> list[Finding]:
     """What the cluster's nodes say: the same versions as here, and a worker that can be built, with
     imports and data.
     """
-    if place.kind != "cluster" or place.error:
+    if machines.kind != "cluster" or machines.error:
         return []
     ours = machine.facts()["versions"]
-    found = [_node(node, ours) for node in place.nodes]
+    found = [_node(node, ours) for node in machines.nodes]
     wrong = [finding for finding in found if finding is not None]
-    built = sum(node.worker == "" for node in place.nodes)
-    good = f"{number(len(place.nodes), 'node')} with our versions of {', '.join(ours)}; a worker was built on {built}, data and imports too"
+    built = sum(node.worker == "" for node in machines.nodes)
+    good = (
+        f"{number(len(machines.nodes), 'node')} with our versions of {', '.join(ours)}; a worker was built on {built}, "
+        "data and imports too"
+    )
     return wrong or [Finding("OK", "nodes", good)]
 
 

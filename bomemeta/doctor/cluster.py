@@ -20,7 +20,7 @@ from typing import Any
 from bomemeta.assembly import BuildWorker
 from bomemeta.config import Config
 from bomemeta.doctor import machine
-from bomemeta.doctor.places import Node, Place
+from bomemeta.doctor.nodes import Machines, Node
 from bomemeta.errors import ClusterError, ConfigError
 
 PATIENCE_S = (
@@ -29,7 +29,7 @@ PATIENCE_S = (
 ANSWER_S = 60.0  # for a node's first word
 
 
-def ask(config: Config, patience_s: float = PATIENCE_S) -> Place:
+def ask(config: Config, patience_s: float = PATIENCE_S) -> Machines:
     """The cluster of `address` or RAY_ADDRESS, with what each node says. Raises ConfigError where
     the address can be none.
     """
@@ -57,7 +57,7 @@ def ask(config: Config, patience_s: float = PATIENCE_S) -> Place:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Place(
+        return Machines(
             "cluster", [], {}, f"the cluster at {address} did not answer within {patience_s:g} s"
         )
     lines = done.stdout.decode(errors="replace").strip().splitlines()
@@ -65,7 +65,7 @@ def ask(config: Config, patience_s: float = PATIENCE_S) -> Place:
         answer = json.loads(lines[-1])
     except (IndexError, ValueError):
         said = done.stderr.decode(errors="replace").strip().splitlines()
-        return Place(
+        return Machines(
             "cluster",
             [],
             {},
@@ -74,8 +74,8 @@ def ask(config: Config, patience_s: float = PATIENCE_S) -> Place:
     if answer.get("config_error"):
         raise ConfigError(answer["config_error"])
     if answer.get("error"):
-        return Place("cluster", [], {}, answer["error"])
-    return Place("cluster", [Node(*node) for node in answer["nodes"]], answer["free"])
+        return Machines("cluster", [], {}, answer["error"])
+    return Machines("cluster", [Node(*node) for node in answer["nodes"]], answer["free"])
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         )
 
     def answers(references: dict[str, Any], until: float) -> dict[str, Any]:
-        """What came in time, by node; an exception's text in place of its answer."""
+        """What came in time, by node; an exception's text instead of its answer."""
         ready, late = ray.wait(
             list(references.values()),
             num_returns=len(references),

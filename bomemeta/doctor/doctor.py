@@ -17,11 +17,11 @@ from bomemeta.config import Config, load_config
 from bomemeta.copies import copy_of
 from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.data.digest import digest_of
-from bomemeta.doctor import bundles, data, machine, memory, places, standing, storage, traffic
+from bomemeta.doctor import bundles, data, machine, memory, nodes, standing, storage, traffic
 from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, TaskCounts, line_through, plan_of
 from bomemeta.doctor.findings import Finding, Report, number
 from bomemeta.doctor.memory import MemoryNeeds
-from bomemeta.doctor.places import Place, Workers
+from bomemeta.doctor.nodes import Machines, Workers
 from bomemeta.errors import BomemetaError, ConfigError, DataError, DivergenceError
 from bomemeta.sections import label
 
@@ -49,33 +49,33 @@ def examine(
     settings = load_config(config, overrides)
     name = Path(config).stem if isinstance(config, str | Path) else label(settings.problem)
     found = _devices(settings)
-    place = _place(settings, say)
+    machines = _machines(settings, say)
     values: dict[str, Any] = {}
     try:
         problem = build_problem(settings)
         digest_of(problem)  # looks at the data as a run does
     except DataError as error:
         found += _no_data(settings, error)
-        found += bundles.bundles(settings, place, places.workers_of(settings, place)) + _elsewhere(
-            settings, place
-        )
-        return Report(found + storage.output(settings, name, place, None), values)
+        found += bundles.bundles(
+            settings, machines, nodes.workers_of(settings, machines)
+        ) + _elsewhere(settings, machines)
+        return Report(found + storage.output(settings, name, machines, None), values)
     with torch_threads(settings.threads):
         found += data.data(problem) + data.batch_norm(problem)
         plan = plan_of(settings, problem)
-        workers = places.workers_of(settings, place)
-        found += bundles.bundles(settings, place, workers) + _elsewhere(settings, place)
+        workers = nodes.workers_of(settings, machines)
+        found += bundles.bundles(settings, machines, workers) + _elsewhere(settings, machines)
         found += bundles.shards(settings, plan, workers)
-        if place.nodes:
-            found += bundles.threads(settings, place, workers)
-        needs = _dry(settings, problem, plan, place, workers, found, values, say)
-    found += storage.output(settings, name, place, needs)
+        if machines.nodes:
+            found += bundles.threads(settings, machines, workers)
+        needs = _dry(settings, problem, plan, machines, workers, found, values, say)
+    found += storage.output(settings, name, machines, needs)
     return Report(found, values)
 
 
-def _place(config: Config, say: Say) -> Place:
-    if places.kind_of(config) != "cluster":
-        return places.here(config)
+def _machines(config: Config, say: Say) -> Machines:
+    if nodes.kind_of(config) != "cluster":
+        return nodes.here(config)
     from bomemeta.doctor import cluster
 
     say(
@@ -84,16 +84,16 @@ def _place(config: Config, say: Say) -> Place:
     return cluster.ask(config)
 
 
-def _elsewhere(config: Config, place: Place) -> list[Finding]:
+def _elsewhere(config: Config, machines: Machines) -> list[Finding]:
     """The cluster, whether it lets us in, and its nodes."""
-    if place.kind == "serial":
+    if machines.kind == "serial":
         return []
     mode = os.environ.get("RAY_AUTH_MODE", "unset")
-    if place.error:
-        return [Finding("PROBLEM", "cluster", place.error)]
-    if place.kind == "cluster":
+    if machines.error:
+        return [Finding("PROBLEM", "cluster", machines.error)]
+    if machines.kind == "cluster":
         text = f"joined {config.address or os.environ.get('RAY_ADDRESS')} with RAY_AUTH_MODE {mode} here: both sides agree"
-        return [Finding("OK", "authentication", text), *bundles.nodes(config, place)]
+        return [Finding("OK", "authentication", text), *bundles.nodes(config, machines)]
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
     if mode == "disabled":
         text = "RAY_AUTH_MODE=disabled here: whoever reaches the ports of the local cluster can run code, from this machine alone"
@@ -152,14 +152,14 @@ def _no_data(config: Config, error: DataError) -> list[Finding]:
 
 
 def _dry(
-    config: Config, problem: Problem, plan: TaskCounts, place: Place, workers: Workers, found: list[Finding], values: dict[str, Any],
+    config: Config, problem: Problem, plan: TaskCounts, machines: Machines, workers: Workers, found: list[Finding], values: dict[str, Any],
     say: Say,
 ) -> storage.Needs | None:  # fmt: skip
     """Dry steps, and the findings that follow from them; None where there could be none."""
     solver = build_solver(config, problem)
     try:
         run = DryRun(config, problem, solver)
-        process = machine.process_memory() + (RAY_BYTES if place.kind != "serial" else 0)
+        process = machine.process_memory() + (RAY_BYTES if machines.kind != "serial" else 0)
         say("dry steps on one task and on a few")
         dries = _few(run, problem, plan)
         measured = _measure(run, dries, plan, process, say)
@@ -201,7 +201,7 @@ def _dry(
         config,
         problem,
         plan,
-        place,
+        machines,
         workers,
         dries,
         line_through([(one.tasks, one.worker_s) for one in dries]),
@@ -210,10 +210,12 @@ def _dry(
         [(kind.steps, kind.still) for kind in still],
     )
     disk = traffic.needs_of(config, dries, problem.num_tasks, shared, steps)
-    found += memory.memory(config, plan, place, workers, needs) + memory.inner_steps(config, needs)
-    found += memory.states(config, plan, place, workers, dry, problem.num_tasks, shared)
-    found += traffic.traffic(config, plan, place, workers, dry)
-    found += traffic.times(config, place, workers, times, dry.tasks, steps, run.device)
+    found += memory.memory(config, plan, machines, workers, needs) + memory.inner_steps(
+        config, needs
+    )
+    found += memory.states(config, plan, machines, workers, dry, problem.num_tasks, shared)
+    found += traffic.traffic(config, plan, machines, workers, dry)
+    found += traffic.times(config, machines, workers, times, dry.tasks, steps, run.device)
     found += standing.finding(still, steps, plan.shards)
     text = f"{label(config.solver)} takes problem {label(config.problem)}; whether its direction is right, `bomemeta check` says"
     found.append(Finding("OK", "solver", text))
@@ -232,7 +234,7 @@ def _dry(
         },
         "traffic": {
             "reduces": dry.reduces,
-            **traffic.traffic_of(config, plan, place, workers, dry)._asdict(),
+            **traffic.traffic_of(config, plan, machines, workers, dry)._asdict(),
         },
         "seconds": times._asdict(),
         "steps_without_x": {
@@ -285,7 +287,7 @@ def _measure(
         process,
         step,
         evaluation,
-        run.remembering(),
+        run.updating_memory(),
         driver,
         tuple(dry.tasks for dry in dries),
         run.device,

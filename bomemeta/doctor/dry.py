@@ -264,7 +264,7 @@ class DryRun:
         ask()
         return peak, self._counts.seconds
 
-    def remembering(self) -> int:
+    def updating_memory(self) -> int:
         """Bytes of a worker where the problem's memory is made anew; 0 where it never is."""
         problem = self.trainer.problem
         if not isinstance(problem, StreamProblem):

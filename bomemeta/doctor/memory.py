@@ -10,7 +10,7 @@ from typing import NamedTuple
 from bomemeta.config import Config
 from bomemeta.doctor.dry import Dry, Line, TaskCounts
 from bomemeta.doctor.findings import Finding, Level, number, size
-from bomemeta.doctor.places import Node, Place, Workers, spread
+from bomemeta.doctor.nodes import Machines, Node, Workers, spread
 from bomemeta.sections import label
 
 # Ray kills workers from here on (its memory_usage_threshold); without Ray the system is not far
@@ -34,7 +34,7 @@ class MemoryNeeds(NamedTuple):
     process: float
     step: Line
     evaluation: Line
-    remembering: float
+    updating_memory: float
     driver: float
     measured: tuple[int, ...]  # on so many tasks
     device: str
@@ -45,12 +45,12 @@ class MemoryNeeds(NamedTuple):
         return max(
             self.step.at(plan.largest),
             self.evaluation.at(plan.evaluated) if plan.evaluated else 0.0,
-            self.remembering,
+            self.updating_memory,
         )
 
 
 def memory(
-    config: Config, plan: TaskCounts, place: Place, workers: Workers, needs: MemoryNeeds
+    config: Config, plan: TaskCounts, machines: Machines, workers: Workers, needs: MemoryNeeds
 ) -> list[Finding]:
     """Whether the workers, or the one process, fit into what is free."""
     tensors = needs.tensors(plan)
@@ -62,14 +62,14 @@ def memory(
     what = f"tensors of a step {rest}{number(plan.largest, 'task')} x {size(needs.step.each)} = {size(needs.step.at(plan.largest))}"
     if plan.evaluated and needs.evaluation.at(plan.evaluated) > needs.step.at(plan.largest):
         what += f", of an evaluation of {plan.evaluated} at once {size(needs.evaluation.at(plan.evaluated))}"
-    if needs.remembering > needs.step.at(plan.largest):
-        what += f", where memory is made anew {size(needs.remembering)}"
+    if needs.updating_memory > needs.step.at(plan.largest):
+        what += f", where memory is made anew {size(needs.updating_memory)}"
     measured = " and ".join(map(str, needs.measured))
     on_gpu = config.gpus_per_worker > 0 if config.workers != 0 else needs.device != "cpu"
     where = f" (measured on {measured} at a time on {'this GPU' if needs.device != 'cpu' else 'the CPU'})"
     found = []
     if on_gpu:
-        found += _on_gpus(config, plan, place, workers, needs, f"{what}{where}")
+        found += _on_gpus(config, plan, machines, workers, needs, f"{what}{where}")
         each, text = (
             needs.process,
             f"a worker's process {size(needs.process)}, its tensors on a GPU",
@@ -79,17 +79,19 @@ def memory(
             needs.process + tensors,
             f"a worker needs {size(needs.process + tensors)}: process {size(needs.process)}, {what}{where}",
         )
-    loads = [(node, count) for node, count in spread(config, place, workers.expected)]
-    if place.kind == "serial":
+    loads = [(node, count) for node, count in spread(config, machines, workers.expected)]
+    if machines.kind == "serial":
         # This process is there already.
         each, text, loads = (
             each - needs.process + needs.driver,
             text.replace("a worker", "the run", 1),
-            [(place.nodes[0], 1)],
+            [(machines.nodes[0], 1)],
         )
     for node, count in loads:
         if node.facts is not None:
-            driver = 0.0 if place.kind == "serial" or node is not place.nodes[0] else needs.driver
+            driver = (
+                0.0 if machines.kind == "serial" or node is not machines.nodes[0] else needs.driver
+            )
             found.append(_fits(node, count, each, driver, plan, needs, text))
     return found or [Finding("OK", "memory", text)]
 
@@ -122,7 +124,7 @@ def inner_steps(config: Config, needs: MemoryNeeds) -> list[Finding]:
 def states(
     config: Config,
     plan: TaskCounts,
-    place: Place,
+    machines: Machines,
     workers: Workers,
     dry: Dry,
     num_tasks: int | None,
@@ -147,9 +149,9 @@ def states(
             "persist between steps and are in every checkpoint"
         )
         found.append(Finding("OK", "lower states", text))
-    if place.kind == "serial":
+    if machines.kind == "serial":
         return found
-    for node, count in spread(config, place, workers.expected):
+    for node, count in spread(config, machines, workers.expected):
         share = count / max(workers.expected, 1)
         wanted = (kept + moving) * share
         room = node.resources.get("object_store_memory") or (
@@ -212,7 +214,12 @@ def _smaller(free: float, count: int, driver: float, plan: TaskCounts, needs: Me
 
 
 def _on_gpus(
-    config: Config, plan: TaskCounts, place: Place, workers: Workers, needs: MemoryNeeds, what: str
+    config: Config,
+    plan: TaskCounts,
+    machines: Machines,
+    workers: Workers,
+    needs: MemoryNeeds,
+    what: str,
 ) -> list[Finding]:
     """A worker has a share of one GPU, or whole ones."""
     tensors = needs.tensors(plan)
@@ -222,7 +229,7 @@ def _on_gpus(
     together = min(together, max(workers.expected, 1))
     wanted = together * (tensors + CUDA_CONTEXT)
     text = f"{number(together, 'worker')} on a GPU: {size(wanted)}, each {size(CUDA_CONTEXT)} for CUDA and {what}"
-    gpus = [gpu for node in place.nodes if node.facts for gpu in node.facts["gpus"]]
+    gpus = [gpu for node in machines.nodes if node.facts for gpu in node.facts["gpus"]]
     if not gpus:
         return [Finding("NOTE", "GPU memory", f"{text}; no GPU was seen to compare with")]
     least = min(free for _, free in gpus)

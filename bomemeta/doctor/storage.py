@@ -11,7 +11,7 @@ from typing import NamedTuple
 from bomemeta.config import Config
 from bomemeta.doctor.findings import Finding, size
 from bomemeta.doctor.machine import text_of
-from bomemeta.doctor.places import Place
+from bomemeta.doctor.nodes import Machines
 from bomemeta.storage import is_uri
 
 # File systems that other machines see too; `fuse` is a prefix of several.
@@ -46,7 +46,7 @@ class Needs(NamedTuple):
         return self.checkpoints + self.logs
 
 
-def output(config: Config, name: str, place: Place, needs: Needs | None) -> list[Finding]:
+def output(config: Config, name: str, machines: Machines, needs: Needs | None) -> list[Finding]:
     """`name`: what a run folder would be called. Nothing is made or written."""
     given = config.output_dir
     if given is not None and is_uri(given):
@@ -77,7 +77,7 @@ def output(config: Config, name: str, place: Place, needs: Needs | None) -> list
                 "Choose a disk",
             )
         )
-    elif place.kind == "cluster" and not shared:
+    elif machines.kind == "cluster" and not shared:
         text = f"{path} is this machine's own ({kind}): if it is lost, so is the run"
         found.append(
             Finding(

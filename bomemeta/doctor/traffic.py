@@ -11,7 +11,7 @@ from bomemeta.config import Config
 from bomemeta.core.problem import Problem
 from bomemeta.doctor.dry import Dry, Line, Still, TaskCounts
 from bomemeta.doctor.findings import Finding, duration, number, size
-from bomemeta.doctor.places import Place, Workers, spread
+from bomemeta.doctor.nodes import Machines, Workers, spread
 from bomemeta.doctor.storage import TENSORBOARD_BYTES, Needs
 
 # As measured with Ray on one machine (docs/ray.md): an empty round, and a megabyte out and back.
@@ -29,22 +29,22 @@ class ExpectedTraffic(NamedTuple):
 
 
 def traffic_of(
-    config: Config, plan: TaskCounts, place: Place, workers: Workers, dry: Dry
+    config: Config, plan: TaskCounts, machines: Machines, workers: Workers, dry: Dry
 ) -> ExpectedTraffic:
-    nodes = len(spread(config, place, workers.expected)) if place.kind != "serial" else 1
+    nodes = len(spread(config, machines, workers.expected)) if machines.kind != "serial" else 1
     return ExpectedTraffic(dry.sent_bytes * nodes, dry.bytes_reduced * plan.shards)
 
 
 def traffic(
-    config: Config, plan: TaskCounts, place: Place, workers: Workers, dry: Dry
+    config: Config, plan: TaskCounts, machines: Machines, workers: Workers, dry: Dry
 ) -> list[Finding]:
-    bytes_ = traffic_of(config, plan, place, workers, dry)
+    bytes_ = traffic_of(config, plan, machines, workers, dry)
     nodes = round(bytes_.down / dry.sent_bytes) if dry.sent_bytes else 1
     text = f"in {number(dry.reduces, 'round')}: {size(dry.sent_bytes)} down to each of {number(nodes, 'node')}, "
     text += f"{size(bytes_.up)} up ({number(plan.shards, 'shard')} x {size(dry.bytes_reduced)})"
     if dry.bytes_reduced_later != dry.bytes_reduced:
         text += f"; {size(dry.bytes_reduced_later * plan.shards)} up in steps that measure less"
-    if place.kind == "serial":
+    if machines.kind == "serial":
         return [
             Finding("OK", "bytes per step", f"{text}; within one process, so none of it travels")
         ]
@@ -70,18 +70,18 @@ class Times(NamedTuple):
 
 
 def times_of(
-    config: Config, problem: Problem, plan: TaskCounts, place: Place, workers: Workers, dries: list[Dry], worker: Line, evaluating: Line,
-    steps: int, still: Sequence[tuple[int, Still]] = (),
+    config: Config, problem: Problem, plan: TaskCounts, machines: Machines, workers: Workers, dries: list[Dry], worker: Line,
+    evaluating: Line, steps: int, still: Sequence[tuple[int, Still]] = (),
 ) -> Times:  # fmt: skip
     """`still`: how many steps there are of each kind in which x stands still, and one of them."""
     dry = dries[-1]
-    lanes = _lanes(config, place, workers)
+    lanes = _lanes(config, machines, workers)
     sizes = [plan.tasks // plan.shards + (i < plan.tasks % plan.shards) for i in range(plan.shards)]
 
     def estimate(one: Dry | Still) -> float:
         driver = max(one.step_s - one.worker_s, 0.0)
         share = one.worker_s / dry.worker_s if dry.worker_s > 0 else 1.0
-        if place.kind == "serial":
+        if machines.kind == "serial":
             return driver + share * sum(worker.at(tasks) for tasks in sizes)
         moved = (dry.sent_bytes + one.bytes_reduced * plan.shards) / 1e6 * MEGABYTE_S
         return (
@@ -118,7 +118,7 @@ def times_of(
 
 def times(
     config: Config,
-    place: Place,
+    machines: Machines,
     workers: Workers,
     found: Times,
     tasks: int,
@@ -127,7 +127,7 @@ def times(
 ) -> list[Finding]:
     where = (
         "in this process"
-        if place.kind == "serial"
+        if machines.kind == "serial"
         else f"with {number(workers.expected, 'worker')}"
     )
     seeds = f" x {config.seeds} seeds" if config.seeds > 1 else ""
@@ -144,7 +144,7 @@ def times(
                 "Ask again on a machine with one",
             )
         ]
-    if place.kind == "cluster":
+    if machines.kind == "cluster":
         text += ", were the nodes as fast as this machine"
     return [Finding("OK", "time", text)]
 
@@ -169,12 +169,12 @@ def needs_of(
     return Needs(checkpoint, at_once * checkpoint * config.seeds, float(log * steps * config.seeds))
 
 
-def _lanes(config: Config, place: Place, workers: Workers) -> int:
+def _lanes(config: Config, machines: Machines, workers: Workers) -> int:
     """How many workers really compute at a time: those that have cores of their own."""
-    if place.kind == "serial":
+    if machines.kind == "serial":
         return 1
     total = 0
-    for node, count in spread(config, place, workers.expected):
+    for node, count in spread(config, machines, workers.expected):
         cores = node.facts["cores"] if node.facts else count
         total += (
             min(count, max(cores // config.threads, 1)) if config.gpus_per_worker == 0 else count

@@ -40,7 +40,7 @@ class FrozenUpper(UpperVariable):
 
 
 class Settled(NamedTuple):
-    """What the solver's direction came to."""
+    """The solver's direction once it has settled."""
 
     direction: Tensor | None  # flat; None: `failure` says why
     lower: LowerStates  # of its last step

@@ -48,7 +48,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What a check came to. `numbers` is all of it, ready for JSON but for numbers that are not
+    """The result of a check. `numbers` is all of it, ready for JSON but for numbers that are not
     finite.
     """
 

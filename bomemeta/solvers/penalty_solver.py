@@ -6,7 +6,7 @@ solves g alone:
     x <- x - upper_lr (grad_x f(x, y) + l (grad_x g(x, y) - grad_x g(x, z)))
 
 They differ in the order of these steps and in l from step to step. What is kept of z is z - y: a
-task of the pool that is met for the first time, whose groups but y are 0, then has z = y, whoever
+task that is met for the first time, whose groups but y are 0, then has z = y, whoever
 else is in its shard.
 """
 

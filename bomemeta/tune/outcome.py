@@ -1,4 +1,4 @@
-"""What a search came to: its rows, the best of them, and the files that say so."""
+"""The result of a search: its rows, the best of them, and the files that say so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from bomemeta.errors import BomemetaError, ConfigError
 from bomemeta.storage import Store, below
-from bomemeta.tune.places import REPORT_FILE, metrics_in, trial_run
+from bomemeta.tune.locations import REPORT_FILE, metrics_in, trial_run
 from bomemeta.tune.spec import Search
 from bomemeta.yaml_text import dump
 
@@ -107,7 +107,7 @@ def check_any(result: SearchResult) -> None:
             "",
         )
         raise BomemetaError(
-            f"no trial came to its end with a figure{first}. The table is in {below(result.output_dir, 'results.md')}"
+            f"no trial came to its end with a metric{first}. The table is in {below(result.output_dir, 'results.md')}"
         )
 
 

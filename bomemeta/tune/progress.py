@@ -14,7 +14,7 @@ from typing import Any
 
 from ray import tune
 
-from bomemeta.tune.places import run_of, saved_step
+from bomemeta.tune.locations import run_of, saved_step
 
 # A cluster that others use may have room later; by then one wants to know what is waited for.
 WAITING_S = 30.0

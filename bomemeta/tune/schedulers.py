@@ -11,7 +11,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
 from bomemeta.metrics import parse_metrics
-from bomemeta.tune.places import run_of
+from bomemeta.tune.locations import run_of
 from bomemeta.tune.space import Domain
 from bomemeta.tune.spec import Pbt
 

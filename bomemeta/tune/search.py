@@ -1,5 +1,5 @@
 """A search from its file to its best config: sampled, checked, run by Ray Tune in a folder of its
-own, and gone on with.
+own, and resumed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from bomemeta.errors import ClusterError, ConfigError
 from bomemeta.paths import absolute, real
 from bomemeta.storage import Store, below, is_uri
 from bomemeta.trust import ask, entry_of_search, record
+from bomemeta.tune.locations import TRIALS
 from bomemeta.tune.outcome import SearchResult, check_any, rows_of, write_outcome
 from bomemeta.tune.placement import bundles_of, check_placement
-from bomemeta.tune.places import TRIALS
 from bomemeta.tune.progress import Ends, Progress, said_values, spoken, trial_folder, tune_settings
 from bomemeta.tune.schedulers import Halving, population
 from bomemeta.tune.space import Domain, flat
-from bomemeta.tune.spec import ASIDE, Search, load_search, written
+from bomemeta.tune.spec import RESULT_NEUTRAL, Search, load_search, written
 from bomemeta.tune.trial import make_trainable
 from bomemeta.yaml_text import parse
 
@@ -58,7 +58,7 @@ def tune(
 
     `overrides` are `key=value` texts over the tune file, `objects` stand in the place of its base
     config's sections. `resume` is the folder of an interrupted
-    or killed search of the same file; an `output_dir` that holds one is gone on with too. Raises a
+    or killed search of the same file; an `output_dir` that holds one is resumed too. Raises a
     BomemetaError that says what to do; nothing is written before the file, every trial's config and
     the cluster's room have been checked.
     """
@@ -281,7 +281,8 @@ def _first_free(path: Path) -> Path:
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Keys that differ, but for those that may: where the folder is, and where the cluster."""
     mine, theirs = (
-        flat({key: value for key, value in each.items() if key not in ASIDE}) for each in (old, new)
+        flat({key: value for key, value in each.items() if key not in RESULT_NEUTRAL})
+        for each in (old, new)
     )
     return [
         key

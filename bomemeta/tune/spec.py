@@ -82,7 +82,7 @@ class TuneSettings(_Record):
 
 
 # Keys that do not say what is searched, and may differ when a search goes on.
-ASIDE = frozenset({"concurrent", "max_failures", "driver_cpus", "output_dir"})
+RESULT_NEUTRAL = frozenset({"concurrent", "max_failures", "driver_cpus", "output_dir"})
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def load_search(
                 "space: got {}, wanted at least one key with a domain, as in solver.upper_lr: {loguniform: [1e-4, 1e-1]}",
             )
         )
-    found += [ConfigIssue(_place(document, path), text) for path, text in wrong]
+    found += [ConfigIssue(_key_path(document, path), text) for path, text in wrong]
     base = _base(document, settings)
     try:
         config = load_config(base, (), objects)
@@ -163,7 +163,7 @@ def load_search(
         )
         raise ConfigError(f"{document.location(('base',))}: {text}") from error
     found += [
-        ConfigIssue(_place(document, tuple(key.split("."))), text)
+        ConfigIssue(_key_path(document, tuple(key.split("."))), text)
         for key, text in _wrong_keys(base, config, space, settings, objects or {})
     ]
     found += [ConfigIssue((key,), text) for key, text in _wrong_settings(settings, config)]
@@ -278,7 +278,7 @@ def _wrong_settings(settings: TuneSettings, config: Config) -> list[tuple[str, s
     return wrong
 
 
-def _place(document: Document, path: tuple[str, ...]) -> KeyPath:
+def _key_path(document: Document, path: tuple[str, ...]) -> KeyPath:
     """A dotted key is one key in the file, or one in each section."""
     return next(
         (

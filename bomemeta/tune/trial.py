@@ -26,8 +26,8 @@ from bomemeta.report import Quiet
 from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
 from bomemeta.session import resume_one
+from bomemeta.tune.locations import REPORT_FILE, folder_here, metrics_in
 from bomemeta.tune.placement import bundles_of, check_placement
-from bomemeta.tune.places import REPORT_FILE, folder_here, metrics_in
 from bomemeta.tune.space import flat
 from bomemeta.tune.spec import Search, override_texts, portable
 

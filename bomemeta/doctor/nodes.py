@@ -23,8 +23,8 @@ class Node(NamedTuple):
     )
 
 
-class Place(NamedTuple):
-    """`error`: why there are no nodes to look at."""
+class Machines(NamedTuple):
+    """Where a run would be computed. `error`: why there are no nodes to look at."""
 
     kind: Literal["serial", "local", "cluster"]
     nodes: Sequence[Node]
@@ -52,7 +52,7 @@ def kind_of(config: Config) -> Literal["serial", "local", "cluster"]:
     return "cluster" if joins else "local"
 
 
-def here(config: Config) -> Place:
+def here(config: Config) -> Machines:
     """This machine, alone: for a run without Ray, or with a cluster that it starts itself."""
     facts = machine.facts()
     kind = kind_of(config)
@@ -69,7 +69,7 @@ def here(config: Config) -> Place:
             else math.ceil(worker_range(config)[0] * config.cpus_per_worker)
         )
         resources["CPU"] = max(resources["CPU"], min(most, asked))
-    return Place(
+    return Machines(
         "serial" if kind == "serial" else "local",
         [Node("this machine", resources, facts)],
         resources,
@@ -95,19 +95,19 @@ def cores_of(node: Node) -> int:
     return int(node.facts["cores"] if node.facts else node.resources.get("CPU", 0))
 
 
-def workers_of(config: Config, place: Place) -> Workers:
-    if place.kind == "serial":
+def workers_of(config: Config, machines: Machines) -> Workers:
+    if machines.kind == "serial":
         return Workers(0, 0, 0)
     least, most = worker_range(config)
-    fits = sum(room(node.resources, config, most) for node in place.nodes)
-    return Workers(least, most, min(most, max(least, fits)) if place.nodes else most)
+    fits = sum(room(node.resources, config, most) for node in machines.nodes)
+    return Workers(least, most, min(most, max(least, fits)) if machines.nodes else most)
 
 
-def spread(config: Config, place: Place, workers: int) -> list[tuple[Node, int]]:
+def spread(config: Config, machines: Machines, workers: int) -> list[tuple[Node, int]]:
     """Nodes with the number of workers that each would get: one by one to the nodes that have room,
     as Ray's SPREAD does.
     """
-    left = [room(node.resources, config, workers) for node in place.nodes]
+    left = [room(node.resources, config, workers) for node in machines.nodes]
     given = [0] * len(left)
     for _ in range(workers):
         if not any(left):
@@ -115,4 +115,4 @@ def spread(config: Config, place: Place, workers: int) -> list[tuple[Node, int]]
         chosen = min((i for i in range(len(left)) if left[i]), key=lambda i: given[i])
         given[chosen] += 1
         left[chosen] -= 1
-    return [(node, count) for node, count in zip(place.nodes, given, strict=True) if count]
+    return [(node, count) for node, count in zip(machines.nodes, given, strict=True) if count]
