@@ -103,7 +103,7 @@ def test_memory_of_a_larger_shard_is_what_it_then_is(form: str, solver: dict[str
     config = load_config(
         {**FEW_SHOT, "solver": solver}, [f"problem.form={form}", "tasks_per_step=32", "shards=2"]
     )
-    figures = examine(config).figures
+    figures = examine(config).values
     assert figures["plan"]["largest"] == 16
     problem = build_problem(config)
     counted = DryRun(config, problem, build_solver(config, problem)).steps(16).worker_bytes
@@ -113,7 +113,7 @@ def test_memory_of_a_larger_shard_is_what_it_then_is(form: str, solver: dict[str
 
 @pytest.mark.parametrize("config", [FEW_SHOT, ANALYTIC, CLEANING], ids=["fresh", "pool", "shared"])
 def test_bytes_and_disk_are_those_of_a_run(config: dict[str, Any], tmp_path: Path) -> None:
-    figures = examine(config).figures
+    figures = examine(config).values
     done = bomemeta.train(config, [f"output_dir={tmp_path / 'run'}"])
     first = read_metrics(done.run_dir / "metrics.jsonl")[0]
     assert (figures["traffic"]["up"], figures["traffic"]["reduces"]) == (
@@ -130,7 +130,7 @@ def test_bytes_and_disk_are_those_of_a_run(config: dict[str, Any], tmp_path: Pat
 
 @pytest.mark.parametrize("keys", [[], ["solver.lower_optimizer=adamw"]], ids=["sgd", "adamw"])
 def test_lower_states_are_counted_for_all_tasks(keys: list[str], tmp_path: Path) -> None:
-    figures = examine(ANALYTIC, ["tasks_per_step=4", *keys]).figures
+    figures = examine(ANALYTIC, ["tasks_per_step=4", *keys]).values
     done = bomemeta.train(ANALYTIC, [f"output_dir={tmp_path / 'run'}", "steps=1", *keys])
     saved = load_latest(done.run_dir / "checkpoints").checkpoint
     assert figures["memory"]["lower_state_bytes"] == sum(
@@ -145,11 +145,11 @@ def test_memory_grows_with_inner_steps_where_it_does() -> None:
     stays = examine(FEW_SHOT, [*few, "solver.inner_steps=4"])
     assert levels(grows, "inner steps") == {"NOTE"}
     assert levels(stays, "inner steps") == {"OK"}
-    assert stays.figures["memory"]["bytes_per_inner_step"] == 0
+    assert stays.values["memory"]["bytes_per_inner_step"] == 0
     # 4 steps or 8: the difference is what was said of a step.
     twice = examine({**FEW_SHOT, "solver": {**unrolled, "inner_steps": 8}}, few)
-    more = twice.figures["memory"]["step_bytes"] - grows.figures["memory"]["step_bytes"]
-    assert more == pytest.approx(4 * grows.figures["memory"]["bytes_per_inner_step"], rel=0.02)
+    more = twice.values["memory"]["step_bytes"] - grows.values["memory"]["step_bytes"]
+    assert more == pytest.approx(4 * grows.values["memory"]["bytes_per_inner_step"], rel=0.02)
 
 
 def test_a_stream_is_measured_where_its_memory_is_full() -> None:
@@ -168,7 +168,7 @@ def test_a_stream_is_measured_where_its_memory_is_full() -> None:
     }
     report = examine(config)
     assert report.ok, report.lines()
-    assert report.figures["memory"]["step_bytes"] > 0
+    assert report.values["memory"]["step_bytes"] > 0
 
 
 def test_a_line_through_points() -> None:
@@ -311,7 +311,7 @@ def test_too_little_memory_disk_and_shared_memory(monkeypatch: pytest.MonkeyPatc
 
 def test_more_shards_are_proposed_where_these_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(FEW_SHOT, ["tasks_per_step=32", "shards=2", "workers=1"])
-    figures = examine(config).figures["memory"]
+    figures = examine(config).values["memory"]
     least = (
         figures["process_bytes"]
         + figures["driver_bytes"]

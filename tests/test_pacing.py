@@ -286,7 +286,7 @@ def resumed(straight: bomemeta.Result) -> list[str]:
 def test_doctor_counts_the_steps_without_x_as_a_run_has_them(name: str, tmp_path: Path) -> None:
     keys = [*SMALL, f"solver.name={name}", "solver.inner_lr=0.5", "steps=9", "workers=0"]
     report = bomemeta.doctor("mixing_quickstart", overrides=keys)
-    kinds = report.figures["steps_without_x"]
+    kinds = report.values["steps_without_x"]
     assert [kind["steps"] for kind in kinds.values()] == [2, 4]
     assert any("x moves in 3 of 9 steps" in finding.text for finding in report.findings)
     done = bomemeta.train("mixing_quickstart", [*keys, f"output_dir={tmp_path / 'run'}"])
@@ -297,4 +297,4 @@ def test_doctor_counts_the_steps_without_x_as_a_run_has_them(name: str, tmp_path
         assert kind["reduces"] == lines[step]["reduces"]
         assert 2 * kind["bytes_reduced"] == lines[step]["bytes_reduced"]
         assert kind["step_s"] > 0
-    assert report.figures["traffic"]["up"] == lines[3]["bytes_reduced"]
+    assert report.values["traffic"]["up"] == lines[3]["bytes_reduced"]
