@@ -18,7 +18,7 @@ from bomemeta.reproduce import (
     bome_toys,
     lancbio_cleaning,
     lancbio_synthetic,
-    report,
+    tables,
 )
 from bomemeta.reproduce.experiment import Experiment, Length, PaperRun, Record
 from bomemeta.reproduce.folder import Folder
@@ -84,9 +84,9 @@ def reproduce(
         say(
             f"{len(records)} of {len(runs)} runs are done and kept; the same command goes on from there"
         )
-        report.write(folder, experiment, records, identity)
+        tables.write(folder, experiment, records, identity)
         raise
-    report.write(folder, experiment, records, identity)
+    tables.write(folder, experiment, records, identity)
     return folder.path
 
 
