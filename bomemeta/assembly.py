@@ -126,6 +126,7 @@ def open_transport(
     try:
         from bomemeta.distributed.by_value import send_modules_by_value, why_not_sent
         from bomemeta.distributed.cluster import RayOptions
+        from bomemeta.distributed.leaders import LedTransport
         from bomemeta.distributed.ray_transport import RayTransport
     except ImportError as error:
         raise ClusterError(
@@ -148,10 +149,13 @@ def open_transport(
         reduce=config.reduce,
         backup_after=config.backup_after,
     )
+    # Without leaders: a number that follows the cluster, and kernels of all workers together.
+    led = config.workers != "auto" and config.reduce != "collective"
+    led = led and config.leaders_above is not None and most > config.leaders_above
     objects = {key: getattr(config, key) for key in SECTIONS}
     send_modules_by_value(objects)
     try:
-        return RayTransport(factory, options, say)
+        return (LedTransport if led else RayTransport)(factory, options, say)
     except BomemetaError:
         raise
     except Exception as error:

@@ -102,6 +102,7 @@ class Settings(_Record):
     address_wait_s: Annotated[float, Field(ge=0), _ASIDE] = 600.0  # with --restarts
     reduce: Annotated[Literal["driver", "tree", "collective"], _ASIDE] = "driver"
     backup_after: Annotated[Annotated[float, Field(gt=1)] | None, _ASIDE] = None
+    leaders_above: Annotated[_NotNegative | None, _ASIDE] = 64
     step_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
     start_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
     max_replacements: Annotated[_NotNegative, _ASIDE] = 100

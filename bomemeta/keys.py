@@ -39,6 +39,7 @@ class RunKeys(TypedDict, total=False):
     address: str | None
     reduce: Literal["driver", "tree", "collective"]
     backup_after: float | None
+    leaders_above: int | None
     step_timeout_s: float
     start_timeout_s: float
     max_replacements: int

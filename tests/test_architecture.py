@@ -66,6 +66,7 @@ WITH_RAY = {
     "distributed/collective.py",
     "distributed/fleet.py",
     "distributed/gauges.py",
+    "distributed/leaders.py",
     "distributed/losses.py",
     "distributed/node.py",
     "distributed/process_group.py",

@@ -134,6 +134,13 @@ class ShardActor:
         self._worker = pickle.loads(factory)(device)
         return Process(os.getpid(), birth_of(os.getpid()), context.get_node_id())
 
+    def lead(self, factory: bytes, paths: list[str]) -> Process:
+        """`build` of a leader, which computes nothing itself and needs no torch."""
+        sys.path.extend(path for path in paths if path not in sys.path)
+        self._worker = pickle.loads(factory)("cpu")
+        node_id = ray.get_runtime_context().get_node_id()
+        return Process(os.getpid(), birth_of(os.getpid()), node_id)
+
     def ping(self) -> None:
         pass
 

@@ -72,8 +72,14 @@ class Fleet(Slots):
         replacements: workers that were lost and replaced so far.
     """
 
-    def __init__(self, factory: WorkerFactory, options: RayOptions, on_event: EventSink) -> None:
-        super().__init__(options.workers)
+    def __init__(
+        self,
+        factory: WorkerFactory,
+        options: RayOptions,
+        on_event: EventSink,
+        role: str = "worker",
+    ) -> None:
+        super().__init__(options.workers, role)
         self.replacements = 0
         self.options = options
         self._factory = cloudpickle.dumps(factory)
@@ -317,6 +323,11 @@ class Fleet(Slots):
                 with suppress(Exception):
                     ray.get(ref, timeout=0)
 
+    def build(self, slot: Slot) -> Any:
+        """Has the slot's actor make its worker."""
+        paths = cluster.importable_paths()
+        return slot.actor.build.remote(self._factory, self.options.threads, paths)
+
     def _begin_start(self, slot: Slot) -> None:
         options = self.options
         made = actor_class(
@@ -327,8 +338,7 @@ class Fleet(Slots):
         )
         slot.actor, slot.process = made.remote(), None
         slot.unreached = 0
-        built = slot.actor.build.remote(self._factory, options.threads, cluster.importable_paths())
-        self.watch(slot, Phase.STARTING, [built], options.start_timeout_s)
+        self.watch(slot, Phase.STARTING, [self.build(slot)], options.start_timeout_s)
 
     def _place_again(self, slot: Slot, loss: WorkerUnplaced) -> None:
         # Of the first try: all tries together have start_timeout_s.

@@ -52,13 +52,17 @@ class RayTransport:
     """
 
     def __init__(
-        self, factory: WorkerFactory, options: RayOptions, on_event: EventSink = lambda line: None
+        self,
+        factory: WorkerFactory,
+        options: RayOptions,
+        on_event: EventSink = lambda line: None,
+        fleet: Fleet | None = None,
     ) -> None:
         self._options = options
         self._on_event = on_event
         # One deadline over the cluster's start and the workers'.
         self._start_by = time.monotonic() + options.start_timeout_s
-        self._fleet = Fleet(factory, options, on_event)
+        self._fleet = fleet or Fleet(factory, options, on_event)
         self._scheduler = Scheduler()
         self._collective: Any = None
         self._gauges = Gauges()
@@ -137,7 +141,7 @@ class RayTransport:
         self._note_spilling(broadcast.nbytes)
         shared = cluster.outgoing(broadcast, len(calls))
         sent = time.monotonic()
-        running = RayRound(self._options, self._fleet, self._scheduler, calls, shared)
+        running = RayRound(self._fleet.options, self._fleet, self._scheduler, calls, shared)
         try:
             running.give_out(())
             meanwhile()

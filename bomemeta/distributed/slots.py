@@ -57,9 +57,10 @@ class Slot:
     failed_starts: int = 0
     unreached: int = 0  # times in a row that its worker could not be reached
     absent_until: float = 0.0  # while ABSENT: not started again before, monotonic seconds
+    role: str = "worker"  # as messages say
 
     def __str__(self) -> str:
-        return f"worker {self.index}" + (f" (pid {self.process.pid})" if self.process else "")
+        return f"{self.role} {self.index}" + (f" (pid {self.process.pid})" if self.process else "")
 
 
 class Slots:
@@ -67,8 +68,8 @@ class Slots:
     them.
     """
 
-    def __init__(self, count: int) -> None:
-        self.slots = [Slot(index) for index in range(count)]
+    def __init__(self, count: int, role: str = "worker") -> None:
+        self.slots = [Slot(index, role=role) for index in range(count)]
         self._phases: dict[Phase, dict[int, Slot]] = {phase: {} for phase in Phase}
         self._phases[Phase.ABSENT] = {slot.index: slot for slot in self.slots}
         self.check: Callable[[], None] = nothing
