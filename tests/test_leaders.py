@@ -22,8 +22,8 @@ from bomemeta.distributed.summation import TreeSum
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.errors import DivergenceError
 
-WORKERS = 5
-# Lower variables that persist; three leaders, of four shards, four and three.
+WORKERS = 4
+# Lower variables that persist; two leaders, of eight shards and three.
 JOB: dict[str, Any] = {
     "imports": [str(Path(__file__).with_name("mortal.py"))],
     "problem": {"name": "mortal_analytic", "case": "quadratic", "tasks": 13},
@@ -31,7 +31,7 @@ JOB: dict[str, Any] = {
     "steps": 8, "tasks_per_step": 12, "shards": 11,
     "log": {"tensorboard": False},
 }  # fmt: skip
-LED = [f"workers={WORKERS}", "leaders_above=4", "cpus_per_worker=0.1"]
+LED = [f"workers={WORKERS}", "leaders_above=3", "cpus_per_worker=0.1", "start_timeout_s=900"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ class Echo:
         return f"{order} done", *(state + broadcast[0] for state in states)
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 600.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not come to that in time"
@@ -108,7 +108,7 @@ def test_groups_are_subtrees():
 
 
 def test_states_replies_and_errors_pass_through(ray_cluster):
-    options = RayOptions(workers=WORKERS, cpus_per_worker=0.1)
+    options = RayOptions(workers=WORKERS, cpus_per_worker=0.1, start_timeout_s=900.0)
     states = [np.full(3, number, np.float32) for number in range(14)]
     calls = [ShardCall(f"{n}", tuple(states[2 * n : 2 * n + 2]), 2) for n in range(7)]
     one = np.ones(1, np.float32)
@@ -124,17 +124,16 @@ def test_states_replies_and_errors_pass_through(ray_cluster):
         assert len(transport.run(one, calls).replies) == 7
         until(lambda: transport.run(one, calls) and transport.workers == (WORKERS, WORKERS))
         members, leaders = transport.worker_pids(), transport.leader_pids()
-        assert len(leaders) == 3
-        assert len({*members, *leaders}) == WORKERS + 3
+        assert len(leaders) == 2
+        assert len({*members, *leaders}) == WORKERS + 2
     until(lambda: not any(map(status, [*members, *leaders])))
 
 
-@pytest.mark.parametrize("reduce", ["driver", "tree"])
-def test_same_bits_with_a_member_killed(reduce, reference, ray_cluster, transports, tmp_path):
+def test_same_bits_with_a_member_killed(reference, ray_cluster, transports, tmp_path):
     mark = tmp_path / "mark"
     arm = ["problem.strike_step=4", "problem.strike_signal=SIGKILL", f"problem.strike_mark={mark}"]
     output = f"output_dir={tmp_path / 'run'}"
-    result = bomemeta.train(JOB, [output, *LED, *arm, f"reduce={reduce}"])
+    result = bomemeta.train(JOB, [output, *LED, *arm, "reduce=tree"])
     assert mark.exists()
     assert len(transports) == 1
     assert transports[0].replacements == 1
