@@ -51,6 +51,7 @@ TENSORBOARD_TAGS = {
     "reduces": "cost/reduces",
     "bytes_reduced": "cost/bytes_reduced",
     "driver_bytes": "cost/driver_bytes",
+    "exchanged_bytes": "cost/exchanged_bytes",
     "broadcast_s": "time/broadcast_s",
     "compute_s": "time/compute_s",
     "reduce_s": "time/reduce_s",

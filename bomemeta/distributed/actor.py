@@ -163,6 +163,5 @@ class ShardActor:
         )
 
         self._group: ProcessGroup = getattr(self, "_group", None) or ProcessGroup()
-        return request.execute(
-            self._worker, broadcast, member.rank, member.world, self._group.join(member)
-        )
+        self._group.join(member)
+        return request.execute(self._worker, broadcast, self._group)

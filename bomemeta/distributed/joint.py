@@ -16,9 +16,8 @@ from bomemeta.core.solver import Kernel, LowerStates, Reduced, Solver
 from bomemeta.core.tree import Layout, Params
 from bomemeta.distributed.packing import Packed, pack, unpack
 from bomemeta.distributed.rounds import SharedRun, StepRun, Traffic
-from bomemeta.distributed.summation import TreeSum
+from bomemeta.distributed.slices import Peers, SlicedSum, gathered, parts
 from bomemeta.distributed.transport import (
-    Gather,
     Handle,
     Round,
     ShardCall,
@@ -76,13 +75,13 @@ class JointKernel(NamedTuple):
     sent: Layout  # what is in the broadcast array
 
     def execute(
-        self, worker: ShardWorker, broadcast: np.ndarray, rank: int, world: int, gather: Gather
+        self, worker: ShardWorker, broadcast: np.ndarray, peers: Peers
     ) -> JointAnswer | None:
         """See `transport.JointRequest`; None from all but the first. Raises ClusterError where the
         members' results differ.
         """
         sent = unpack(Packed(self.sent, broadcast))
-        transport = _Gathering(worker, rank, world, gather)
+        transport, before = _Together(worker, peers), peers.sent_bytes
         given: dict[str, Any] = {
             "step": self.step, "steps": self.steps, "persistent": True, "split": self.split, "variant": self.variant,
             "differentiable": self.differentiable, "memory": sent.get("memory"),
@@ -94,8 +93,9 @@ class JointKernel(NamedTuple):
         result = shared(
             self.kernel, self.solver, sent["x"], self.lower, self.keeps, **self.arguments
         )
-        _check_agreement(result, gather)
-        return JointAnswer(result.sums, result.lower, shared.traffic) if rank == 0 else None
+        shared.traffic.exchanged_bytes = peers.sent_bytes - before
+        _check_agreement(result, peers)
+        return JointAnswer(result.sums, result.lower, shared.traffic) if peers.rank == 0 else None
 
 
 class JointRun(SharedRun):
@@ -138,16 +138,16 @@ class JointRun(SharedRun):
         return Reduced(answer.sums, answer.lower)
 
 
-class _Gathering:
-    """A transport inside a worker: computes the member's own calls and gets the others' shares from
-    the other members.
+class _Together:
+    """A transport inside a worker: computes the member's own calls, and adds its own and the others'
+    shares with the other members.
     """
 
     collective = False
     workers = None
 
-    def __init__(self, worker: ShardWorker, rank: int, world: int, gather: Gather) -> None:
-        self._worker, self._rank, self._world, self._gather = worker, rank, world, gather
+    def __init__(self, worker: ShardWorker, peers: Peers) -> None:
+        self._worker, self._peers = worker, peers
 
     def run(
         self,
@@ -156,26 +156,15 @@ class _Gathering:
         meanwhile: Callable[[], None] = nothing,
     ) -> Round:
         meanwhile()
-        numbers = [range(len(calls))]
-        if len(calls) > 1:
-            numbers = [cut.tolist() for cut in np.array_split(np.arange(len(calls)), self._world)]
-        own = numbers[self._rank if len(calls) > 1 else 0]  # one call: everyone computes it
-        answers = [self._worker.execute(calls[number].request, broadcast) for number in own]
-        shares = [share for _, share in answers]
-        total = TreeSum(len(calls))
-        if len(calls) > 1:
-            most = max(len(cut) for cut in numbers)
-            padded = np.stack(shares + [np.zeros_like(shares[0])] * (most - len(shares)))
-            everyones = [
-                row
-                for cut, rows in zip(numbers, self._gather(padded), strict=True)
-                for row in rows[: len(cut)]
-            ]
-        else:
-            everyones = shares
-        for number, share in enumerate(everyones):
-            total.add(number, share)
-        return Round([ShardReply(answers[0][0], ())] * len(calls), 0.0, 0.0, 0.0, total.total)
+        if len(calls) == 1:  # everyone computes it
+            reply, total = self._worker.execute(calls[0].request, broadcast)
+            return Round([ShardReply(reply, ())], 0.0, 0.0, 0.0, total)
+        shares = SlicedSum(self._peers, len(calls))
+        for number in parts(len(calls), self._peers.world)[self._peers.rank]:
+            reply, share = self._worker.execute(calls[number].request, broadcast)
+            shares.add(number, share)
+            del share  # it is added to the next one's
+        return Round([ShardReply(reply, ())] * len(calls), 0.0, 0.0, 0.0, shares.total())
 
     def run_together(self, broadcast: np.ndarray, request: Any, shards: int) -> Any:
         raise NotImplementedError("a worker asks nobody")
@@ -200,12 +189,13 @@ def _arrays(result: Reduced | JointAnswer) -> Iterator[np.ndarray]:
     yield from result.lower.handles.values()
 
 
-def _check_agreement(result: Reduced, gather: Gather) -> None:
+def _check_agreement(result: Reduced, peers: Peers) -> None:
     """All members went the same way to the same bits. They can differ only where their machines do."""
     digest = hashlib.sha256()
     for array in _arrays(result):
         digest.update(array.tobytes())
-    if len({found.tobytes() for found in gather(np.frombuffer(digest.digest(), np.uint8))}) > 1:
+    own = np.frombuffer(bytearray(digest.digest()), np.uint8)
+    if len({found.tobytes() for found in gathered(peers, own)}) > 1:
         raise ClusterError(
             "reduce: collective: the workers computed different results from the same numbers, as machines with different processors "
             "or libraries do. Use reduce: tree, where each sum is computed once"

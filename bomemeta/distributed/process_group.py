@@ -7,12 +7,11 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 import torch
 import torch.distributed
 
-from bomemeta.distributed.transport import Gather
+from bomemeta.distributed.slices import Parcels
 
 dist: Any = torch.distributed  # whose stubs leave out what is used here
 FORM_TIMEOUT_S = 30.0  # for the members to find each other
@@ -34,34 +33,46 @@ class Member(NamedTuple):
 
 
 class ProcessGroup:
-    """The group that a worker is in now, if in any."""
+    """The group that a worker is in now, if in any. See `slices.Peers`."""
+
+    rank, world = 0, 1
 
     def __init__(self) -> None:
+        self.sent_bytes = 0
         self._member: Member | None = None
         self._group: Any = None
 
-    def join(self, member: Member) -> Gather:
-        """What gathers in the member's group, which is formed where it is a new one. Raises
-        GroupBroken.
-        """
-        if member != self._member:
-            self._group, self._member = None, None
-            if member.world > 1:
-                self._group = _formed(member)
-            self._member = member
-        return self._gather
+    def join(self, member: Member) -> None:
+        """Forms the member's group where it is a new one. Raises GroupBroken."""
+        if member == self._member:
+            return
+        self._group, self._member = None, None
+        self.rank, self.world = member.rank, member.world
+        if member.world > 1:
+            self._group = _formed(member)
+        self._member = member
 
-    def _gather(self, own: np.ndarray) -> list[np.ndarray]:
-        assert self._member is not None
-        if self._group is None:
-            return [own]
-        mine = torch.from_numpy(np.ascontiguousarray(own))
-        found = [torch.empty_like(mine) for _ in range(self._member.world)]
+    def swap(self, out: Parcels, into: Parcels) -> None:
+        """See `slices.Peers`. Raises GroupBroken."""
+        moved = []
         try:
-            self._group.allgather([found], [mine]).wait()
+            # Straight out of and into the arrays' memory. Half of what gloo's own all-to-all and
+            # all-gather take (1e7 numbers on 2 processes: 62 ms for both against 214).
+            for rank, array in into:
+                if array.size:
+                    moved.append(self._group.recv([torch.from_numpy(array)], rank, 0))
+            for rank, array in out:
+                if array.size:
+                    moved.append(self._group.send([torch.from_numpy(array)], rank, 0))
+                    self.sent_bytes += array.nbytes
+            for work in moved:
+                work.wait()
         except RuntimeError as error:
-            raise GroupBroken(f"epoch {self._member.epoch}: {error}") from error
-        return [tensor.numpy() for tensor in found]
+            assert self._member is not None
+            epoch = self._member.epoch
+            # Closes what leads to the others, who may wait for this member and not for the lost one.
+            self._group, self._member = None, None
+            raise GroupBroken(f"epoch {epoch}: {error}") from error
 
 
 def _formed(member: Member) -> Any:

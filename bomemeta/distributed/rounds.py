@@ -36,11 +36,13 @@ class Traffic:
     reduces: int = 0  # rounds whose answers were added
     bytes_reduced: int = 0  # over all shards, wherever they were added
     driver_bytes: int = 0  # that came to the driver
+    exchanged_bytes: int = 0  # that one worker sent to the others (reduce: collective)
 
     def add(self, other: Traffic) -> None:
         self.reduces += other.reduces
         self.bytes_reduced += other.bytes_reduced
         self.driver_bytes += other.driver_bytes
+        self.exchanged_bytes += other.exchanged_bytes
 
 
 class StepRun:

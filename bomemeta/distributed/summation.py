@@ -45,15 +45,17 @@ def added(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 class TreeSum:
-    """Adds shares as they arrive, in whatever order, and holds no more of them than it must."""
+    """Adds shares as they arrive, in whatever order, and holds no more of them than it must. Sums of
+    some of them, added elsewhere, can be given in their place.
+    """
 
     def __init__(self, leaves: int) -> None:
         self._leaves = leaves
         self._parents = {child: merge for merge in merges(leaves) for child in merge[1:]}
         self._waiting: dict[int, np.ndarray] = {}
 
-    def add(self, leaf: int, share: np.ndarray) -> None:
-        node = leaf
+    def add(self, node: int, share: np.ndarray) -> None:
+        """`node`: a shard, or a node of the tree of which nothing below was given."""
         while (merge := self._parents.get(node)) is not None:
             other = merge.left if node == merge.right else merge.right
             if other not in self._waiting:
@@ -61,6 +63,11 @@ class TreeSum:
             sides = {node: share, other: self._waiting.pop(other)}
             node, share = merge.node, added(sides[merge.left], sides[merge.right])
         self._waiting[node] = share
+
+    @property
+    def nodes(self) -> dict[int, np.ndarray]:
+        """What was added so far: nodes of the tree whose other side is not there yet."""
+        return dict(self._waiting)
 
     @property
     def total(self) -> np.ndarray:

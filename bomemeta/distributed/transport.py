@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from bomemeta.distributed.slices import Peers
+
 # A per-task lower state on its way between steps: an array (serial, or fresh from a checkpoint) or
 # a `ray.ObjectRef`.
 Handle = Any
@@ -74,16 +76,10 @@ def nothing() -> None:
     pass
 
 
-# All members' arrays in the order of their ranks; every member gives one of the same shape.
-Gather = Callable[[np.ndarray], list[np.ndarray]]
-
-
 class JointRequest(Protocol):
     """What all workers execute together, as the members of a group."""
 
-    def execute(
-        self, worker: Any, broadcast: np.ndarray, rank: int, world: int, gather: Gather
-    ) -> Any:
+    def execute(self, worker: Any, broadcast: np.ndarray, peers: Peers) -> Any:
         """Runs on every member at once; what the first returns is the answer. Members that are
         alike get the same bits.
         """

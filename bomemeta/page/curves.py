@@ -16,8 +16,8 @@ OF_TASK = re.compile(r"accuracy_task_\d+")
 # What has a chart or a table of its own, or is a cost and no curve.
 ELSEWHERE = {
     *PARTS, "step_s", "upper_loss", "lower_loss", "multiplier", "gap", "multiplier_zero_share", "gradient_evaluations", "hessian_products",
-    "reduces", "bytes_reduced", "driver_bytes", "stationarity_gradient", "stationarity_gap", "hypergradient_norm", "residual",
-    "upper_norm", "upper_update_norm", "learning_rate", "grad_upper_gap_norm", "grad_lower_gap_norm",
+    "reduces", "bytes_reduced", "driver_bytes", "exchanged_bytes", "stationarity_gradient", "stationarity_gap", "hypergradient_norm",
+    "residual", "upper_norm", "upper_update_norm", "learning_rate", "grad_upper_gap_norm", "grad_lower_gap_norm",
 }  # fmt: skip
 MOST_OTHERS = 8
 
