@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import struct
 import zipfile
 from pathlib import Path
@@ -110,3 +111,37 @@ def test_orders_of_bytes_and_of_axes_are_read_as_meant(tmp_path: Path) -> None:
         assert found.dtype.isnative
         assert found.flags.c_contiguous
         assert found.flags.writeable
+
+
+def test_workers_map_what_one_of_them_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOMEMETA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(archives.SHARED, "1")
+    path, large = tmp_path / "a.npz", np.arange(200_000.0)
+    np.savez_compressed(path, x=large, n=np.arange(3))
+
+    def mapped() -> bool:
+        found = archives.read(path, ["x", "n"])
+        assert np.array_equal(found["x"], large)
+        assert found["n"].tolist() == [0, 1, 2]
+        base = found["x"]
+        while isinstance(base, np.ndarray):
+            base = base.base
+        found["x"][0] = 7.0  # a copy of this page alone
+        return isinstance(base, mmap.mmap)
+
+    assert mapped()
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, "_read", None)  # it is not read again
+        assert mapped()
+    (cached,) = (tmp_path / "cache" / "arrays").glob("*/x.npy")
+    cached.write_bytes(cached.read_bytes()[:-100])  # damaged: the archive is read
+    assert not mapped()
+    large = large + 1
+    np.savez(path, x=large, n=np.arange(3))  # another file in its place
+    assert mapped()
+    monkeypatch.setenv("BOMEMETA_CACHE", str(path / "none"))  # cannot be written
+    assert not mapped()
+    with pytest.raises(DataError, match="it has no array y"):
+        archives.read(path, ["y"])

@@ -1,9 +1,13 @@
 """Where archives of arrays (`.npz`) lie, how they are read and written. Pickles are refused:
 nothing in a data file is executed.
+
+The workers of a node share what they read: the first writes the arrays, as they are in memory, to
+the cache, and all map them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import tempfile
@@ -20,6 +24,9 @@ from bomemeta.boundary import refusing
 from bomemeta.errors import DataError
 from bomemeta.limits import available_memory, said
 from bomemeta.paths import absolute
+
+SHARED = "BOMEMETA_SHARED_DATA"  # "1" in the environment of workers, unless the user has set it
+MAPPED_BYTES = 2**20  # smaller arrays are read into memory all the same
 
 
 def data_folder(dataset: str, root: str | None, prepared: str | None = None) -> Path:
@@ -51,13 +58,47 @@ def find(dataset: str, file: str, root: str | None) -> Path:
 
 
 def read(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The named arrays of an archive, in this machine's byte order.
+    """The named arrays of an archive, in this machine's byte order; in workers, memory that is
+    shared until it is written.
 
     Raises DataError where the file is damaged, encrypted, holds pickles, lacks one of them, or says
     that one is larger than what is there or than what this machine has free. What an array declares
     is compared with the bytes that are there before anything is read.
     """
 
+    if os.environ.get(SHARED) != "1" or not path.exists():
+        return _read(path, names)
+    from bomemeta.data.image_cache import cache_folder, locked, write_folder
+
+    state = path.stat()
+    key = repr((str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino, list(names)))
+    here = cache_folder() / "arrays" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    arrays: dict[str, NDArray[Any]] = {}
+
+    def fill(part: Path) -> None:
+        for name, array in arrays.items():
+            np.save(part / f"{name}.npy", array)
+
+    try:
+        if not here.is_dir():
+            with locked(here.with_suffix(".lock")):  # one reads, the others wait
+                if not here.is_dir():
+                    arrays = _read(path, names)
+                    if sum(array.nbytes for array in arrays.values()) < MAPPED_BYTES:
+                        return arrays
+                    write_folder(here, fill)
+        return {name: _mapped(here / f"{name}.npy") for name in names}
+    except (OSError, ValueError, DataError):  # a cache that cannot be written, or is damaged
+        return arrays or _read(path, names)
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    size = path.stat().st_size
+    mode: Any = "c" if size >= MAPPED_BYTES else None
+    return np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
+
+
+def _read(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     def unreadable(why: str) -> DataError:
         wanted = f"{path} is not a readable archive of the arrays {', '.join(names)}"
         return DataError(f"{wanted}: {why}. Delete it and get it again")

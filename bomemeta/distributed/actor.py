@@ -117,6 +117,7 @@ class ShardActor:
         # actor's CPUs.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = str(threads)
+        os.environ.setdefault("BOMEMETA_SHARED_DATA", "1")  # see data.archives
         sys.path.extend(path for path in paths if path not in sys.path)
         import torch
 
