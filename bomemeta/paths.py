@@ -26,6 +26,8 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, as Linux's file systems have th
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?")
 # Where runs can be kept; pyarrow has others, which keep nothing or need a library of their own.
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
+# "1" in the environment of workers, unless the user has set it: they share what they read.
+SHARED_DATA = "BOMEMETA_SHARED_DATA"
 
 
 def absolute(typed: str | Path, folder: Path | None = None, what: str = "") -> Path:

@@ -13,6 +13,7 @@ import pytest
 
 from bomemeta.data import archives
 from bomemeta.errors import DataError
+from bomemeta.paths import SHARED_DATA
 
 
 def npy(header: str, body: bytes = b"", version: int = 1) -> bytes:
@@ -117,7 +118,7 @@ def test_workers_map_what_one_of_them_has_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BOMEMETA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv(archives.SHARED, "1")
+    monkeypatch.setenv(SHARED_DATA, "1")
     path, large = tmp_path / "a.npz", np.arange(200_000.0)
     np.savez_compressed(path, x=large, n=np.arange(3))
 

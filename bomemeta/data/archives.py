@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from bomemeta.boundary import refusing
 from bomemeta.errors import DataError
 from bomemeta.limits import available_memory, said
-from bomemeta.paths import absolute
+from bomemeta.paths import SHARED_DATA, absolute
 
-SHARED = "BOMEMETA_SHARED_DATA"  # "1" in the environment of workers, unless the user has set it
 MAPPED_BYTES = 2**20  # smaller arrays are read into memory all the same
 
 
@@ -66,7 +65,7 @@ def read(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     is compared with the bytes that are there before anything is read.
     """
 
-    if os.environ.get(SHARED) != "1" or not path.exists():
+    if os.environ.get(SHARED_DATA) != "1" or not path.exists():
         return _read(path, names)
     from bomemeta.data.image_cache import cache_folder, locked, write_folder
 

@@ -19,6 +19,7 @@ from bomemeta.distributed.losses import crash_in
 from bomemeta.distributed.summation import added
 from bomemeta.distributed.transport import checked_returns
 from bomemeta.errors import ClusterError
+from bomemeta.paths import SHARED_DATA
 
 # How long another node is asked how a worker there ended.
 CRASH_ANSWER_S = 5.0
@@ -117,7 +118,7 @@ class ShardActor:
         # actor's CPUs.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = str(threads)
-        os.environ.setdefault("BOMEMETA_SHARED_DATA", "1")  # see data.archives
+        os.environ.setdefault(SHARED_DATA, "1")
         sys.path.extend(path for path in paths if path not in sys.path)
         import torch
 
