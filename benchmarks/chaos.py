@@ -80,6 +80,7 @@ class Nodes:
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1",
+            "RAY_worker_niceness": "0",  # or workers starve where others are at work too
         }  # fmt: skip
         self.head: subprocess.Popen[bytes] | None = None
         self.others: list[subprocess.Popen[bytes]] = []
@@ -145,6 +146,7 @@ class Chaos:
         self.overrides = [
             f"output_dir={self.output}", f"address={self.nodes.address}", f"workers={WORKERS}",
             f"problem.load_s={LOAD_S}", "step_timeout_s=15", "address_wait_s=120",
+            "wait_for_room_s=120",
         ]  # fmt: skip
 
     def command(self) -> None:
