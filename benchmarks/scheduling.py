@@ -168,12 +168,14 @@ def real_row(workers: int, repetitions: int, led: bool) -> dict[str, Any]:
             transport.run(x, calls)
             cpu.append(time.process_time() - started[0])
             wall.append(time.perf_counter() - started[1])
-    return {
+    row = {
         "workers": workers,
         "led": led,
         "cpu_ms": 1000 * float(np.median(cpu)),
         "wall_ms": 1000 * float(np.median(wall)),
     }
+    print(row, flush=True)  # the next may take minutes
+    return row
 
 
 def table(result: dict[str, Any]) -> str:
