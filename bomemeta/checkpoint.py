@@ -1,4 +1,4 @@
-"""What a run needs to go on to the same bits, written whole or not at all and read without
+"""What a run needs to be resumed to the same bits, written whole or not at all and read without
 executing anything.
 
 A file ends with the SHA-256 of everything before it, as the comment of a zip archive (which is what

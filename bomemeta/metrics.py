@@ -63,7 +63,7 @@ TENSORBOARD_TAGS = {
 class MetricsLog:
     """metrics.jsonl, one flushed line per step, and TensorBoard's event files where asked for.
 
-    Opening it for a run that goes on at `from_step` drops the lines of that step and later ones,
+    Opening it for a run that is resumed at `from_step` drops the lines of that step and later ones,
     which will be computed again, and a last line that a kill cut short.
     """
 

@@ -35,7 +35,7 @@ NEVER_S = 1e9
 
 
 class SeedRequest(NamedTuple):
-    """What a worker is asked for one seed: exactly one of training, going on and evaluating."""
+    """What a worker is asked for one seed: exactly one of training, resuming and evaluating."""
 
     seed: int
     location: str  # of its folder: a path or a URI

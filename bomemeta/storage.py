@@ -188,9 +188,9 @@ class Mirror:
         return self._store.names()
 
     def fetch(self) -> None:
-        """Copies what is there into the local folder: all that going on needs. Raises StorageError."""
+        """Copies what is there into the local folder: all that a resumed run needs. Raises StorageError."""
         for name in self.names():
-            # Seeds are runs of their own, and event files of a run that goes on begin anew.
+            # Seeds are runs of their own, and event files of a resumed run begin anew.
             if not name.startswith(("seed-", "tensorboard/")):
                 self._store.get(name, self.folder / name)
                 self._sent[name] = _stamp(self.folder / name)

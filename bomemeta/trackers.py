@@ -22,7 +22,7 @@ from bomemeta.run_folder import RunFolder
 
 # What both call a project that nobody named.
 PROJECT = "bomemeta"
-# In the run folder: which of the tracker's runs it is, for a run that goes on.
+# In the run folder: which of the tracker's runs it is, for a resumed run.
 FILE = "trackers.json"
 # MLflow's own limits on one request.
 METRICS_AT_ONCE, PARAMS_AT_ONCE, LONGEST_PARAM = 1000, 100, 6000
@@ -164,7 +164,7 @@ class WandB:
             reinit="create_new",  # the caller may have a run of their own
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Its own count of steps may not go back, as a run does that goes on from a checkpoint.
+        # Its own count of steps may not go back, as a run does that is resumed from a checkpoint.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

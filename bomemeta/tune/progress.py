@@ -22,7 +22,7 @@ WAITING_S = 30.0
 
 class _Live:
     """What belongs to this process and not to the search: Tune pickles its callbacks, and hands
-    copies back when a search goes on.
+    copies back when a search is resumed.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         if _live.interrupted:
             signal.raise_signal(
                 signal.SIGUSR1
-            )  # the one signal at which Tune ends a search that goes on later
+            )  # the one signal at which Tune ends a search that is resumed later
         if any(trial.status == "RUNNING" for trial in trials):
             _live.idle_since, _live.told = time.monotonic(), False
         elif not _live.told and time.monotonic() - _live.idle_since > WAITING_S:

@@ -81,7 +81,7 @@ class TuneSettings(_Record):
     output_dir: str | None = None
 
 
-# Keys that do not say what is searched, and may differ when a search goes on.
+# Keys that do not say what is searched, and may differ when a search is resumed.
 RESULT_NEUTRAL = frozenset({"concurrent", "max_failures", "driver_cpus", "output_dir"})
 
 

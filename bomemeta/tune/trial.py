@@ -31,7 +31,7 @@ from bomemeta.tune.placement import bundles_of, check_placement
 from bomemeta.tune.space import flat
 from bomemeta.tune.spec import Search, override_texts, portable
 
-# The name under which Tune knows the function; a search that goes on is refused another one.
+# The name under which Tune knows the function; a resumed search is refused another one.
 NAME = "bomemeta"
 # Another try may go better: what the disk, the cluster or another process did. All else would fail
 # again in the same way.
@@ -122,7 +122,7 @@ def _trainable(plan: TrialSpec, settings: Config, driver_cpus: float) -> Trainab
 
 
 def run_trial(plan: TrialSpec, config: Mapping[str, Any]) -> None:
-    """Begins the trial, or goes on from the checkpoint that Tune hands it, and reports until the
+    """Begins the trial, or resumes it from the checkpoint that Tune hands it, and reports until the
     run's end.
     """
     # A process that is used again waits for the last trial to close its workers, which Tune would
@@ -245,7 +245,7 @@ class _Reporter(Quiet):
     )  # from which step on which values held
 
     def take_over(self, reported: Mapping[str, Any]) -> None:
-        """What was reported with the checkpoint that the run goes on from."""
+        """What was reported with the checkpoint that the run is resumed from."""
         self.metrics, self.lineage = metrics_in(reported), list(reported["lineage"])
 
     def start(
