@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_submit
 import yaml
 from house import Heated
 from ray_head import ray_head
@@ -90,7 +91,10 @@ def test_a_job_has_the_module_of_its_class(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow  # a Ray head with its dashboard, and a job on it: a minute
-def test_a_run_of_objects_as_a_job_reaches_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_of_objects_as_a_job_reaches_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_submit, "JOB_S", 900.0)  # a guard against a job that hangs
     project, out = made_folder(tmp_path / "project"), tmp_path / "out"
     first = json.loads((project / "first" / "result.json").read_text())
     words = ["bomemeta", "submit", "first/config.yaml", f"output_dir={out}", "workers=1"]
