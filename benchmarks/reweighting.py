@@ -13,8 +13,10 @@ solver, and its honest controls, at equal steps of the network.
 | fine_tuned | plain, and then steps on the clean set alone from there |
 
 Every run of a seed has the same samples and starts at the same y. `last_*` is at the end (of `stopped`: where it
-stopped), `best_*` is the best on the test set along the way, which no user can have: it is there because papers report
-it. Differences are taken seed by seed from `learned`, by `bomemeta compare`'s statistics.
+stopped), `best_*` is the best along the way, which no user can have: it is there because papers report it. `f1` is of
+the labels declared wrong: by their weights, and in the runs that have none by their losses, as many of the largest as
+there are wrong ones, a number that a user would have to guess. Differences are taken seed by seed from `learned`, by
+`bomemeta compare`'s statistics. The histogram is of the weights of `learned` at its end.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from bomemeta.config import Config, load_config
 from bomemeta.core.problem import Batch, Encoded
 from bomemeta.core.solver import LowerStates
 from bomemeta.core.tree import Params
+from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.engine import Trainer
 from bomemeta.environment import environment, environment_line
 from bomemeta.evaluation import own_metrics
@@ -45,6 +48,7 @@ CONFIG = "configs/reweighting_cifar10n.yaml"
 # Meta-Weight-Net's own optimiser of its net (Shu et al., NeurIPS 2019).
 MWN = ("solver.upper_optimizer=adam", "solver.upper_lr=0.001")
 FIGURES = ("test_accuracy", "test_loss", "f1")
+TENTHS = 10  # bars of the histogram
 Point = dict[str, float]
 
 
@@ -65,13 +69,73 @@ class CleanAlone(Reweighting):
         return self.upper_loss(encoded, lower, batch) + batch["share"] * self.decay / 2 * square
 
 
-def walked(trainer: Trainer, steps: int, every: int) -> list[Point]:
-    """The problem's figures at every so many steps and at the end."""
+def walked(trainer: Trainer, steps: int, every: int, weighted: bool = False) -> list[Point]:
+    """The problem's figures at every so many steps and at the end; `f1` by the samples' losses where
+    they are not weighted.
+    """
     points: list[Point] = []
     while trainer.state.step < steps:
         trainer.advance(min(every, steps - trainer.state.step))
-        points.append({"step": float(trainer.state.step), **own_metrics(trainer)})
+        found = own_metrics(trainer) | ({} if weighted else by_loss(trainer))
+        points.append({"step": float(trainer.state.step), **found})
     return points
+
+
+def shared_y(trainer: Trainer) -> Params:
+    """The run's y."""
+    rows = torch.tensor(trainer.transport.fetch(list(trainer.state.lower.handles.values())[:1])[0])
+    tasks = unpack_tasks(PackedTasks(trainer.state.lower.layout, rows[None]))["y"]
+    return {name: tensor[0] for name, tensor in tasks.items()}
+
+
+def of_samples(trainer: Trainer) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every training sample its loss at the run's y, its weight, and whether its label is wrong."""
+    problem, lower = trainer.problem, shared_y(trainer)
+    upper = trainer.state.upper.averaged
+    assert isinstance(problem, Reweighting)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad():
+        for block in range(problem.num_blocks):
+            stacked = problem.load([block], trainer.state.step, "test")
+            batch = {name: tensor[0] for name, tensor in stacked.items()}
+            losses, weights = problem.losses_and_weights(problem.encode(upper, batch), lower, batch)
+            real = batch["scale"] > 0  # filling is no sample
+            found.append((losses[real], weights[real], batch["wrong"][real]))
+    losses, weights, wrong = (torch.cat(each) for each in zip(*found, strict=True))
+    return losses, weights, wrong
+
+
+def by_loss(trainer: Trainer) -> Point:
+    """F1 of the largest losses, as many as there are wrong labels (so precision is recall is F1)."""
+    losses, _, wrong = of_samples(trainer)
+    count = int(wrong.sum())
+    return {"f1": float(wrong[losses.topk(count).indices].double().mean()) if count else 0.0}
+
+
+def histogram(trainer: Trainer) -> Point:
+    """`right_0` .. `right_9`, `wrong_0` ..: the shares of the right and of the wrong samples whose weight is in
+    each tenth of [0, 2].
+    """
+    _, weights, wrong = of_samples(trainer)
+    found: Point = {}
+    for name, which in (("right", ~wrong), ("wrong", wrong)):
+        counts = torch.histc(weights[which], TENTHS, 0, 2)
+        found |= {
+            f"{name}_{tenth}": float(count / counts.sum()) for tenth, count in enumerate(counts)
+        }
+    return found
+
+
+def histogram_table(lasts: Sequence[Point]) -> str:
+    """The mean over the seeds, in per cent."""
+    lines = [
+        f"| weights of learned, % | {' | '.join(f'{k / 5:.1f}-{(k + 1) / 5:.1f}' for k in range(TENTHS))} |",
+        f"|{'---|' * (TENTHS + 1)}",
+    ]
+    for name in ("right", "wrong"):
+        shares = [sum(last[f"{name}_{k}"] for last in lasts) / len(lasts) for k in range(TENTHS)]
+        lines.append(f"| {name} labels | {' | '.join(f'{100 * share:.1f}' for share in shares)} |")
+    return "\n".join(lines) + "\n\n"
 
 
 def figures(points: Sequence[Point], last: Point | None = None) -> Point:
@@ -103,10 +167,11 @@ def of_seed(
     base = settings(f"steps={steps}")
     inner = int(getattr(base.solver, "inner_steps", 1))
     with trainer_of(base) as trainer:
-        found = {"learned": walked(trainer, steps, every)}
+        found = {"learned": walked(trainer, steps, every, weighted=True)}
+        found["learned"][-1] |= histogram(trainer)
     one = ("solver.name=itd", "solver.inner_steps=1", f"steps={steps * inner}")
     with trainer_of(settings("problem.weights=loss_net", *one, *MWN)) as trainer:
-        found["mwn"] = walked(trainer, steps * inner, every * inner)
+        found["mwn"] = walked(trainer, steps * inner, every * inner, weighted=True)
 
     descent = ("problem.weights=sample", "solver.name=lower_only")
     config = settings(*descent, f"steps={steps}")
@@ -168,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seeds = {seed: summaries(runs) for seed, runs in curves.items()}
     table = compared(seeds, load_config(options.config, options.set).to_dict())
     where = environment()
-    text = f"{markdown(table)}* {options.steps} steps, {fine} of fine-tuning; {environment_line(where)}\n"
+    weights = histogram_table([runs["learned"][-1] for runs in curves.values()])
+    text = f"{markdown(table)}\n{weights}* {options.steps} steps, {fine} of fine-tuning; {environment_line(where)}\n"
     (options.out / "table.md").write_text(text)
     result = {"comparison": json.loads(as_json(table)), "seeds": seeds, "environment": where}
     (options.out / "table.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -261,14 +261,16 @@ class Reweighting(SharedProblem):
         return (batch["clean_scale"] * losses).sum()
 
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
-        losses, weights = self._weighted(encoded, lower, batch)
+        losses, weights = self.losses_and_weights(encoded, lower, batch)
         loss = (batch["scale"] * weights * losses).sum()
         if self.decay == 0:
             return loss
         square = torch.stack([(tensor**2).sum() for tensor in lower.values()]).sum()
         return loss + batch["share"] * self.decay / 2 * square
 
-    def _weighted(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    def losses_and_weights(
+        self, encoded: Encoded, lower: Params, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
         """The training samples' losses and weights."""
         logits = self.logits(lower, batch["inputs"])
         if self.weights == "labels":
@@ -289,7 +291,7 @@ class Reweighting(SharedProblem):
             metrics[f"{name}_accuracy"] = (scale * (logits.argmax(1) == labels)).sum()
             metrics[f"{name}_loss"] = (scale * losses).sum()
         real = batch["scale"] > 0  # filling is no sample
-        _, weights = self._weighted(encoded, lower, batch)
+        _, weights = self.losses_and_weights(encoded, lower, batch)
         found = weights < self.wrong_below
         if self.weights == "labels":
             found = encoded["soft"].argmax(1) != batch["labels"]
