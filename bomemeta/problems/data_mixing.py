@@ -50,7 +50,7 @@ class DataMixing(SharedProblem):
     `mixture`: x's start, uniform, proportional to the domains' sizes, or a number for each domain;
     with solver `lower_only` it is a fixed mixture. The target's text is cut: its last tenth is for
     f, one half, and for testing, the other; its domain keeps the rest. A subclass may define
-    `network`, and `losses` where tokens are not bytes.
+    `network`, and `init_lower` with `logits` where y is a part of it (docs/howto/language_model.md).
     """
 
     minibatches = True
@@ -113,7 +113,7 @@ class DataMixing(SharedProblem):
                     f"problem.context: {self.context} bytes are too many for {name}, which has {len(text)}"
                 )
         self._start = self._mixture({name: len(text) for name, text in texts.items()})
-        self._net = self.network().to(self.dtype)
+        self.net = self.network().to(self.dtype)
         self._tests: Batch | None = None
 
     def check_data(self) -> dict[str, Any]:
@@ -223,9 +223,14 @@ class DataMixing(SharedProblem):
         like = encoded["weights"]
         return {name: tensor.detach().to(like) for name, tensor in net.named_parameters()}
 
+    def logits(self, lower: Params, tokens: Tensor) -> Tensor:
+        """Of the next tokens, `[n, context, tokens]`; of parameters that are not in y, the network's own."""
+        found: Tensor = functional_call(self.net, lower, (tokens,))
+        return found
+
     def losses(self, lower: Params, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of each sequence, [n], from tokens `[n, context + 1]`."""
-        logits = functional_call(self._net, lower, (tokens[:, :-1],))
+        logits = self.logits(lower, tokens[:, :-1])
         after = tokens[:, 1:]
         each = functional.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="none")
         return each.view(after.shape).mean(1)
