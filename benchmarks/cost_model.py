@@ -64,7 +64,8 @@ class Kernel(NamedTuple):
     hessian_products: float
     pull_backs: int  # backward passes through `encode`
     rounds: tuple[int, ...]  # numbers in each shard's share, by round
-    answer: int  # numbers that come back where all workers run it together (reduce: collective)
+    # Numbers that come back where all workers run it together (reduce: collective): y stays there.
+    answer: int
 
 
 class Cost(NamedTuple):
@@ -132,12 +133,7 @@ def _(solver: BOME, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     if sizes.where == "fresh":
         evaluations += solver.adapt_steps + 2 * solver.barrier_steps + gap
         return [Kernel(evaluations, 0, vectors, (vectors * x + scalars,), 0)]
-    groups = (
-        1 + 2 * (not local) + (solver.lower_momentum > 0)
-    )  # y, its velocity; what waits for lambda: grad f and grad g
-    move = Kernel(
-        0, 0, 0, (0,) if sizes.where == "pool" else (), y * (1 + (solver.lower_momentum > 0))
-    )
+    move = Kernel(0, 0, 0, (0,) if sizes.where == "pool" else (), 0)
     moves = [] if local else [move]
     if sizes.where == "pool":
         return [Kernel(evaluations, 0, vectors, (vectors * x + scalars,), 0), *moves]
@@ -145,7 +141,7 @@ def _(solver: BOME, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     # The local barrier's grad f and grad g come in one round.
     rounds += [y + 1] * gap * local + [2 * y + 2, x + 2 * y + 3] * local
     return [
-        Kernel(evaluations, 0, vectors, tuple(rounds), vectors * x + scalars + groups * y),
+        Kernel(evaluations, 0, vectors, tuple(rounds), vectors * x + scalars),
         *moves,
     ]
 
@@ -156,7 +152,7 @@ def _(solver: ITD, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     if sizes.where != "shared":
         return [Kernel(steps + 1, steps, 1, (x + ITD_SCALARS,), 0)]
     rounds = (y + 1,) * steps + (x + y + 1,) + (x + 2 * y + 2,) * steps
-    return [Kernel(2 * steps + 1, steps, steps + 1, rounds, x + ITD_SCALARS + y)]
+    return [Kernel(2 * steps + 1, steps, steps + 1, rounds, x + ITD_SCALARS)]
 
 
 @kernels_of.register
@@ -166,7 +162,7 @@ def _(solver: AidCG, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     if sizes.where != "shared":
         return [Kernel(evaluations, solver.aux_steps, 1, (x + scalars,), 0)]
     rounds = (y + 1,) * (solver.inner_steps + 1) + (y,) * solver.aux_steps + (x + 2 + y * residual,)
-    return [Kernel(evaluations, solver.aux_steps, 1, rounds, x + scalars + y)]
+    return [Kernel(evaluations, solver.aux_steps, 1, rounds, x + scalars)]
 
 
 @kernels_of.register
@@ -182,8 +178,7 @@ def _(solver: LancBiO, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     if sizes.where == "pool":
         return [Kernel(evaluations, 1 + restart, 1, (x + scalars,), 0)]
     rounds = (y + 1,) * solver.inner_steps + (2 * y + 1,) + (y,) * restart + (x + 2 + y * residual,)
-    kept = y + (3 + m) * y + 2 * m + 2  # y; v, v_bar, A v_bar and the basis; T; where the epoch is
-    return [Kernel(evaluations, 1 + restart, 1, rounds, x + scalars + kept)]
+    return [Kernel(evaluations, 1 + restart, 1, rounds, x + scalars)]
 
 
 @kernels_of.register
@@ -200,7 +195,7 @@ def _(solver: SLBAMM, sizes: Sizes, step: int, last: bool) -> list[Kernel]:
     if sizes.where == "pool":
         return [Kernel(1 + terms, 1 + search, 1, (x + scalars,), 0)]
     rounds = (x + 2 * y + 1 + terms,) + (1,) * search
-    return [Kernel(1 + terms, 1 + search, 1, rounds, x + scalars + 2 * y)]
+    return [Kernel(1 + terms, 1 + search, 1, rounds, x + scalars)]
 
 
 def _residual(solver: ImplicitSolver, step: int, last: bool) -> bool:

@@ -84,7 +84,7 @@ class PipeTransport:
             total.total,
         )
 
-    def run_together(self, broadcast: np.ndarray, request: Any, shards: int) -> Any:
+    def run_together(self, broadcast: np.ndarray, request: Any, shards: int) -> tuple[Any, Any]:
         raise NotImplementedError("these processes know nothing of each other")
 
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:

@@ -185,23 +185,29 @@ class Trainer:
                 log(*unsaid.pop())
 
         state = self.state
-        while state.step < self.steps and not stop():
-            keep(state)
-            try:
+        while True:
+            while state.step < self.steps and not stop():
+                keep(state)
                 try:
-                    metrics = self.step(self.step_run(state.step, meanwhile=say))
-                finally:
-                    say()  # where no round came as far
+                    try:
+                        metrics = self.step(self.step_run(state.step, meanwhile=say))
+                    finally:
+                        say()  # where no round came as far
+                    metrics |= self._measured()
+                    unsaid.append((state.step - 1, metrics))
+                    due = state.step % self.config.checkpoint.every_steps == 0
+                    if due and state.step < self.steps:
+                        say()
+                        save(state)
+                except LowerStateLost as error:
+                    roll_back(error)
+            say()
+            try:
+                save(state)
             except LowerStateLost as error:
                 roll_back(error)
-                continue
-            metrics |= self._measured()
-            unsaid.append((state.step - 1, metrics))
-            if state.step % self.config.checkpoint.every_steps == 0 and state.step < self.steps:
-                say()
-                save(state)
-        say()
-        save(state)
+            else:
+                return
 
     def evaluate(
         self,

@@ -84,6 +84,22 @@ def test_a_step_is_logged_before_the_run_goes_back() -> None:
     assert loop.go()[:4] == [("round", 0), ("log", 0), ("back", 1), ("round", 1)]
 
 
+def test_a_run_goes_back_where_y_is_gone_when_it_is_to_be_saved() -> None:
+    """As with a y that stays with the workers, all of which are lost."""
+    loop, saved = Loop(), []
+
+    def save(state: Any) -> None:
+        saved.append(state.step)
+        if saved.count(state.step) == 1:
+            raise LowerStateLost("gone")
+
+    def back(error: LowerStateLost) -> None:
+        loop.state.step -= 1
+
+    loop.trainer.fit(log=lambda *_: None, save=save, roll_back=back, stop=lambda: False)
+    assert saved == [2, 2, 4, 4]
+
+
 @pytest.mark.parametrize("error", [DivergenceError("nan"), KeyboardInterrupt()])
 def test_a_step_is_logged_whatever_ends_the_next_one(error: Any) -> None:
     loop = Loop({3: error})

@@ -14,8 +14,10 @@ import pytest
 import torch.distributed
 
 from bomemeta.distributed.process_group import GroupBroken, Member, ProcessGroup
+from bomemeta.distributed.resident import Kept, Residents
 from bomemeta.distributed.slices import SlicedSum, gathered, nodes_of, parts
 from bomemeta.distributed.summation import TreeSum
+from bomemeta.errors import LowerStateLost
 
 dist: Any = torch.distributed
 MOST = 3  # members
@@ -62,6 +64,15 @@ def work(rank: int, port: int, answers: Any) -> None:
         answers.put((world, rank, "ranks", [int(found[0]) for found in ranks]))
         answers.put((world, rank, "sent", sent))
         answers.put((world, rank, "peak", peak))
+        kept = Kept()
+        if rank == world - 1:
+            kept.put("there", share(0, LARGE))
+        taken = kept.take("there", LARGE, np.dtype(np.float32), peers)
+        answers.put((world, rank, "joined", taken.tobytes()))
+        try:
+            kept.take("nowhere", LARGE, np.dtype(np.float32), peers)
+        except LowerStateLost as error:
+            answers.put((world, rank, "none has it", str(error)))
     # One leaves in the middle of a sum that nobody else can finish.
     if rank == MOST - 1:
         return
@@ -83,7 +94,7 @@ def found() -> dict[tuple[int, int, Any], Any]:
     for member in members:
         member.start()
     groups = sum(range(1, MOST + 1))
-    wanted = groups * (len(CASES) + 3) + MOST - 1
+    wanted = groups * (len(CASES) + 5) + MOST - 1
     got = [answers.get(timeout=120) for _ in range(wanted)]
     for member in members:
         member.join(30)
@@ -124,6 +135,25 @@ def test_what_a_member_holds_does_not_grow_with_the_shards(world):
 
 def test_who_is_left_hears_at_once_that_a_member_is_gone():
     assert {rank for _, rank, what in found() if what == "lost"} == set(range(MOST - 1))
+
+
+@pytest.mark.parametrize("world", range(1, MOST + 1))
+def test_who_comes_new_gets_what_the_others_keep(world):
+    for rank in range(world):
+        assert found()[world, rank, "joined"] == share(0, LARGE).tobytes()
+        assert "all that had it are gone" in found()[world, rank, "none has it"]
+
+
+def test_members_keep_what_the_driver_has_a_handle_of():
+    residents, kept = Residents(), Kept()
+    first, second = residents.new(), residents.new()
+    for handle in (first, second):
+        kept.put(handle.name, np.zeros(1))
+    gone = first.name
+    del first, handle
+    kept.forget_all_but(residents.names)
+    assert kept.find(gone) is None
+    assert kept.find(second.name) is not None
 
 
 def test_members_have_neighbouring_shards():

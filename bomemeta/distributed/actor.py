@@ -16,6 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bomemeta.distributed.losses import crash_in
+from bomemeta.distributed.resident import Kept
 from bomemeta.distributed.summation import added
 from bomemeta.distributed.transport import checked_returns
 from bomemeta.errors import ClusterError
@@ -134,6 +135,7 @@ class ShardActor:
             )
         device = "cuda:0" if given else "cpu"
         self._worker = pickle.loads(factory)(device)
+        self._kept = Kept()
         return Process(os.getpid(), birth_of(os.getpid()), context.get_node_id())
 
     def lead(self, factory: bytes, paths: list[str]) -> Process:
@@ -159,11 +161,18 @@ class ShardActor:
     def merge(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return added(left, right)
 
-    def together(self, request: Any, member: Any, broadcast: np.ndarray) -> Any:
+    def together(
+        self, request: Any, member: Any, broadcast: np.ndarray, name: str, alive: frozenset[str]
+    ) -> Any:
+        """See `transport.JointRequest`. Of what is kept here, nobody wants but what is `alive`."""
         from bomemeta.distributed.process_group import (
             ProcessGroup,  # torch's distributed part, for those who use it
         )
 
         self._group: ProcessGroup = getattr(self, "_group", None) or ProcessGroup()
+        self._kept.forget_all_but(alive)
         self._group.join(member)
-        return request.execute(self._worker, broadcast, self._group)
+        return request.execute(self._worker, broadcast, self._group, self._kept, name)
+
+    def kept(self, name: str) -> np.ndarray | None:
+        return self._kept.find(name)

@@ -6,9 +6,12 @@ kernel asks something of the blocks. What they computed is gathered by all, and 
 the order of `summation.merges`. So an inner loop of T steps is one round of Ray instead of T, and
 has the same bits: they depend neither on how many workers there are nor on which shard is whose.
 
+y, and what else a kernel keeps, stays with the members (`resident.py`): x comes from the driver, and
+x's gradient and numbers go back.
+
 A process group cannot outlive a member. Groups have numbers (epochs): one that lost a member is
 left behind, and the survivors, with whoever has come meanwhile, form the next (measured: 0.02 s)
-and run the kernel again.
+and run the kernel again, from the y that they all still have.
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ from typing import Any
 import numpy as np
 import ray
 import torch.distributed
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from bomemeta.distributed import cluster
 from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.losses import WorkerLost, WorkerUnavailable, poison
 from bomemeta.distributed.process_group import GroupBroken, Member
+from bomemeta.distributed.resident import GONE, Resident, Residents
 from bomemeta.distributed.slots import Phase, Slot
 from bomemeta.distributed.transport import JointRequest
-from bomemeta.errors import ClusterError
+from bomemeta.errors import ClusterError, LowerStateLost
 
 dist: Any = torch.distributed  # whose stubs leave out what is used here
 # Members that are silent for this long after others have lost the group are taken to hang.
@@ -42,6 +47,7 @@ class Collective:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._epoch = 0
+        self._residents = Residents()
         self._present: list[
             tuple[int, Any]
         ] = []  # the members of the present epoch: slot and process
@@ -58,30 +64,51 @@ class Collective:
             master_listen_fd=self._socket.detach(),
         )
 
-    def run(self, broadcast: np.ndarray, request: JointRequest, shards: int) -> Any:
+    def run(
+        self, broadcast: np.ndarray, request: JointRequest, shards: int
+    ) -> tuple[Any, Resident]:
         """The answer of the member with rank 0 to `request.execute`, run by at most `shards`
-        workers together.
+        workers together, and the handle of what they keep.
 
         Raises the workers' own exceptions with their own types, and ClusterError as
         `Transport.run`.
         """
         shared = cluster.outgoing(broadcast, len(self._fleet.slots))
         loss: WorkerLost | None = None
+        handle = self._residents.new()
         for _ in range(TRIES):
             slots = self._members(shards)
             try:
-                answer, loss = self._try(slots, request, shared)
+                answer, loss = self._try(slots, request, shared, handle)
             except BaseException:
                 self._present = []
                 for slot in list(self._fleet.in_phase(Phase.BUSY).values()):
                     self._fleet.drain(slot)
                 raise
             if loss is None:
-                return answer
+                return answer, handle
         assert loss is not None
         raise ClusterError(
             poison("a kernel of all workers together", TRIES, loss, self._fleet.options)
         )
+
+    def fetch(self, handle: Resident) -> np.ndarray:
+        """What the members keep, from the first that has it. Any thread's: of a lost worker the fleet
+        hears when it next asks it for something. Raises LowerStateLost.
+        """
+        for slot in self._fleet.slots:
+            if slot.process is None:
+                continue
+            asked = slot.actor.kept.remote(handle.name)
+            try:
+                array: np.ndarray | None = ray.get(
+                    asked, timeout=self._fleet.options.step_timeout_s
+                )
+            except (RayActorError, ObjectLostError, GetTimeoutError):
+                continue
+            if array is not None:
+                return array
+        raise LowerStateLost(GONE)
 
     def _members(self, shards: int) -> list[Slot]:
         """The workers that are there; waits for one."""
@@ -103,7 +130,7 @@ class Collective:
         return slots
 
     def _try(
-        self, slots: list[Slot], request: JointRequest, shared: Any
+        self, slots: list[Slot], request: JointRequest, shared: Any, handle: Resident
     ) -> tuple[Any, WorkerLost | None]:
         options = self._fleet.options
         for rank, slot in enumerate(slots):
@@ -111,7 +138,8 @@ class Collective:
                 self._epoch, rank, len(slots), self._host, self._port, options.step_timeout_s
             )
             slot.job, slot.begun = -1, time.monotonic()
-            answers = [slot.actor.together.remote(request, member, shared)]
+            asked = (request, member, shared, handle.name, self._residents.names)
+            answers = [slot.actor.together.remote(*asked)]
             self._fleet.watch(slot, Phase.BUSY, answers, options.step_timeout_s)
         answer, loss, broken = None, None, False
         lost: list[tuple[Slot, WorkerLost]] = []

@@ -1,21 +1,25 @@
 """Which run a step has; and kernels of a shared lower problem that all workers run together: the
-request, and the workers' side.
+request, and the workers' side. y and what is kept with it stays with them (`resident.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from bomemeta.core.inner import update_memory
 from bomemeta.core.problem import Problem, SharedProblem, Split
-from bomemeta.core.solver import Kernel, LowerStates, Reduced, Solver
+from bomemeta.core.solver import Kernel, LowerGroups, LowerStates, Reduced, Solver, Sums
 from bomemeta.core.tree import Layout, Params
 from bomemeta.distributed.packing import Packed, pack, unpack
-from bomemeta.distributed.rounds import SharedRun, StepRun, Traffic
+from bomemeta.distributed.resident import Kept, Resident
+from bomemeta.distributed.rounds import SHARED_TASK, SharedRun, StepRun, Traffic
 from bomemeta.distributed.slices import Peers, SlicedSum, gathered, parts
 from bomemeta.distributed.transport import (
     Handle,
@@ -27,6 +31,9 @@ from bomemeta.distributed.transport import (
 )
 from bomemeta.distributed.worker import ShardWorker
 from bomemeta.errors import ClusterError
+
+FOLD = 4096  # bytes
+ALIGNMENT = 64  # bytes: where torch puts a tensor of its own
 
 
 def step_run(
@@ -51,7 +58,7 @@ class JointAnswer(NamedTuple):
     """What the first member sends back; the others have computed the same."""
 
     sums: dict[str, Any]
-    lower: LowerStates
+    layout: Layout  # of what the members keep
     traffic: Traffic
 
 
@@ -75,10 +82,10 @@ class JointKernel(NamedTuple):
     sent: Layout  # what is in the broadcast array
 
     def execute(
-        self, worker: ShardWorker, broadcast: np.ndarray, peers: Peers
+        self, worker: ShardWorker, broadcast: np.ndarray, peers: Peers, kept: Kept, name: str
     ) -> JointAnswer | None:
         """See `transport.JointRequest`; None from all but the first. Raises ClusterError where the
-        members' results differ.
+        members' results differ, LowerStateLost where none has the y that the kernel starts from.
         """
         sent = unpack(Packed(self.sent, broadcast))
         transport, before = _Together(worker, peers), peers.sent_bytes
@@ -86,20 +93,39 @@ class JointKernel(NamedTuple):
             "step": self.step, "steps": self.steps, "persistent": True, "split": self.split, "variant": self.variant,
             "differentiable": self.differentiable, "memory": sent.get("memory"),
         }  # fmt: skip
-        run = StepRun(transport, self.block_ids, self.shards, **given)
-        shared = SharedRun(
-            worker.problem(self.variant), run, StepRun(transport, self.block_ids[:1], 1, **given)
-        )
-        result = shared(
-            self.kernel, self.solver, sent["x"], self.lower, self.keeps, **self.arguments
-        )
+        run = _MemberRun(transport, self.block_ids, self.shards, **given)
+        problem = worker.problem(self.variant)
+        shared = SharedRun(problem, run, _MemberRun(transport, self.block_ids[:1], 1, **given))
+        lower = self._lower(problem.dtype, kept, peers)
+        if self.kernel is update_memory:
+            memory = shared.update_memory(self.solver, sent["x"], lower)
+            result = Reduced({"memory": memory}, LowerStates.none())
+        else:
+            result = shared(
+                self.kernel, self.solver, sent["x"], lower, self.keeps, **self.arguments
+            )
         shared.traffic.exchanged_bytes = peers.sent_bytes - before
         _check_agreement(result, peers)
-        return JointAnswer(result.sums, result.lower, shared.traffic) if peers.rank == 0 else None
+        if self.keeps:
+            kept.put(name, result.lower.handles[SHARED_TASK])
+        if peers.rank > 0:
+            return None
+        return JointAnswer(result.sums, result.lower.layout, shared.traffic)
+
+    def _lower(self, dtype: torch.dtype, kept: Kept, peers: Peers) -> LowerStates:
+        """With numbers in place of a handle."""
+        handle = self.lower.handles.get(SHARED_TASK)
+        if not isinstance(handle, Resident):
+            return self.lower
+        size = sum(math.prod(entry.shape) for entry in self.lower.layout)
+        row = kept.take(handle.name, size, torch.empty(0, dtype=dtype).numpy().dtype, peers)
+        return LowerStates(self.lower.layout, {SHARED_TASK: row})
 
 
 class JointRun(SharedRun):
-    """As SharedRun, but the kernel runs on the workers together and not here."""
+    """As SharedRun, but the kernel runs on the workers together and not here, and what it keeps stays
+    with them.
+    """
 
     def __call__(
         self,
@@ -129,13 +155,36 @@ class JointRun(SharedRun):
         )
         blocks.meanwhile()
         started = time.perf_counter()
-        answer: JointAnswer = blocks.transport.run_together(
+        answer: JointAnswer
+        answer, handle = blocks.transport.run_together(
             broadcast.buffer, request, len(blocks.shards)
         )
         self.seconds["compute_s"] += time.perf_counter() - started
         self.traffic.add(answer.traffic)
-        self.traffic.driver_bytes += sum(array.nbytes for array in _arrays(answer))
-        return Reduced(answer.sums, answer.lower)
+        self.traffic.driver_bytes += sum(array.nbytes for array in _arrays(answer.sums))
+        handles = {SHARED_TASK: handle} if keeps else {}
+        return Reduced(answer.sums, LowerStates(answer.layout, handles))
+
+    def update_memory(self, solver: Solver, upper: Params, lower: LowerStates) -> Params:
+        memory: Params = self(update_memory, solver, upper, lower).sums["memory"]
+        return memory
+
+
+class _MemberRun(StepRun):
+    """What is asked of the member's own worker goes there as it is, and not through a flat array."""
+
+    def _outgoing(self, groups: LowerGroups, dtype: torch.dtype) -> tuple[Layout, Any]:
+        return Layout(), {
+            group: {name: _as_unpacked(tensor, dtype) for name, tensor in params.items()}
+            for group, params in groups.items()
+        }
+
+
+def _as_unpacked(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor, or a copy where it is part of another: see `packing.unpack`."""
+    tensor = tensor.detach().to(dtype)
+    whole = tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _Together:
@@ -151,7 +200,7 @@ class _Together:
 
     def run(
         self,
-        broadcast: np.ndarray,
+        broadcast: Any,
         calls: Sequence[ShardCall],
         meanwhile: Callable[[], None] = nothing,
     ) -> Round:
@@ -166,7 +215,9 @@ class _Together:
             del share  # it is added to the next one's
         return Round([ShardReply(reply, ())] * len(calls), 0.0, 0.0, 0.0, shares.total())
 
-    def run_together(self, broadcast: np.ndarray, request: Any, shards: int) -> Any:
+    def run_together(
+        self, broadcast: np.ndarray, request: Any, shards: int
+    ) -> tuple[Any, Resident]:
         raise NotImplementedError("a worker asks nobody")
 
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:
@@ -182,21 +233,30 @@ class _Together:
         pass
 
 
-def _arrays(result: Reduced | JointAnswer) -> Iterator[np.ndarray]:
-    for value in result.sums.values():
+def _arrays(sums: Sums) -> Iterator[np.ndarray]:
+    for value in sums.values():
         for tensor in value.values() if isinstance(value, dict) else [value]:
             yield tensor.detach().cpu().numpy()
-    yield from result.lower.handles.values()
 
 
 def _check_agreement(result: Reduced, peers: Peers) -> None:
     """All members went the same way to the same bits. They can differ only where their machines do."""
     digest = hashlib.sha256()
-    for array in _arrays(result):
-        digest.update(array.tobytes())
+    for array in (*_arrays(result.sums), *result.lower.handles.values()):
+        digest.update(_folded(array))
     own = np.frombuffer(bytearray(digest.digest()), np.uint8)
     if len({found.tobytes() for found in gathered(peers, own)}) > 1:
         raise ClusterError(
             "reduce: collective: the workers computed different results from the same numbers, as machines with different processors "
             "or libraries do. Use reduce: tree, where each sum is computed once"
         )
+
+
+def _folded(array: np.ndarray) -> bytes:
+    """Enough of an array's bits to tell it from one that other arithmetic made; SHA-256 of all takes
+    as long as adding them.
+    """
+    bits = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    size = len(bits) // FOLD * FOLD
+    folded: np.ndarray = np.bitwise_xor.reduce(bits[:size].view(np.uint64).reshape(-1, FOLD // 8))
+    return folded.tobytes() + bits[size:].tobytes()

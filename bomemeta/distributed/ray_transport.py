@@ -29,6 +29,7 @@ from bomemeta.distributed.gauges import Gauges
 from bomemeta.distributed.head import HeadWatch
 from bomemeta.distributed.losses import state_lost
 from bomemeta.distributed.ray_round import RayRound
+from bomemeta.distributed.resident import GONE, Resident
 from bomemeta.distributed.scheduler import Scheduler
 from bomemeta.distributed.slots import Phase
 from bomemeta.distributed.transport import Handle, Round, ShardCall, WorkerFactory, nothing
@@ -161,7 +162,9 @@ class RayTransport:
             replies, sent - started, compute_s, running.reduce_s, summed, running.driver_bytes
         )
 
-    def run_together(self, broadcast: np.ndarray, request: Any, shards: int) -> Any:
+    def run_together(
+        self, broadcast: np.ndarray, request: Any, shards: int
+    ) -> tuple[Any, Resident]:
         """See `collective.Collective.run`."""
         self.wait_ready()
         self._fleet.collect_forgotten()
@@ -172,7 +175,7 @@ class RayTransport:
             )
 
             self._collective = Collective(self._fleet)
-        answer = self._collective.run(broadcast, request, shards)
+        answer: tuple[Any, Resident] = self._collective.run(broadcast, request, shards)
         self._fleet.progress()
         return answer
 
@@ -188,7 +191,18 @@ class RayTransport:
             raise ClusterError(
                 f"{len(refs)} lower states did not arrive in {self._options.step_timeout_s:g} s"
             ) from error
-        return [next(arrays) if isinstance(handle, ray.ObjectRef) else handle for handle in handles]
+        found = [
+            next(arrays) if isinstance(handle, ray.ObjectRef) else handle for handle in handles
+        ]
+        return [
+            self._resident(handle) if isinstance(handle, Resident) else handle for handle in found
+        ]
+
+    def _resident(self, handle: Resident) -> np.ndarray:
+        if self._collective is None:
+            raise LowerStateLost(GONE)
+        array: np.ndarray = self._collective.fetch(handle)
+        return array
 
     def close(self) -> None:
         """Ends our workers, and the cluster where this transport started it. May be called twice."""

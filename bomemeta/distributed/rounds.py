@@ -118,12 +118,13 @@ class StepRun:
         """As `Run.__call__`; `sent`: lower groups that all tasks share, sent along with x in place
         of states of the tasks' own; `inner`: on the samples of that inner step.
         """
-        broadcast = pack({"x": upper, **self.memory, **sent}, next(iter(upper.values())).dtype)
+        groups = {"x": upper, **self.memory, **sent}
+        layout, broadcast = self._outgoing(groups, next(iter(upper.values())).dtype)
         calls = [
-            self._call(kernel, solver, arguments, lower, keeps, shard, broadcast.layout, inner)
+            self._call(kernel, solver, arguments, lower, keeps, shard, layout, inner)
             for shard in self.shards
         ]
-        answer = self.transport.run(broadcast.buffer, calls, self.meanwhile)
+        answer = self.transport.run(broadcast, calls, self.meanwhile)
         start = time.perf_counter()
         assert answer.total is not None, "every call is summed"
         total = Packed(answer.replies[0].reply.sums, answer.total)
@@ -143,6 +144,10 @@ class StepRun:
         self.seconds["compute_s"] += answer.compute_s
         self.seconds["reduce_s"] += answer.reduce_s + time.perf_counter() - start
         return Reduced(sums, LowerStates(answer.replies[0].reply.states, handles))
+
+    def _outgoing(self, groups: LowerGroups, dtype: torch.dtype) -> tuple[Layout, Any]:
+        """What goes to the workers, and what is in it."""
+        return pack(groups, dtype)
 
     def _call(
         self,

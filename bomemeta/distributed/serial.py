@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bomemeta.distributed.resident import Resident
 from bomemeta.distributed.summation import TreeSum
 from bomemeta.distributed.transport import (
     Handle,
@@ -63,7 +64,9 @@ class SerialTransport:
         compute_s = time.monotonic() - started - reduce_s
         return Round(replies, 0.0, compute_s, reduce_s, total.total if summed else None)
 
-    def run_together(self, broadcast: np.ndarray, request: JointRequest, shards: int) -> Any:
+    def run_together(
+        self, broadcast: np.ndarray, request: JointRequest, shards: int
+    ) -> tuple[Any, Resident]:
         raise NotImplementedError("one worker has nobody to run with")
 
     def fetch(self, handles: Sequence[Handle]) -> list[np.ndarray]:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from bomemeta.distributed.resident import Kept, Resident
 from bomemeta.distributed.slices import Peers
 
-# A per-task lower state on its way between steps: an array (serial, or fresh from a checkpoint) or
-# a `ray.ObjectRef`.
+# A per-task lower state on its way between steps: an array (serial, or fresh from a checkpoint), a
+# `ray.ObjectRef`, or a `Resident` that stands for what the members of a group keep.
 Handle = Any
 
 
@@ -79,9 +80,12 @@ def nothing() -> None:
 class JointRequest(Protocol):
     """What all workers execute together, as the members of a group."""
 
-    def execute(self, worker: Any, broadcast: np.ndarray, peers: Peers) -> Any:
+    def execute(
+        self, worker: Any, broadcast: np.ndarray, peers: Peers, kept: Kept, name: str
+    ) -> Any:
         """Runs on every member at once; what the first returns is the answer. Members that are
-        alike get the same bits.
+        alike get the same bits. What is to stay with them each puts into `kept` under `name`, as
+        its last act.
         """
         ...
 
@@ -122,9 +126,11 @@ class Transport(Protocol):
         """
         ...
 
-    def run_together(self, broadcast: np.ndarray, request: JointRequest, shards: int) -> Any:
-        """The first member's answer to `request.execute`, run by at most `shards` workers together.
-        Raises as `run`.
+    def run_together(
+        self, broadcast: np.ndarray, request: JointRequest, shards: int
+    ) -> tuple[Any, Resident]:
+        """The first member's answer to `request.execute`, run by at most `shards` workers together,
+        and the handle of what they kept. Raises as `run`.
         """
         ...
 

@@ -105,17 +105,23 @@ class ShardWorker:
         self.problem({})  # what is wrong with it shows before the first step
 
     def execute(
-        self, request: Request, broadcast: np.ndarray, *states: np.ndarray
+        self, request: Request, broadcast: np.ndarray | LowerGroups, *states: np.ndarray
     ) -> tuple[Any, ...]:
+        """See `transport.Worker`. `broadcast` may be the groups themselves, where the caller is in
+        this process.
+        """
         drawn = (request.step, request.split, *request.task_ids)
         with _repeatable(), seeded(self.problem(request.variant).seed, *drawn):
             return self._execute(request, broadcast, *states)
 
     def _execute(
-        self, request: Request, broadcast: np.ndarray, *states: np.ndarray
+        self, request: Request, broadcast: np.ndarray | LowerGroups, *states: np.ndarray
     ) -> tuple[Any, ...]:
         problem = self.problem(request.variant)
-        sent = unpack(Packed(request.sent, broadcast), self._device)
+        if isinstance(broadcast, dict):
+            sent = {group: self._moved(params) for group, params in broadcast.items()}
+        else:
+            sent = unpack(Packed(request.sent, broadcast), self._device)
         with span(LOAD):
             batch = self._batch(request)
         if "memory" in sent:

@@ -1,0 +1,142 @@
+"""A shared y stays with the workers that compute with it: over Ray, with workers killed in every
+round and between them. The reference is the serial run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bomemeta
+from bomemeta.assembly import trainer_of
+from bomemeta.checkpoint import Checkpoint
+from bomemeta.config import load_config
+from bomemeta.distributed import cluster
+from bomemeta.distributed.cluster import RayOptions
+from bomemeta.distributed.resident import Resident
+from bomemeta.evaluation import own_metrics
+
+MORTAL = str(Path(__file__).with_name("mortal.py"))
+# y with velocity, five uneven blocks in three shards, 4 + 1 rounds and a kernel more in a step.
+JOB: dict[str, Any] = {
+    "imports": [MORTAL],
+    "problem": {
+        "name": "mortal_hyper_cleaning", "train": 62, "validation": 33, "selection": 10, "weights": "sigmoid", "blocks": 5,
+    },
+    "data": {"dataset": "toy_labelled"},
+    "solver": {
+        "name": "bome", "inner_steps": 4, "inner_lr": 0.1, "lower_lr": 0.1, "lower_momentum": 0.5, "upper_lr": 10.0,
+        "inner_optimizer": "momentum", "inner_momentum": 0.5,
+    },
+    "steps": 6, "shards": 3, "dtype": "float64", "checkpoint": {"every_steps": 2}, "log": {"tensorboard": False},
+}  # fmt: skip
+X_NUMBERS = 62
+RAY = ["cpus_per_worker=0.5", "reduce=collective"]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    with cluster.local(RayOptions(workers=3, cpus_per_worker=0.5), print):
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference() -> Checkpoint:
+    with trainer_of(load_config(JOB)) as trainer:
+        trainer.advance(trainer.steps)
+        return trainer.checkpoint()
+
+
+def assert_same(found: Checkpoint, wanted: Checkpoint) -> None:
+    assert torch.equal(found.upper["weights"], wanted.upper["weights"])
+    assert torch.equal(found.lower[0], wanted.lower[0])
+    assert found.solver["lower_layout"] == wanted.solver["lower_layout"]
+
+
+def test_who_comes_new_gets_y_from_the_others(ray_cluster):
+    """One of two members is killed; when its replacement has y, the other is. The driver has only a
+    handle all the time.
+    """
+    with trainer_of(load_config(JOB, ["workers=2", *RAY, "steps=100000"])) as trainer:
+        transport: Any = trainer.transport
+        deadline = time.monotonic() + 400
+
+        def step_until(condition: Callable[[list[int]], bool]) -> list[int]:
+            while not condition(pids := transport.worker_pids()):
+                assert time.monotonic() < deadline, "no replacement came in time"
+                time.sleep(0.2)
+                trainer.step()
+            return pids
+
+        first, second = step_until(lambda pids: len(pids) == 2)
+        trainer.step()
+        os.kill(first, signal.SIGKILL)
+        trainer.step()
+        step_until(lambda pids: len(pids) == 2 and first not in pids)
+        trainer.step()
+        assert isinstance(trainer.state.lower.handles[0], Resident)
+        os.kill(second, signal.SIGKILL)
+        trainer.checkpoint()  # from the one that is left
+        trainer.step()
+        steps, found = trainer.state.step, trainer.checkpoint()
+    with trainer_of(load_config(JOB, ["steps=100000"])) as alone:
+        alone.advance(steps)
+        assert_same(found, alone.checkpoint())
+
+
+def test_a_step_costs_the_driver_x_and_not_y(ray_cluster):
+    with trainer_of(load_config(JOB, ["workers=2", *RAY])) as trainer:
+        metrics = [trainer.step() for _ in range(2)][-1]
+        y = trainer.checkpoint().lower[0].numel() // 2  # half of it is the velocity
+    # grad_x f, grad_x q and 7 numbers, of which one has half the bytes.
+    assert metrics["driver_bytes"] == 8 * (2 * X_NUMBERS + 7) - 4
+    # 4 rounds of |y| + 1 and one of 2 (|x| + |y|) + 3 numbers on two members, the one with two shards
+    # that are one node of the tree, the other with one: each sends half, twice. And who has which y.
+    sent = 4 * (y + 1) + 2 * (X_NUMBERS + y) + 3
+    assert metrics["exchanged_bytes"] == pytest.approx(8 * sent, abs=8 * 5 + 8)
+
+
+def test_same_bits_with_a_worker_killed_in_every_round(reference, ray_cluster, tmp_path):
+    """In step k when it comes to its load number k: 5 rounds in a step, 6 steps. Before each there are
+    two who have y.
+    """
+    notes: list[str] = []
+    keys = ["workers=3", *RAY, f"problem.strike_rounds={tmp_path}"]
+    with trainer_of(load_config(JOB, keys), notes.append) as trainer:
+        transport: Any = trainer.transport
+        deadline = time.monotonic() + 500
+        for _ in range(trainer.steps):
+            while trainer.state.step > 0 and len(transport.worker_pids()) < 2:
+                assert time.monotonic() < deadline, "no replacement came in time"
+                own_metrics(trainer)  # asks the workers, who are not killed there
+                time.sleep(0.2)
+            if trainer.state.step > 0:
+                own_metrics(trainer)
+            trainer.step()
+        assert_same(trainer.checkpoint(), reference)
+    assert {path.name for path in tmp_path.iterdir()} >= set("01234")
+    assert sum("died" in note for note in notes) >= 5, notes
+
+
+def test_a_run_goes_back_to_its_checkpoint_only_where_all_are_lost(
+    reference, ray_cluster, tmp_path
+):
+    result = bomemeta.train(
+        JOB,
+        ["workers=1", *RAY, f"output_dir={tmp_path / 'run'}", "problem.strike_step=3",
+         f"problem.strike_mark={tmp_path / 'mark'}"],
+    )  # fmt: skip
+    assert any(
+        "all that had it are gone. Going back to the checkpoint of step 2" in note
+        for note in result.notes
+    ), result.notes
+    assert_same(
+        bomemeta.checkpoint.load_latest(result.run_dir / "checkpoints").checkpoint, reference
+    )
