@@ -24,6 +24,7 @@ from bomemeta.document import (
 )
 from bomemeta.errors import ConfigError
 from bomemeta.paths import made_absolute
+from bomemeta.sections import forget_other_classes_keys
 from bomemeta.tune.space import Domain, flat, read_space
 from bomemeta.validation import ConfigIssue, check
 from bomemeta.yaml_text import dump
@@ -173,7 +174,9 @@ def load_search(
 
 
 def _base(document: Document, settings: TuneSettings) -> dict[str, Any]:
-    """The base config's values, with `overrides` and paths that mean the same in any process."""
+    """The base config's values, with `overrides` and paths that mean the same in any process. An
+    override that names another solver leaves out the old one's keys, as on the command line.
+    """
     if isinstance(settings.base, str):
         beside = [document.folder / settings.base, document.folder / f"{settings.base}.yaml"]
         file = next((path for path in beside if path.is_file()), None) or find_config(settings.base)
@@ -181,7 +184,9 @@ def _base(document: Document, settings: TuneSettings) -> dict[str, Any]:
         base = read_document(file)
     else:
         base = document_of(settings.base)._replace(folder=document.folder)
-    base = apply_overrides(base, override_texts(settings.overrides))
+    texts = override_texts(settings.overrides)
+    before, base = base.data, apply_overrides(base, texts)
+    forget_other_classes_keys(before, base.data, {text.partition("=")[0] for text in texts})
     return portable(base.data, base.folder)
 
 
