@@ -131,7 +131,8 @@ class Trainer:
                 and isinstance(self.problem, StreamProblem)
                 and self.problem.memory_due(state.step)
             ):
-                memory = run.update_memory(self.solver, state.upper.params, lower)
+                seen = state.lower if self.problem.memory_before else lower
+                memory = run.update_memory(self.solver, state.upper.params, seen)
         except DivergenceError as error:
             raise DivergenceError(f"step {state.step}: {error}") from error
 

@@ -143,9 +143,11 @@ class Walk(Bench):
                 memory=self.memory,
             )  # fmt: skip
             assert isinstance(run, SharedRun)
+            before = self.lower
             self.lower, _ = take_step(self.solver, self.upper, self.lower, run)
             if self.problem.memory_due(self.step):
-                self.memory = run.update_memory(self.solver, self.upper.params, self.lower)
+                seen = before if self.problem.memory_before else self.lower
+                self.memory = run.update_memory(self.solver, self.upper.params, seen)
             self.step += 1
         return self.memory
 
@@ -363,19 +365,24 @@ def test_replay_baselines_by_hand() -> None:
         ("derpp", 0.25, 0.75),
         ("finetune", None, 0.0),
     ):
-        problem = attached(objective=objective, method="plain", der_alpha=0.75, der_beta=0.25)
+        problem = attached(
+            objective=objective, method="plain", der_alpha=0.75, der_beta=0.25, replay=3
+        )
         x, y, memory = some_x(problem), some_y(problem), some_memory(problem)
         oracle = oracle_at(problem, 9, x, memory)
         batch = {name: t[0] for name, t in oracle.batch.items()}
         logits = problem.logits({}, y, batch["g_inputs"], batch["g_tasks"])
         loss = functional.cross_entropy(logits[:4], batch["g_labels"][:4])
+        # DER++: the first draw is held to its logits, the second to its labels.
+        m = (len(logits) - 4) // (2 if alpha > 0 else 1)
         if beta is None:
             assert len(logits) == 4
         else:
-            loss = loss + beta * functional.cross_entropy(logits[4:], batch["g_labels"][4:])
+            loss = loss + beta * functional.cross_entropy(logits[-m:], batch["g_labels"][-m:])
         if alpha > 0:
+            assert not torch.equal(batch["g_inputs"][4 : 4 + m], batch["g_inputs"][4 + m :])
             loss = loss + alpha * functional.mse_loss(
-                logits[4:], memory["logits"][batch["g_slots"][4:]]
+                logits[4 : 4 + m], memory["logits"][batch["g_slots"][4 : 4 + m]]
             )
         assert_tight(oracle.lower(repeated(y, 1)).value[0], loss)
         again = problem.logits({}, y, batch["f_inputs"], batch["f_tasks"])
@@ -430,10 +437,92 @@ def test_soft_targets_are_written_once_at_the_end_of_their_task(blocks: int) -> 
     assert_tight(later.sum(1), torch.ones(9, dtype=torch.float64))
 
 
+def test_er_ace_judges_what_comes_among_its_own_classes() -> None:
+    problem = attached(
+        objective="er_ace", method="plain", stream="split", protocol="class_incremental"
+    )
+    plain = attached(objective="er", method="plain", stream="split", protocol="class_incremental")
+    y = tree.leaves(some_y(problem))
+    for step in (9, STEPS - 1):
+        batch = {name: t[0] for name, t in problem.load([0], step, "train").items()}
+        new = (
+            torch.arange(len(batch["g_labels"])) < 4
+            if step == 9
+            else torch.arange(len(batch["g_labels"])) < 3
+        )
+        present = batch["g_labels"][new].unique()
+        logits = problem.logits({}, y, batch["g_inputs"], batch["g_tasks"])
+        absent = torch.ones(CLASSES, dtype=torch.bool)
+        absent[present] = False
+        own = logits[new].masked_fill(absent, -torch.inf)
+        incoming = functional.cross_entropy(own, batch["g_labels"][new])
+        loss = incoming + functional.cross_entropy(logits[~new], batch["g_labels"][~new])
+        assert_tight(
+            oracle_at(problem, step, {}, {}).lower(repeated(tree.detached(y), 1)).value[0],
+            loss.detach(),
+        )
+        # What is absent is neither raised nor lowered by what comes.
+        (bias,) = torch.autograd.grad(incoming, [y["head.bias"]])
+        assert (bias[absent] == 0).all()
+        others = plain.load([0], step, "train")
+        assert all(torch.equal(others[name][0], batch[name]) for name in ("g_inputs", "g_weight"))
+
+
+@pytest.mark.parametrize("objective", ["er", "derpp"])
+def test_one_memory_of_the_whole_stream(objective: Any) -> None:
+    problem = attached(objective=objective, method="plain", memory_total=7, replay=4, rounds=1)
+    memory = problem._samples.memory
+    naive = Memory((0, 33), 7, 0, "reservoir", np.random.SeedSequence((0, 16)))
+    assert (memory.slots == naive.slots).all()
+    train = problem._samples._stream.train
+    for step, first in ((3, 11), (8, 30), (0, 0)):  # three batches a task
+        batch = {name: t[0] for name, t in problem.load([0], step, "train").items()}
+        kept = naive.content(first)[0]
+        kept = kept[kept != NONE]
+        there = train.examples.inputs[torch.from_numpy(kept)].tolist()
+        n = 4 if step % 3 < 2 else 3
+        drawn = batch["g_inputs"][n:].tolist()
+        assert len(drawn) == min(4, len(kept)) * (2 if objective == "derpp" else 1)
+        assert all(row in there for row in drawn)
+    # The present task's earlier batches are among what is replayed.
+    tasks = [t for s in (4, 5) for t in problem.load([0], s, "train")["f_tasks"][0].tolist()]
+    assert 1 in tasks
+    assert {name: t.shape for name, t in problem.init_memory().items()} == (
+        {"logits": (7, CLASSES)} if objective == "derpp" else {}
+    )
+
+
+def test_a_memory_of_the_whole_stream_begins_as_that_of_a_longer_one() -> None:
+    short, long = (
+        Memory((0, n), 7, 0, "reservoir", np.random.SeedSequence(3)).slots for n in (50, 90)
+    )
+    assert (long[:50] == short).all()
+
+
+def test_derpp_stores_the_logits_before_the_step() -> None:
+    problem = attached(objective="derpp", method="plain", memory_total=8, rounds=1, blocks=2)
+    walk = Walk(problem, "lower_only", inner_lr=0.1)
+    train = problem._samples._stream.train
+    for step, (first, last) in enumerate(((0, 4), (4, 8), (8, 11), (11, 15))):
+        y = walk.y_params() if step else problem._start()
+        before = walk.memory["logits"]
+        after = walk.walk(step + 1)["logits"]
+        for slot, row in enumerate(problem._samples.memory.content(last)[0]):
+            if row < first:
+                assert torch.equal(after[slot], before[slot])
+            else:
+                wanted = problem.logits(
+                    {}, y, train.examples.inputs[row][None], train.tasks[row : row + 1]
+                )
+                assert_tight(after[slot], wanted[0])
+
+
 def test_derpp_stores_logits_of_what_came() -> None:
     problem = attached(objective="derpp", method="plain", blocks=2)
     walk = Walk(problem, "lower_only", inner_lr=0.1)
     before = walk.walk(6)["logits"]
+    walk.walk(7)
+    y = walk.y_params()  # a batch has two rounds: with which the last of them begins
     after = walk.walk(8)["logits"]
     content = problem._samples.memory.content(15)
     train = problem._samples._stream.train
@@ -443,9 +532,9 @@ def test_derpp_stores_logits_of_what_came() -> None:
             if row < 11:  # of the first task, or none yet
                 assert torch.equal(after[number], before[number])
             else:
-                wanted = problem.logits(
-                    {}, walk.y_params(), train.examples.inputs[row][None], torch.tensor([t])
-                )[0]
+                wanted = problem.logits({}, y, train.examples.inputs[row][None], torch.tensor([t]))[
+                    0
+                ]
                 assert_tight(after[number], wanted)
 
 
@@ -505,9 +594,10 @@ def test_joint_sees_all_tasks_at_once() -> None:
 # Solvers
 
 
-def test_ctn_moves_x_along_the_partial_gradient_at_the_new_y() -> None:
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_ctn_moves_x_along_the_partial_gradient_at_the_new_y(clip: float | None) -> None:
     problem = attached(blocks=2)
-    walk = Walk(problem, "ctn", inner_steps=2, inner_lr=0.05, upper_lr=0.3)
+    walk = Walk(problem, "ctn", inner_steps=2, inner_lr=0.05, upper_lr=0.3, clip_norm=clip)
     x = {name: t.clone() for name, t in walk.upper.params.items()}
     walk.walk(1)
     single = attached()
@@ -524,6 +614,10 @@ def test_ctn_moves_x_along_the_partial_gradient_at_the_new_y() -> None:
         }
     f = single.upper_loss(single.encode(leaves, batch), tree.detached(y), batch)
     grads = torch.autograd.grad(f, list(leaves.values()))
+    if clip is not None:  # 1 by default, as in the released code
+        length = torch.cat([grad.flatten() for grad in grads]).norm()
+        assert length > clip
+        grads = tuple(grad * clip / length for grad in grads)
     assert_tight(walk.y_params(), tree.detached(y))
     assert_tight(
         walk.upper.params,
@@ -570,6 +664,8 @@ def test_agem_step_by_hand_and_in_one_reduce() -> None:
     walk.lower = lower
     assert_tight(tree.flatten(walk.y_params()), tree.flatten(y) - 0.1 * wanted)
     assert metrics["projected_share"] == float(d @ m < 0)
+    # What is left of the gradient does not make the memory's loss grow (1e-12: rounding of the product).
+    assert float(wanted @ m) > -1e-12
 
 
 @pytest.mark.parametrize("name", ["lower_only", "agem"])
@@ -670,6 +766,7 @@ def test_a_run_from_config_to_files(tmp_path: Path) -> None:
         ),
         ({"semantic_per_task": 5}, "semantic_per_task: got 5 of memory_per_task 5"),
         ({"objective": "er", "memory_per_task": 0}, "memory_per_task: got 0; objective er"),
+        ({"memory_total": 9}, "memory_total: got 9; objective ctn keeps a memory of each task"),
         ({"stream": "split", "tasks": 4}, "do not make 4 equal groups"),
         (
             {"network": "resnet18", "stream": "split"},

@@ -79,6 +79,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"name": "lower_only"},
         {**PLAIN, "objective": "derpp", "protocol": "class_incremental"},
     ),
+    "derpp, one memory": (
+        {"name": "lower_only"},
+        {**PLAIN, "objective": "derpp", "protocol": "class_incremental", "memory_total": 7},
+    ),
     "ewc": ({"name": "lower_only"}, {**PLAIN, "objective": "ewc"}),
     "a-gem, permuted": ({"name": "agem"}, {**PLAIN, "objective": "finetune", "stream": "permuted"}),
     "bome, rotated": (BOME, {"stream": "rotated"}),

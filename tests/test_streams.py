@@ -148,6 +148,26 @@ def test_a_rotated_stream_turns_a_task_by_its_share_of_half_a_turn() -> None:
         torch.testing.assert_close(image, torch.rot90(by_row[int(image.min() + 1e-9)], 1, (1, 2)))
 
 
+def test_random_angles_are_each_tasks_own() -> None:
+    made, longer = (
+        stream(kind="rotated", rotation="random", tasks=tasks, samples=None) for tasks in (2, 3)
+    )
+    assert torch.equal(longer.train.examples.inputs[:120], made.train.examples.inputs)
+    angles = [
+        np.random.Generator(np.random.PCG64(np.random.SeedSequence((SPEC.seed, 3, t)))).uniform(
+            0, 180
+        )
+        for t in range(3)
+    ]
+    order = stream(kind="permuted", tasks=3, samples=None)
+    rows = rows_of(order, "train").long()
+    upright = Rows().examples("train").inputs[rows].reshape(-1, 1, SIDE, SIDE)
+    for t, angle in enumerate(angles):
+        part = slice(60 * t, 60 * (t + 1))
+        wanted = rotated(upright[part], angle).flatten(1)
+        torch.testing.assert_close(longer.train.examples.inputs[part], wanted)
+
+
 def test_grey_levels_stay_grey_levels() -> None:
     class Bytes(Rows):
         def examples(self, part: str) -> Examples:

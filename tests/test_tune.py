@@ -233,6 +233,51 @@ def test_a_search_as_written_is_the_same_search(tmp_path: Path) -> None:
     assert again.config == search.config
 
 
+CLEANING = sorted((ROOT / "configs" / "tune").glob("hyper_cleaning_*.yaml"))
+
+
+@pytest.mark.parametrize("path", CLEANING, ids=lambda path: path.stem)
+def test_searches_that_are_compared_cost_the_same(path: Path) -> None:
+    search = load_search(path)
+    settings = search.settings
+    assert (settings.trials, settings.metric, settings.scheduler) == (
+        8,
+        "selection_accuracy",
+        "none",
+    )
+    steps, solver = search.config.steps, search.base["solver"]
+    assert settings.report_every_steps == steps
+    assert not {"name", "inner_steps", "aux_steps"} & {key.split(".")[1] for key in search.space}
+    small = {"train": 200, "validation": 100, "selection": 50}
+    result = bomemeta.train(
+        {**search.base, "problem": search.base["problem"] | small, "data": {"dataset": "digits"}},
+        ["steps=2", "solver.upper_lr=1", "log.tensorboard=false", "output_dir=null"],
+    )
+    counts = result.metrics
+    cost = counts["gradient_evaluations"] + 2 * counts.get("hessian_products", 0.0)
+    assert steps is not None
+    assert 380 <= cost / 2 * steps <= 400, (solver, cost / 2)
+
+
+def test_compared_searches_are_of_bome_and_nine_baselines() -> None:
+    names = [load_search(path).base["solver"]["name"] for path in CLEANING]
+    assert len({*names}) == 10
+    assert {"bome", "itd", "aid_cg", "soba", "f2sa"} < {*names}
+
+
+def test_an_override_that_names_another_solver_leaves_out_the_old_keys() -> None:
+    search = load_search(
+        {
+            **FILE,
+            "overrides": {"solver": {"name": "itd", "inner_lr": 0.2}},
+            "space": {"solver.upper_lr": {"loguniform": [1e-3, 1e-1]}},
+        }
+    )
+    assert search.base["solver"]["name"] == "itd"
+    assert search.base["solver"]["inner_lr"] == 0.2
+    assert "lower_lr" not in search.base["solver"]
+
+
 def test_same_seed_same_trials() -> None:
     from bomemeta.tune.search import sampled
 

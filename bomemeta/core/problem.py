@@ -348,6 +348,11 @@ class StreamProblem(SharedProblem):
         """Whether memory changes after this step. Default: never."""
         return False
 
+    @property
+    def memory_before(self) -> bool:
+        """Whether `update_memory` gets the y with which the step began. Default: no, the one that it left."""
+        return False
+
     def update_memory(self, encoded: Encoded, lower: Params, batch: Batch) -> Params:
         """One block's share of the memory after the step, at the x and y that the step left. The
         blocks' shares are summed, so each entry is to come from one block and be 0 in all others.

@@ -3,6 +3,7 @@ turned, or its classes in groups.
 
     permuted   task t shuffles the numbers of every input by one permutation of its own     (Kirkpatrick et al. 2017)
     rotated    task t turns every image by t * 180 / tasks degrees                          (Lopez-Paz and Ranzato 2017)
+               or, with `rotation: random`, by an angle drawn between 0 and 180 degrees     (Mammoth, Buzzega et al. 2020)
     split      task t has classes of its own                                                (Zenke et al. 2017)
 
 Training samples come from the data set's training part, test samples from its test part; which of
@@ -27,10 +28,11 @@ from bomemeta.errors import ConfigError, DataError
 from bomemeta.limits import check_bytes
 
 Kind = Literal["permuted", "rotated", "split"]
+Rotation = Literal["even", "random"]
 ImageShape = tuple[int, int, int]  # channels, height, width
 
 # Second numbers of the keys of what is drawn from the seed.
-ROWS, PERMUTATION, CLASSES = range(3)
+ROWS, PERMUTATION, CLASSES, ANGLE = range(4)
 LEAST = 2  # samples of a task: one for each kind of memory
 TURN = 180.0  # degrees, over all tasks of a rotated stream
 
@@ -49,7 +51,8 @@ class StreamSpec:
     )
     seed: int
     first: int = 0  # the number of its first task in a longer stream
-    turn: int | None = None  # rotated: so many tasks make half a turn; None: `tasks`
+    rotation: Rotation = "even"  # rotated: each task a step further, or an angle of its own
+    turn: int | None = None  # rotated, even: so many tasks make half a turn; None: `tasks`
 
 
 class TaskRows(NamedTuple):
@@ -188,6 +191,8 @@ def _transform(data: LabelledArrays, spec: StreamSpec, task: int) -> Callable[[T
     if spec.kind == "rotated":
         picture = picture_of(data, "problem.stream: rotated")
         degrees = task * TURN / (spec.turn or spec.tasks)
+        if spec.rotation == "random":
+            degrees = float(_generator(spec.seed, ANGLE, task).uniform(0, TURN))
         return lambda rows: rows if degrees == 0 else _turned(rows, picture, degrees)
     return lambda rows: rows
 

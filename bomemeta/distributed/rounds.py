@@ -216,10 +216,13 @@ class SharedRun:
         return Reduced(result.sums, LowerStates(layout, {SHARED_TASK: row}))
 
     def update_memory(self, solver: Solver, upper: Params, lower: LowerStates) -> Params:
-        """The problem's memory as it is after the step: the sum of the blocks' shares, at their y."""
+        """The problem's memory as it is after the step: the sum of the blocks' shares, at their y. Without
+        a y, at the one that a run begins with.
+        """
         groups = _groups(lower)
-        assert groups is not None, "a step leaves a y"
-        y = {name: tensor[0] for name, tensor in groups["y"].items()}
+        oracle = ReducedOracle(self._problem, functools.partial(self._ask, solver, upper))
+        stack = groups["y"] if groups is not None else oracle.init_lower()
+        y = {name: tensor[0] for name, tensor in stack.items()}
         sums, _ = self._blocks.ask(
             update_memory, solver, upper, LowerStates.none(), {"y": y}, False, {}
         )

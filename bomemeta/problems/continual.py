@@ -27,11 +27,10 @@ from torch import Tensor
 
 from bomemeta.core.problem import Batch, Encoded, Split, StreamProblem
 from bomemeta.core.tree import Params
-from bomemeta.data.digest import check_rows, digest_of_rows
-from bomemeta.data.labelled import GREY_LEVELS, LabelledArrays
+from bomemeta.data.digest import digest_of_rows
+from bomemeta.data.labelled import GREY_LEVELS
 from bomemeta.data.pictures import picture_of
-from bomemeta.data.streams import Kind, StreamSpec
-from bomemeta.errors import ConfigError
+from bomemeta.data.streams import Kind, Rotation, StreamSpec
 from bomemeta.limits import check_bytes
 from bomemeta.nets.controller import (
     Mlp,
@@ -52,25 +51,22 @@ from bomemeta.problems.continual_losses import (
     rows_share,
 )
 from bomemeta.problems.continual_memory import Policy
-from bomemeta.problems.continual_samples import NETWORK, Notes, Samples, StreamSizes
+from bomemeta.problems.continual_plan import NOTES, Objective, check, plan_of
+from bomemeta.problems.continual_samples import NETWORK, Samples
 from bomemeta.registry import problems
 
-# What earlier networks said of the samples in memory: probabilities at the end of their task, or
-# logits when they came.
-NOTES = {"ctn": "soft_targets", "derpp": "logits"}
 TEST_ROWS = 500  # that are judged at once
 
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
-Objective = Literal["ctn", "finetune", "er", "derpp", "ewc", "joint"]
 
 
 @problems.register("continual")
 @dataclass(kw_only=True)
 class Continual(StreamProblem):
     """An online stream of tasks made of the config's data set, with a memory of `memory_per_task`
-    samples of each.
+    samples of each, or of `memory_total` of the whole stream.
 
     stream:    permuted, rotated, split (bomemeta.data.streams) protocol:  task_incremental    the
     task of a sample is known, and only that task's classes come into question
@@ -79,16 +75,18 @@ class Continual(StreamProblem):
     and the others for g
                finetune  g = CE(batch), no remedy; with solver agem, which takes its memory from f, A-GEM
                er        g = CE(batch) + CE(replay)
-               derpp     g = CE(batch) + der_alpha MSE(replay, its logits when it came) + der_beta CE(replay)
+               er_ace    the same; of the incoming batch only its own classes come into question
+               derpp     g = CE(batch) + der_alpha MSE(replay, its logits when it came) + der_beta CE(another replay)
                ewc       g = CE(batch) + ewc_weight / 2 sum_i F_i (y_i - y*_i)^2, F summed over the tasks, y* the last task's end
                joint     g = CE(batch), batches drawn from all tasks at once: what a stream can at best come to
-    For all but ctn f = CE(replay). `replay` samples are drawn at every step from the memory of
-    earlier tasks.
+    For all but ctn f = CE(replay). `replay` samples are drawn at every step: from the memory of earlier tasks
+    or, with `memory_total`, from all that is in memory before the batch.
     """
 
     needs_data = True
 
     stream: Kind = "permuted"
+    rotation: Rotation = "even"  # stream: rotated
     tasks: Annotated[int, Field(ge=2)] = 5
     samples_per_task: Annotated[int, Field(ge=2)] | None = 1000  # None: all there are
     test_samples_per_task: Size | None = 1000
@@ -108,6 +106,7 @@ class Continual(StreamProblem):
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 2
     memory: Policy = "reservoir"
     memory_per_task: Count = 50
+    memory_total: Size | None = None  # one memory of so many slots, in its place; not for ctn
     semantic_per_task: Size = 10  # objective: ctn
     replay: Size = 64
     temperature: Annotated[float, Field(gt=0)] = 5.0
@@ -128,9 +127,10 @@ class Continual(StreamProblem):
         return self._samples.steps
 
     def setup(self) -> None:
-        self._check()
+        check(self)
         spec = StreamSpec(
             kind=self.stream,
+            rotation=self.rotation,
             tasks=self.tasks,
             samples=self.samples_per_task,
             test_samples=self.test_samples_per_task,
@@ -143,7 +143,7 @@ class Continual(StreamProblem):
         self._network = self._build_network()
         known = self.protocol == "task_incremental"
         self.allowed = stream.allowed if known else torch.ones_like(stream.allowed)
-        self._samples = Samples(stream, self.allowed, self._plan(), self.dtype)
+        self._samples = Samples(stream, self.allowed, plan_of(self), self.dtype)
         self._loaded: dict[tuple[int, ...], Batch] = {}  # of the step that was last asked for
         self._loaded_step = -1
         self._tests: dict[tuple[int, ...], Batch] = {}
@@ -159,57 +159,6 @@ class Continual(StreamProblem):
             each = self.classes_per_task or self.data.classes // self.tasks
             tasks = tasks_in(path, self.stream, each)
         return replace(self, appended=[*self.appended, AppendedData(path=path, tasks=tasks)])
-
-    def _plan(self) -> StreamSizes:
-        weights: dict[str, tuple[float, float]] = {
-            "ctn": (1.0, self.distillation),
-            "er": (1.0, 0.0),
-            "derpp": (self.der_beta, self.der_alpha),
-        }
-        notes: dict[str, Notes] = {"ctn": "task", "derpp": "batch", "ewc": "fisher"}
-        replay_weight, notes_weight = weights.get(self.objective, (None, 0.0))
-        return StreamSizes(
-            seed=self.seed,
-            batch=self.batch,
-            rounds=self.rounds,
-            memory=self.memory,
-            capacity=self.memory_per_task,
-            semantic=self.semantic_per_task if self.objective == "ctn" else 0,
-            replay=self.replay,
-            replay_weight=replay_weight,
-            notes_weight=notes_weight,
-            notes=notes.get(self.objective, "none"),
-            fisher_samples=self.fisher_samples,
-            shuffled=self.objective == "joint",
-            blocks=self.blocks,
-        )
-
-    def _check(self) -> None:
-        if not isinstance(self.data, LabelledArrays):
-            raise ConfigError(
-                f"data.dataset: continual wants labelled rows (digits, mnist, cifar10_subset, labelled_array ...), and "
-                f"{type(self.data).__name__} is none of these"
-            )
-        check_rows(self.data, self.dtype)
-        if self.objective == "joint" and self.appended:
-            raise ConfigError(
-                "problem.appended: objective joint draws from all tasks at once, which a stream that goes on later does not have. "
-                "Train anew on everything"
-            )
-        if self.method == "ctn" and self.protocol == "class_incremental":
-            raise ConfigError(
-                "problem.protocol: class_incremental does not tell the task, which method ctn is a function of. Take method: plain, or "
-                "protocol: task_incremental"
-            )
-        if self.objective == "ctn" and self.semantic_per_task >= self.memory_per_task:
-            raise ConfigError(
-                f"problem.semantic_per_task: got {self.semantic_per_task} of memory_per_task {self.memory_per_task}, which leaves "
-                "nothing to replay; wanted less"
-            )
-        if self.objective in ("er", "derpp") and self.memory_per_task == 0:
-            raise ConfigError(
-                f"problem.memory_per_task: got 0; objective {self.objective} replays from memory and wants 1 or more"
-            )
 
     def _build_network(self) -> Network:
         classes = self._classes
@@ -273,7 +222,7 @@ class Continual(StreamProblem):
         if "g_inputs" not in batch:
             return nothing_of(lower)
         logits = self.logits(encoded, lower, batch["g_inputs"], batch["g_tasks"])
-        allowed = batch["allowed"][batch["g_tasks"]]
+        allowed = batch["g_allowed"] if "g_allowed" in batch else batch["allowed"][batch["g_tasks"]]
         loss = (batch["g_weight"] * cross_entropies(logits, batch["g_labels"], allowed)).sum()
         if self.objective in NOTES:
             notes = batch[NOTES[self.objective]][batch["g_slots"]]
@@ -321,6 +270,10 @@ class Continual(StreamProblem):
                 for name, tensor in zeros.items()
             }
         return {}
+
+    @property
+    def memory_before(self) -> bool:
+        return self.objective == "derpp"
 
     def memory_due(self, step: int) -> bool:
         return self._samples.writes_notes(step)

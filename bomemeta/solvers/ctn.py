@@ -39,6 +39,7 @@ class CTN(LowerOptions, PacedOptions):
 
     inner_steps: Annotated[int, Field(ge=1)] = 2
     inner_lr: Annotated[float, Field(gt=0)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0  # of grad_x f, as in the released code
 
     def adapt(self, oracle: Oracle, steps: int | None, start: Params | None = None) -> Params:
         return gradient_steps(
