@@ -1,12 +1,17 @@
-"""Permuted MNIST, 20 tasks in one pass: BOME beside CTN's own first-order update and experience
-replay, each tuned.
+"""Continual learning: BOME beside the field's methods on several streams, each method tuned by as many
+settings, then over seeds.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.continual --data-root DATA --out results/continual
+    OMP_NUM_THREADS=1 python -m benchmarks.continual --data-root DATA --out results/continual            CTN's protocol
+    OMP_NUM_THREADS=1 python -m benchmarks.continual --protocol perm rot seq --out results/protocols     Mammoth's streams, cut short
 
-Replay has 6 settings, CTN 12 and BOME 8; they are tried on one seed that is not reported (100), and
-the best by ACC is run on seeds 0 to 9. Seeds are the same for all, so differences are taken seed by
-seed. What is done already is read and not run again, so the command can be stopped and given again.
-Writes OUT/runs/*.json and OUT/table.json, and prints the table.
+`ctn` is permuted MNIST, 20 tasks in one pass, as CTN's authors have it: BOME beside CTN's own first-order
+update and experience replay. `perm`, `rot` and `seq` are the streams of configs/continual_mammoth_*.yaml, task-incremental,
+with `--tasks` tasks of `--samples` samples; all methods have the same network, batches and `--memory` samples in memory: one
+reservoir of the whole stream, and for CTN's objective an equal share for each task.
+
+Settings are tried on one seed that is not reported (100), and the best by ACC is run on seeds 0, 1, ... Seeds are the same for
+all. `--default` takes each method's first setting, untuned. What is done already is read and not run again, so the command can
+be stopped and given again. Writes OUT/runs/*.json, OUT/table.md and OUT/table.json; means, differences and ranks are `bomemeta compare`'s.
 """
 
 from __future__ import annotations
@@ -20,18 +25,25 @@ from pathlib import Path
 from typing import Any
 
 from bomemeta import api
-from bomemeta.environment import environment
+from bomemeta.compare.entries import Entry
+from bomemeta.compare.report import as_json, markdown
+from bomemeta.compare.statistics import compare
+from bomemeta.environment import environment, environment_line
 from bomemeta.files import written_whole
-from bomemeta.seeds import over_seeds
 
 TUNING_SEED = 100
-# By method: the config, and grids whose every combination of values is tried.
-GRIDS: dict[str, tuple[str, list[dict[str, list[float]]]]] = {
-    "er": ("continual_pmnist_er", [{"solver.inner_lr": [0.03, 0.06, 0.1, 0.15, 0.2, 0.3]}]),
-    "ctn": (
-        "continual_pmnist_ctn",
-        [{"solver.inner_lr": [0.03, 0.06, 0.1, 0.15], "solver.upper_lr": [0.01, 0.03, 0.1]}],
-    ),
+Grids = list[dict[str, list[float]]]
+STEP = "solver.inner_lr"
+STEPS: Grids = [{STEP: [0.1, 0.03, 0.06, 0.2]}]
+PLAIN = ["solver.name=lower_only"]
+CONTROLLED = [
+    "problem.method=ctn",
+    "problem.objective=ctn",
+    "problem.memory_total=null",
+    "problem.rounds=1",
+]
+# By method of CTN's protocol: the config, and grids whose every combination of values is tried.
+CTN_GRIDS: dict[str, tuple[str, Grids]] = {
     "bome": (
         "continual_pmnist_bome",
         [
@@ -39,7 +51,36 @@ GRIDS: dict[str, tuple[str, list[dict[str, list[float]]]]] = {
             {"solver.lower_lr": [0.06], "solver.eta": [2.0], "solver.upper_lr": [0.01, 0.03]},
         ],
     ),
+    "er": ("continual_pmnist_er", [{STEP: [0.03, 0.06, 0.1, 0.15, 0.2, 0.3]}]),
+    "ctn": (
+        "continual_pmnist_ctn",
+        [{STEP: [0.03, 0.06, 0.1, 0.15], "solver.upper_lr": [0.01, 0.03, 0.1]}],
+    ),
 }
+# By method of the other streams: keys over the stream's config, and four settings, the first the default.
+METHODS: dict[str, tuple[list[str], Grids]] = {
+    "bome": (
+        [*CONTROLLED, "solver.name=bome", "solver.inner_steps=2", "solver.inner_lr=0.03"],
+        [{"solver.lower_lr": [0.1, 0.03], "solver.eta": [0.5, 2.0]}],
+    ),
+    "ctn": (
+        [*CONTROLLED, "solver.name=ctn"],
+        [{STEP: [0.1, 0.03], "solver.upper_lr": [0.1, 0.01]}],
+    ),
+    "er": (["problem.objective=er", *PLAIN], STEPS),
+    "er_ace": (["problem.objective=er_ace", *PLAIN], STEPS),
+    "derpp": (
+        ["problem.objective=derpp", *PLAIN],
+        [{STEP: [0.1, 0.03], "problem.der_alpha": [0.5, 1.0]}],
+    ),
+    "agem": (["problem.objective=finetune", "solver.name=agem"], STEPS),
+    "ewc": (
+        ["problem.objective=ewc", *PLAIN],
+        [{STEP: [0.1, 0.03], "problem.ewc_weight": [100.0, 10.0]}],
+    ),
+    "finetune": (["problem.objective=finetune", *PLAIN], STEPS),
+}
+PROTOCOLS = ("ctn", "perm", "rot", "seq")
 SCORES = ("acc", "nbt", "ft", "fm")
 COUNTS = ("gradient_evaluations", "hessian_products")
 
@@ -52,17 +93,35 @@ def settings_of(grids: Sequence[Mapping[str, Sequence[float]]]) -> list[dict[str
     ]
 
 
+def method_of(
+    protocol: str, method: str, options: argparse.Namespace
+) -> tuple[str, list[str], list[dict[str, float]]]:
+    """The config, the keys over it, and the settings to try."""
+    if protocol == "ctn":
+        config, grids = CTN_GRIDS[method]
+        return config, [f"problem.tasks={options.tasks or 20}"], settings_of(grids)
+    keys, grids = METHODS[method]
+    tasks = 5 if protocol == "seq" else options.tasks or 5
+    size = [
+        f"problem.tasks={tasks}",
+        f"problem.samples_per_task={options.samples}",
+        f"problem.test_samples_per_task={options.samples}",
+        f"problem.memory_total={options.memory}",
+        f"problem.memory_per_task={options.memory // tasks}",
+        f"problem.semantic_per_task={max(options.memory // tasks // 5, 1)}",
+        "problem.protocol=task_incremental",
+        "problem.batch=10",
+        "problem.replay=64",
+    ]
+    return f"continual_mammoth_{protocol}_mnist", [*size, *keys], settings_of(grids)
+
+
 def measured(
-    out: Path, method: str, setting: Mapping[str, float], seed: int, common: Sequence[str]
+    out: Path, name: str, config: str, keys: Sequence[str], setting: Mapping[str, float], seed: int
 ) -> dict[str, Any]:
     """One run's scores; from its file where it was run before."""
-    name = "-".join(
-        [
-            method,
-            *(f"{key.partition('.')[2]}_{value:g}" for key, value in setting.items()),
-            f"seed_{seed}",
-        ]
-    )
+    said = [f"{key.partition('.')[2]}_{value:g}" for key, value in setting.items()]
+    name = "-".join([name, *said, f"seed_{seed}"])
     file = out / "runs" / f"{name}.json"
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
@@ -70,110 +129,83 @@ def measured(
     overrides = [f"{key}={value}" for key, value in setting.items()]
     folder = out / "folders" / f"{name}-{time.time_ns()}"
     cpu = time.process_time()
-    result = api.train(
-        f"configs/{GRIDS[method][0]}.yaml",
-        [*overrides, *common, f"seed={seed}", f"output_dir={folder}"],
-    )
+    own = [f"seed={seed}", f"output_dir={folder}"]
+    result = api.train(f"configs/{config}.yaml", [*keys, *overrides, *own])
     if result.interrupted:
         raise SystemExit(f"{name} was stopped; the same command goes on with it")
     wanted = {key: value for key, value in result.metrics.items() if key in SCORES + COUNTS}
-    record = {
-        "method": method,
-        "setting": dict(setting),
-        "seed": seed,
-        "cpu_s": time.process_time() - cpu,
-        **wanted,
-    }
+    spent = time.process_time() - cpu
+    record = {"setting": dict(setting), "seed": seed, "cpu_s": spent, **wanted}
+    record["environment"] = environment()
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as stream:
-        stream.write(json.dumps(record | {"environment": environment()}, indent=1).encode())
-    print(
-        f"{name}: "
-        + ", ".join(f"{key} {100 * record[key]:.2f}" for key in SCORES)
-        + f", {record['cpu_s']:.0f} CPU-s",
-        flush=True,
-    )
+        stream.write(json.dumps(record, indent=1).encode())
+    scores = ", ".join(f"{key} {100 * record[key]:.2f}" for key in SCORES)
+    print(f"{name}: {scores}, {record['cpu_s']:.0f} CPU-s", flush=True)
     return record
 
 
-def differences(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """BOME minus each other method, seed by seed: means with 95 % half-widths, in per cent points."""
-    found = {}
-    for method in sorted(set(runs) - {"bome"}):
-        pairs = zip(runs.get("bome", ()), runs[method], strict=False)
-        each = [{key: 100 * (bome[key] - other[key]) for key in SCORES} for bome, other in pairs]
-        if len(each) > 1:
-            found[f"bome - {method}"] = over_seeds(each)
-    return found
-
-
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| method | chosen | ACC | NBT | FT | FM | CPU-s |", "|---|---|---|---|---|---|---|"]
-    for method, row in rows.items():
-        chosen = ", ".join(
-            f"{key.partition('.')[2]} {value:g}" for key, value in row["setting"].items()
-        )
-        cells = " | ".join(
-            f"{100 * row['scores'][key]:.2f} ± {100 * row['scores'][f'{key}_ci95']:.2f}"
-            for key in SCORES
-        )
-        lines.append(f"| {method} | {chosen} | {cells} | {row['scores']['cpu_s']:.0f} |")
-    return "\n".join(lines)
+def entry_of(
+    protocol: str, method: str, options: argparse.Namespace, common: Sequence[str]
+) -> tuple[Entry, dict[str, float]]:
+    """The method's figures by seed, and its setting."""
+    config, keys, settings = method_of(protocol, method, options)
+    name, keys = f"{protocol}-{method}", [*keys, *common]
+    setting = settings[0]
+    if not options.default:
+        tried = [measured(options.out, name, config, keys, each, TUNING_SEED) for each in settings]
+        setting = max(tried, key=lambda run: float(run["acc"]))["setting"]
+    seeds = {}
+    for seed in range(options.seeds):
+        run = measured(options.out, name, config, keys, setting, seed)
+        scores = {key: 100 * run[key] for key in SCORES}
+        seeds[seed] = scores | {key: run[key] for key in (*COUNTS, "cpu_s") if key in run}
+    return Entry(method, seeds, {}, run["environment"]["versions"]), setting
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--methods", nargs="+", choices=sorted(GRIDS), default=list(GRIDS))
+    parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, default=["ctn"])
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=None)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--tasks", type=int, default=20)
+    parser.add_argument("--tasks", type=int, default=None, help="ctn: 20, perm and rot: 5")
+    parser.add_argument("--samples", type=int, default=500, help="of a task, perm, rot and seq")
+    parser.add_argument("--memory", type=int, default=200, help="slots, perm, rot and seq")
+    parser.add_argument("--default", action="store_true", help="nothing is tuned")
     parser.add_argument(
         "--data-root", default=None, help="folder of mnist.npz; default: BOMEMETA_DATA"
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="config keys for every run, as for bomemeta train",
-    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every run")
     options = parser.parse_args(argv)
-    common = [f"problem.tasks={options.tasks}", "log.tensorboard=false", *options.set]
+    common = ["log.tensorboard=false", *options.set]
     if options.data_root is not None:
         common.append(f"data.root={options.data_root}")
-    rows, all_runs = {}, {}
-    for method in options.methods:
-        tried = [
-            measured(options.out, method, setting, TUNING_SEED, common)
-            for setting in settings_of(GRIDS[method][1])
-        ]
-        best = max(tried, key=lambda run: float(run["acc"]))["setting"]
-        runs = [measured(options.out, method, best, seed, common) for seed in range(options.seeds)]
-        all_runs[method] = runs
-        numbers = [
-            {
-                key: value
-                for key, value in run.items()
-                if isinstance(value, int | float) and key != "seed"
-            }
-            for run in runs
-        ]
-        rows[method] = {"setting": best, "scores": over_seeds(numbers), "tried": tried}
-    gaps = differences(all_runs)
-    about = {"tasks": options.tasks, "seeds": options.seeds, "environment": environment()}
-    result = {**about, "methods": rows, "differences": gaps}
+    parts, tables, chosen = [], {}, {}
+    for protocol in options.protocol:
+        there = CTN_GRIDS if protocol == "ctn" else METHODS
+        methods = [name for name in options.methods or there if name in there]
+        found = {method: entry_of(protocol, method, options, common) for method in methods}
+        chosen[protocol] = {method: setting for method, (_, setting) in found.items()}
+        if len(found) > 1:
+            table = compare([entry for entry, _ in found.values()], (*SCORES, "cpu_s"))
+            parts.append(f"## {protocol}\n\n{markdown(table)}")
+            tables[protocol] = json.loads(as_json(table))
+    where = environment()
+    result = {"tables": tables, "settings": chosen, "environment": where}
     with written_whole(options.out / "table.json") as stream:
         stream.write(json.dumps(result, indent=1).encode())
-    print(table(rows))
-    for name, scores in gaps.items():
-        print(
-            f"{name}: "
-            + ", ".join(
-                f"{key.upper()} {scores[key]:+.2f} ± {scores[f'{key}_ci95']:.2f}" for key in SCORES
-            )
-        )
+    lines = [
+        f"* {protocol}, {method}: {', '.join(f'`{key}` {value:g}' for key, value in setting.items())}"
+        for protocol, settings in chosen.items()
+        for method, setting in settings.items()
+    ]
+    text = "\n".join([*parts, *lines, f"* {environment_line(where)}"]) + "\n"
+    with written_whole(options.out / "table.md") as stream:
+        stream.write(text.encode())
+    print(text)
     return result
 
 

@@ -4,8 +4,8 @@ moves x, and with `lower_only` at the uniform, the proportional and (`--mixtures
     python -m benchmarks.mixing --seeds 5 --steps 300 --json OUT.json
 
 Every run of a seed starts at the same y and sees the same sequences of every domain; they differ in
-the weights. `retrained`: from the start again at the weights that were learned. Differences are paired
-by seed, with 95 % intervals by Student's t.
+the weights. `retrained`: from the start again at the weights that were learned. Means, differences seed by seed and ranks
+are `bomemeta compare`'s.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 import bomemeta
+from bomemeta.compare.entries import Entry
+from bomemeta.compare.report import as_json, markdown
+from bomemeta.compare.statistics import Comparison, compare
 from bomemeta.environment import environment
 
 CONFIG = "configs/mixing_quickstart.yaml"
@@ -64,13 +66,18 @@ def of_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     return runs
 
 
-def interval(differences: Sequence[float]) -> dict[str, float]:
-    """Mean and the half-width of its 95 % interval."""
-    found = np.asarray(differences)
-    half = float("nan")
-    if len(found) > 1:
-        half = float(stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5)
-    return {"mean": float(found.mean()), "ci95": half}
+def compared(runs: Sequence[Mapping[str, Any]]) -> Comparison:
+    """All mixtures beside the learned weights, seed by seed."""
+    entries = [
+        Entry(
+            name,
+            {seed: {"test_loss": run[name]["test_loss"]} for seed, run in enumerate(runs)},
+            {},
+            {},
+        )
+        for name in runs[0]
+    ]
+    return compare(entries, ["test_loss"], "learned")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -84,21 +91,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(argv)
     runs = [of_seed(options, seed) for seed in range(options.seeds)]
-    loss = {name: [run[name]["test_loss"] for run in runs] for name in runs[0]}
+    table = compared(runs)
     result = {
-        "test_loss": {name: interval(each) for name, each in loss.items()},
-        "learned_minus": {
-            name: interval([a - b for a, b in zip(loss["learned"], each, strict=True)])
-            for name, each in loss.items()
-            if name != "learned"
-        },
+        "comparison": json.loads(as_json(table)),
         "runs": runs,
         "options": {"seeds": options.seeds, "steps": options.steps, "set": options.set},
         "environment": environment(),
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: result[key] for key in ("test_loss", "learned_minus")}, indent=1))
+    print(markdown(table))
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 LEVEL = 0.95
 
@@ -18,3 +19,11 @@ def half_width(variance: float, n: int) -> float | None:
     if n < 2:
         return None
     return float(stdtrit(n - 1, (1 + LEVEL) / 2)) * math.sqrt(max(variance, 0.0) / n)
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean of independent values, and the half-width of its interval as above."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(n - 1, 1)
+    return mean, half_width(variance, n)

@@ -9,7 +9,6 @@ last checkpoint and to the same bits.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -23,7 +22,7 @@ from bomemeta.assembly import imports_of, open_transport, worker_range
 from bomemeta.config import Config
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.imports import Imports, is_file_entry
-from bomemeta.intervals import half_width
+from bomemeta.intervals import mean_and_half_width
 from bomemeta.report import Listener, Quiet
 from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
@@ -176,16 +175,11 @@ def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of every metric that all runs have, followed by NAME_ci95; an interval has no
     interval of its own.
     """
-    n = len(runs)
     found: dict[str, float] = {}
     for name in runs[0]:
         if not all(name in run for run in runs):
             continue
-        values = [run[name] for run in runs]
-        mean = math.fsum(values) / n
-        found[name] = mean
-        if not name.endswith("ci95"):
-            variance = math.fsum((value - mean) ** 2 for value in values) / max(n - 1, 1)
-            if (width := half_width(variance, n)) is not None:
-                found[f"{name}_ci95"] = width
+        found[name], width = mean_and_half_width([run[name] for run in runs])
+        if width is not None and not name.endswith("ci95"):
+            found[f"{name}_ci95"] = width
     return found

@@ -451,7 +451,63 @@ def test_mixing_compares_learned_weights_with_fixed_ones(tmp_path: Path) -> None
     sizes = ("--seeds", "2", "--steps", "2", "--mixtures", "1", "--json", str(out), "--set", *small)
     result = run("mixing", *sizes)
     assert json.loads(out.read_text()) == result
-    assert set(result["learned_minus"]) == {"uniform", "proportional", "retrained", "mixture0"}
+    rows = result["comparison"]["rows"]["test_loss"]
+    assert {row["label"] for row in rows if row["difference"]} == {
+        "uniform", "proportional", "retrained", "mixture0",
+    }  # fmt: skip
     first = result["runs"][0]
     assert first["uniform"]["weights"]["shuffled"] == pytest.approx(0.25)
     assert first["retrained"]["weights"] == pytest.approx(first["learned"]["weights"], rel=1e-5)
+
+
+def test_continual_methods_side_by_side(tmp_path: Path) -> None:
+    small = ["data.dataset=digits", "problem.hidden=6", "problem.layers=1", "problem.replay=4"]
+    sizes = ("--seeds", "1", "--samples", "20", "--memory", "20", "--default")
+    arguments = ("--protocol", "seq", *sizes, "--out", str(tmp_path), "--set", *small)
+    result = run("continual", *arguments)
+    rows = result["tables"]["seq"]["rows"]
+    methods = {"bome", "ctn", "er", "er_ace", "derpp", "agem", "ewc", "finetune"}
+    assert {row["label"] for row in rows["acc"]} == methods
+    assert sum(row["rank"] for row in rows["acc"]) == pytest.approx(36)  # 1 + ... + 8
+    assert result["tables"]["seq"]["less_is_better"] == ["nbt", "fm", "cpu_s"]
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    assert run("continual", *arguments)["tables"] == result["tables"]
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == before
+
+
+def test_as_many_settings_for_every_continual_method() -> None:
+    from benchmarks.continual import METHODS, settings_of
+
+    assert {len(settings_of(grids)) for _, grids in METHODS.values()} == {4}
+
+
+def test_hyper_cleaning_from_searches_to_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import hyper_cleaning
+
+    assert len(hyper_cleaning.METHODS) == 10
+    files = {}
+    for name in ("bome", "soba"):
+        search = hyper_cleaning.FILES[name].read_text(encoding="utf-8")
+        size = "train: 200, validation: 100, selection: 100, blocks: 1"
+        search = search.replace("train: 5000, blocks: 1", size).replace("trials: 8", "trials: 2")
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(search.replace("steps: 100", "steps: 4"), encoding="utf-8")
+    monkeypatch.setattr(hyper_cleaning, "FILES", files)
+    monkeypatch.setattr(hyper_cleaning, "GRADIENTS", 16)
+    arguments = ("--data", "digits", "--seeds", "2", "--out", str(tmp_path / "out"))
+    text = run("hyper_cleaning", *arguments)
+    assert "### test_accuracy_solved: more is better; differences from bome" in text
+    record = json.loads((tmp_path / "out" / "table.json").read_text())
+    rows = record["tables"]["digits"]["rows"]["test_accuracy"]
+    assert [(row["label"], row["mean"]["seeds"]) for row in rows] == [("bome", 2), ("soba", 2)]
+    runs = sorted(file.stem for file in (tmp_path / "out" / "runs").iterdir())
+    assert runs == sorted(
+        f"{method}-digits-{kind}_{number}"
+        for method in ("bome", "soba")
+        for kind in ("trial", "seed")
+        for number in (0, 1)
+    )
+    curve = json.loads((tmp_path / "out" / "runs" / "bome-digits-seed_0.json").read_text())["curve"]
+    assert curve[-1]["gradients"] == 16

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from bomemeta.compare.entries import Entry
 from bomemeta.errors import ConfigError
-from bomemeta.intervals import half_width
+from bomemeta.intervals import mean_and_half_width
 
 # What a smaller number of is better; everything else that is compared is an accuracy or the like.
-LESS = ("loss", "error", "residual", "forgetting", "nbt", "gap", "stationarity", "_s")
+LESS = ("loss", "error", "residual", "forgetting", "nbt", "fm", "gap", "stationarity", "_s")
 # What users compare first, where all entries have it.
 USUAL = ("test_accuracy", "accuracy", "acc", "f1", "test_loss", "loss", "upper_error")
 
@@ -125,10 +125,7 @@ def _rows(entries: Sequence[Entry], base: Entry, metric: str, shared: Sequence[i
 
 
 def _mean(values: Sequence[float]) -> Mean:
-    n = len(values)
-    mean = math.fsum(values) / n
-    variance = math.fsum((value - mean) ** 2 for value in values) / max(n - 1, 1)
-    return Mean(mean, half_width(variance, n), n)
+    return Mean(*mean_and_half_width(values), len(values))
 
 
 def _difference(entry: Entry, base: Entry, metric: str, sign: float) -> Difference | None:
