@@ -179,6 +179,8 @@ def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 # Keys that runs of earlier versions do not have, with what those did.
 ADDED_KEYS: dict[str, Any] = {
     "problem.appended": [],
+    "problem.rotation": "even",
+    "problem.activation": "tanh",
     "data.deform": False,
     "solver.weight_decay": 0.0,
     "solver.upper_warmup_steps": 0,

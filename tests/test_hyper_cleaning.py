@@ -164,6 +164,20 @@ def test_closed_form_is_autograds(data: LabelledArray, loss: Any) -> None:
     assert_tight(closed.lower, by_autograd.lowers[0])
 
 
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_mlp_losses_are_the_equation(data: LabelledArray, activation: Any) -> None:
+    problem = attached(data, model="mlp", hidden=5, activation=activation, blocks=3, shuffle=False)
+    y = some_lower(problem)
+    oracle = oracle_of(problem, some_upper(problem))
+    stored = arrays()
+    inputs = torch.from_numpy(stored["x_train"].reshape(TRAIN, -1)).double()[23:33] / 255
+    units = getattr(torch, activation)(inputs @ y["hidden.weight"].T + y["hidden.bias"])
+    wanted = functional.cross_entropy(
+        units @ y["weight"].T + y["bias"], torch.from_numpy(stored["y_train"]).long()[23:33]
+    )
+    assert_tight(oracle.upper(repeated(y, 3)).value.mean(), wanted)
+
+
 def test_mlp_is_smooth_and_starts_alike_everywhere(data: LabelledArray) -> None:
     problem, again = (attached(data, model="mlp", hidden=5, blocks=2) for _ in range(2))
     oracle = oracle_of(problem, some_upper(problem))

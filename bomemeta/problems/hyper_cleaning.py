@@ -60,7 +60,7 @@ class HyperCleaning(SharedProblem):
     weights:    clamp    w = x, kept in [0, 1], from 0.5 (BOME)
                 sigmoid  w = 1 / (1 + exp(-x)), from x = 0 (LancBiO)
     model:      linear   softmax of weight @ input + bias, from 0
-                mlp      the same on `hidden` tanh units, from small random numbers
+                mlp      the same on `hidden` units, tanh or sigmoid, from small random numbers
 
     |y|^2 includes the biases: without them g would not be strongly convex.
     """
@@ -78,6 +78,7 @@ class HyperCleaning(SharedProblem):
     weights: Literal["clamp", "sigmoid"] = "clamp"
     model: Literal["linear", "mlp"] = "linear"
     hidden: Size = 128  # model: mlp
+    activation: Literal["tanh", "sigmoid"] = "tanh"  # model: mlp
     ridge: Annotated[float, Field(ge=0)] = 0.001
     blocks: Size = 2
 
@@ -306,9 +307,8 @@ class HyperCleaning(SharedProblem):
 
     def _logits(self, lower: Params, inputs: Tensor) -> Tensor:
         if self.model == "mlp":
-            inputs = torch.tanh(
-                functional.linear(inputs, lower["hidden.weight"], lower["hidden.bias"])
-            )
+            hidden = functional.linear(inputs, lower["hidden.weight"], lower["hidden.bias"])
+            inputs = hidden.tanh() if self.activation == "tanh" else hidden.sigmoid()
         return functional.linear(inputs, lower["weight"], lower["bias"])
 
 
