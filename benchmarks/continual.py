@@ -26,8 +26,8 @@ from typing import Any
 
 from bomemeta import api
 from bomemeta.compare.entries import Entry
-from bomemeta.compare.report import as_json, markdown
 from bomemeta.compare.statistics import compare
+from bomemeta.compare.tables import as_json, markdown
 from bomemeta.environment import environment, environment_line
 from bomemeta.files import written_whole
 

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from bomemeta.compare.entries import Entry
-from bomemeta.compare.report import as_json, markdown
 from bomemeta.compare.statistics import compare
+from bomemeta.compare.tables import as_json, markdown
 from bomemeta.config import load_config
 from bomemeta.environment import environment_line
-from bomemeta.reproduce.experiment import Budget, Record, Run
+from bomemeta.reproduce.experiment import Budget, PaperRun, Record
 from bomemeta.reproduce.folder import Folder
 from bomemeta.reproduce.runner import execute
 from bomemeta.tune.search import sampled
@@ -64,14 +64,14 @@ def full_keys(config: Mapping[str, Any]) -> list[str]:
 
 def run_of(
     name: str, config: Mapping[str, Any], keys: Sequence[str], amount: float, points: int
-) -> Run:
+) -> PaperRun:
     made = load_config(config, keys).to_dict()
-    return Run(
+    return PaperRun(
         name=name, label=name, config=made, budget=Budget("gradients", amount), points=points
     )
 
 
-def recorded(folder: Folder, run: Run) -> Record:
+def recorded(folder: Folder, run: PaperRun) -> Record:
     """Its record; from the folder where it was run before."""
     record = folder.load(run)
     if record is None:

@@ -21,8 +21,8 @@ import numpy as np
 
 import bomemeta
 from bomemeta.compare.entries import Entry
-from bomemeta.compare.report import as_json, markdown
 from bomemeta.compare.statistics import Comparison, compare
+from bomemeta.compare.tables import as_json, markdown
 from bomemeta.environment import environment
 
 CONFIG = "configs/mixing_quickstart.yaml"

@@ -51,7 +51,7 @@ from bomemeta.problems.continual_losses import (
     rows_share,
 )
 from bomemeta.problems.continual_memory import Policy
-from bomemeta.problems.continual_plan import NOTES, Objective, check, plan_of
+from bomemeta.problems.continual_plan import NOTES, Objective, check, sizes_of
 from bomemeta.problems.continual_samples import NETWORK, Samples
 from bomemeta.registry import problems
 
@@ -143,7 +143,7 @@ class Continual(StreamProblem):
         self._network = self._build_network()
         known = self.protocol == "task_incremental"
         self.allowed = stream.allowed if known else torch.ones_like(stream.allowed)
-        self._samples = Samples(stream, self.allowed, plan_of(self), self.dtype)
+        self._samples = Samples(stream, self.allowed, sizes_of(self), self.dtype)
         self._loaded: dict[tuple[int, ...], Batch] = {}  # of the step that was last asked for
         self._loaded_step = -1
         self._tests: dict[tuple[int, ...], Batch] = {}

@@ -21,7 +21,7 @@ NOTES = {"ctn": "soft_targets", "derpp": "logits"}
 REPLAYING = ("er", "er_ace", "derpp")
 
 
-def plan_of(problem: Continual) -> StreamSizes:
+def sizes_of(problem: Continual) -> StreamSizes:
     """How this problem's stream is walked through."""
     objective, pooled = problem.objective, problem.memory_total is not None
     weights: dict[str, tuple[float, float]] = {
