@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import TracebackType
 
 FIRST_S, EVERY_S = 5.0, 30.0  # of silence, before the first word and between two
+
+_HEARING: ContextVar[Callable[[str], None] | None] = ContextVar("hearing", default=None)
+
+
+@contextlib.contextmanager
+def hearing(hear: Callable[[str], None]) -> Iterator[None]:
+    """`hear` is called with what `say` is given while the block lasts."""
+    token = _HEARING.set(hear)
+    try:
+        yield
+    finally:
+        _HEARING.reset(token)
+
+
+def say(text: str) -> None:
+    """For what takes long before a run begins: the run's listener hears it, in a worker nobody."""
+    if (hear := _HEARING.get()) is not None:
+        hear(text)
 
 
 class Heartbeat:

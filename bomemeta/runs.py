@@ -16,6 +16,7 @@ from bomemeta.config import Config, Source, load_config
 from bomemeta.continuation import check_continues
 from bomemeta.core.problem import StreamProblem
 from bomemeta.errors import ConfigError
+from bomemeta.heartbeat import hearing
 from bomemeta.paths import absolute
 from bomemeta.recorded import finished
 from bomemeta.report import Listener, Quiet
@@ -50,14 +51,16 @@ def train_config(
     """
     if auto_resume and (result := _continued(settings, listener)) is not None:
         return result
-    if settings.seeds == 1:
-        return train_one(settings, name, listener)
-    build_solver(settings, build_problem(settings))  # what is wrong is said before a folder is made
-    if settings.output_dir is None and name is None:
-        with RunFolder.passing(settings) as folder:
-            return run_seeds(settings, folder, listener)
-    folder = RunFolder.create(settings.output_dir, name or "run", settings)
-    return run_seeds(settings, folder, listener)
+    with hearing(listener.note):
+        if settings.seeds == 1:
+            return train_one(settings, name, listener)
+        # What is wrong is said before a folder is made.
+        build_solver(settings, build_problem(settings))
+        if settings.output_dir is None and name is None:
+            with RunFolder.passing(settings) as folder:
+                return run_seeds(settings, folder, listener)
+        folder = RunFolder.create(settings.output_dir, name or "run", settings)
+        return run_seeds(settings, folder, listener)
 
 
 def name_of(config: object, settings: Config) -> str:
@@ -139,9 +142,10 @@ def evaluate(
     folder = RunFolder.open(run_dir)
     settings = config_of(folder, overrides, keys, trust=trust)
     listener = listener or Quiet()
-    if settings.seeds == 1:
-        return evaluate_one(settings, folder, listener)
-    return run_seeds(settings, folder, listener, evaluates=True)
+    with hearing(listener.note):
+        if settings.seeds == 1:
+            return evaluate_one(settings, folder, listener)
+        return run_seeds(settings, folder, listener, evaluates=True)
 
 
 def _continued(settings: Config, listener: Listener) -> Result | None:
@@ -167,8 +171,7 @@ def _continued(settings: Config, listener: Listener) -> Result | None:
 def _go_on(
     settings: Config, folder: RunFolder, listener: Listener, said: Sequence[str] = ()
 ) -> Result:
-    return (
-        resume_one(settings, folder, listener, said)
-        if settings.seeds == 1
-        else run_seeds(settings, folder, listener)
-    )
+    with hearing(listener.note):
+        if settings.seeds == 1:
+            return resume_one(settings, folder, listener, said)
+        return run_seeds(settings, folder, listener)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import bomemeta
-from bomemeta.data import glyphs
+from bomemeta.data import feature_cache, glyphs
 from bomemeta.data.cifar10n import Cifar10N
 from bomemeta.data.feature_cache import frozen_features
 from bomemeta.data.image_sets import Cifar10Subset, Cifar100
 from bomemeta.data.newsgroups import TwentyNewsgroups
 from bomemeta.data.omniglot import Omniglot
 from bomemeta.errors import BomemetaError, ConfigError, DataError
+from bomemeta.heartbeat import hearing
 
 IMAGES, LABELS = np.zeros((6, 32, 32, 3), np.uint8), np.arange(6) % 3
 CIFAR = {"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES, "y_test": LABELS}
@@ -145,6 +146,49 @@ def test_features_that_are_damaged_are_named(tmp_path: Path) -> None:
     np.save(file, np.ones((2, 4), np.float32))
     with pytest.raises(DataError, match=r"features \[2, 4\] of 3 images"):
         features()
+
+
+def test_an_interrupted_encoding_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_cache, "IMAGES_PER_FILE", 14)
+    monkeypatch.setattr(feature_cache, "FIRST_S", 0.0)
+    seen: list[int] = []
+    heard: list[str] = []
+
+    def features(cache: str, stop_after: int = 60) -> Any:
+        class Rows:
+            digest, augments, count, image_shape = "x", False, 60, (1, 4, 4)
+
+            def images(self, rows: Any) -> Any:
+                return torch.from_numpy(rows)[:, None] + torch.arange(5)
+
+        def encode(images: torch.Tensor) -> torch.Tensor:
+            if sum(seen) >= stop_after:
+                raise KeyboardInterrupt
+            seen.append(len(images))
+            return images.sin()
+
+        rows = Rows()
+        rows.cache = str(tmp_path / cache)  # type: ignore[attr-defined]
+        seen.clear()
+        with hearing(heard.append):
+            return np.array(frozen_features(rows, encode, "w", 7, torch.float32))  # type: ignore[arg-type]
+
+    whole = features("undisturbed")
+    assert sum(seen) == 60
+    first = "encoding every image once, for this run and later ones: 7 of 60, about "
+    assert heard[0].startswith(first)
+    with pytest.raises(KeyboardInterrupt):
+        features("stopped", stop_after=35)  # two files of 14 are whole, and half a file is lost
+    one, other = sorted((tmp_path / "stopped").glob("features/*.7/*.npy"))
+    assert [one.name, other.name] == ["0.npy", "14.npy"]
+    other.write_bytes(other.read_bytes()[:-3])  # the power went
+    np.testing.assert_array_equal(features("stopped"), whole)
+    assert sum(seen) == 60 - 14
+    assert [*(tmp_path / "stopped").glob("features/*.7")] == []
+    features("stopped")
+    assert seen == []
 
 
 class Failing:

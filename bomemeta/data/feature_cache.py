@@ -1,12 +1,18 @@
 """Features of a frozen network, computed once per image and kept on the disk.
 
-FOLDER/features/KEY/features.npy    [n, d], row by row those of the data set's images
+FOLDER/features/KEY/features.npy      [n, d], row by row those of the data set's images
+FOLDER/features/KEY.STEP/START.npy    a run of rows, until all are there: an interrupted run goes on here
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +28,11 @@ from bomemeta.data.episodes import EpisodeSpec, Split
 from bomemeta.data.image_cache import cache_folder, locked, write_folder
 from bomemeta.data.preprocessing import preprocessing_of
 from bomemeta.errors import DataError
+from bomemeta.heartbeat import EVERY_S, FIRST_S, say
 
 VERSION = 1
 IMAGES_PER_PASS = 32
+IMAGES_PER_FILE = 256  # about, until all are there: what an interruption costs
 
 
 class Rows(Protocol):
@@ -62,12 +70,14 @@ def frozen_features(
     key = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
     folder = cache_folder(getattr(dataset, "cache", None)) / "features"
     here = folder / key
+    step = images_per_pass or IMAGES_PER_PASS
     if not here.is_dir():
         with locked(folder / f"{key}.lock"):
             if not here.is_dir():
-                write_folder(
-                    here, lambda part: _write(part, dataset, encode, images_per_pass, dtype)
-                )
+                kept = folder / f"{key}.{step}"  # other passes may round otherwise
+                table = _encoded(dataset, encode, step, dtype, kept)
+                write_folder(here, lambda part: np.save(part / "features.npy", table))
+                shutil.rmtree(kept, ignore_errors=True)
     with refusing(
         lambda why: DataError(f"the cache {here} is damaged ({why}). Delete it: it is made again")
     ):
@@ -78,17 +88,56 @@ def frozen_features(
     raise AssertionError("unreachable")
 
 
-def _write(
-    part: Path,
+def _encoded(
     dataset: Rows,
     encode: Callable[[Tensor], Tensor],
-    images_per_pass: int | None,
+    step: int,
     dtype: torch.dtype,
-) -> None:
-    step = images_per_pass or IMAGES_PER_PASS
-    found = []
-    with torch.no_grad():
-        for start in range(0, dataset.count, step):
-            rows = np.arange(start, min(start + step, dataset.count))
-            found.append(encode(dataset.images(rows).to(dtype)))
-    np.save(part / "features.npy", torch.cat(found).numpy())
+    kept: Path,
+) -> NDArray[Any]:
+    """All features, those in the folder `kept` as they are. The passes are the same wherever an earlier
+    process stopped, and so are the bits.
+    """
+    count, rows_per_file = dataset.count, step * max(IMAGES_PER_FILE // step, 1)
+    files: list[NDArray[Any]] = []
+    began, done, due = time.monotonic(), 0, FIRST_S
+    for start in range(0, count, rows_per_file):
+        stop = min(start + rows_per_file, count)
+        found = _kept(kept / f"{start}.npy", stop - start)
+        if found is None:
+            passes = []
+            for first in range(start, stop, step):
+                rows = np.arange(first, min(first + step, stop))
+                with torch.no_grad():
+                    passes.append(encode(dataset.images(rows).to(dtype)))
+                done += len(rows)
+                seconds, there = time.monotonic() - began, int(rows[-1]) + 1
+                if seconds >= due and there < count:
+                    left = seconds / done * (count - there)
+                    say(
+                        f"encoding every image once, for this run and later ones: {there:,} of {count:,}, "
+                        f"about {left:.0f} s left"
+                    )
+                    due = seconds + EVERY_S
+            found = torch.cat(passes).numpy()
+            _keep(kept / f"{start}.npy", found)
+        files.append(found)
+    return np.concatenate(files)
+
+
+def _kept(file: Path, rows: int) -> NDArray[Any] | None:
+    """What an interrupted process left; None where that is nothing whole."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        found: NDArray[Any] = np.load(file, allow_pickle=False)
+        if found.ndim == 2 and len(found) == rows:
+            return found
+    return None
+
+
+def _keep(file: Path, features: NDArray[Any]) -> None:
+    # Best effort: without room for it an interrupted run begins anew.
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
+            np.save(part, features)
+        os.replace(part.name, file)
