@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.dropout import _DropoutNd
 
 from bomemeta.errors import ConfigError
 from bomemeta.nets import adapters
@@ -34,7 +35,7 @@ ADAPTERS: dict[str, adapters.Adapter] = {"adapters": "lora", "film": "film"}
 class Backbone:
     """Features of images as a function of x. `module` is changed: give one that nobody else uses.
 
-    Dropout is off. Raises ConfigError where `trainable` or `norms` do not fit the module.
+    Dropout is off but where `features` is asked for it. Raises ConfigError where `trainable` or `norms` do not fit the module.
     """
 
     names: list[str]  # x's entries that are the backbone's
@@ -55,6 +56,7 @@ class Backbone:
         if norms != "running" and not self._takes_rows:
             module = with_task_norms(module, self._statistics)
         self.module = module.requires_grad_(False)
+        self._dropouts = [layer for layer in module.modules() if isinstance(layer, _DropoutNd)]
         self._adapter = ADAPTERS.get(trainable) if isinstance(trainable, str) else None
         self._layers: list[str] = []
         parameters = [name for name, _ in module.named_parameters()]
@@ -79,9 +81,16 @@ class Backbone:
         own = dict(self.module.named_parameters())
         return {name: own[name].detach() for name in self.names}
 
-    def features(self, x: Params, images: Tensor, rows: int | None = None) -> Tensor:
+    @property
+    def drops_out(self) -> bool:
+        """Whether there is a layer of dropout."""
+        return bool(self._dropouts)
+
+    def features(
+        self, x: Params, images: Tensor, rows: int | None = None, dropout: bool = False
+    ) -> Tensor:
         """`[n, d]` of images `[n, C, H, W]`; `rows`: how many of the first make the statistics of
-        BatchNorms, where these are the task's own. None: all.
+        BatchNorms, where these are the task's own. None: all. `dropout` draws from torch's generator.
         """
         own = self._own_on(images.device)
         params = own | self._effective(x, own)
@@ -89,16 +98,22 @@ class Backbone:
             features: Tensor = functional_call(self.module, params, (images, rows))
             return features
         self._statistics.rows = rows
+        for layer in self._dropouts:
+            layer.training = dropout
         try:
             features = functional_call(self.module, params, (images,))
         except Exception as error:  # whatever a user's network raises, here or under vmap
-            layer = layer_at_fault(self.module, images)
+            if dropout and "randomness" in str(error):
+                raise  # vmap's: who maps loops instead
+            at_fault = layer_at_fault(self.module, images)
             raise ConfigError(
-                f"problem.backbone: layer {layer} fails on images {tuple(images.shape)}: "
+                f"problem.backbone: layer {at_fault} fails on images {tuple(images.shape)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         finally:
             self._statistics.rows = None
+            for layer in self._dropouts:
+                layer.training = False
         if features.dim() != 2:
             raise ConfigError(
                 f"problem.backbone: got an output of shape {tuple(features.shape)} for {len(images)} images; wanted "

@@ -34,7 +34,7 @@ from bomemeta.nets.passes import MicroBatches
 from bomemeta.nets.sources import build_module, check_source, is_own, load_weights
 from bomemeta.problems import few_shot_heads as heads
 from bomemeta.problems import few_shot_linear as linear
-from bomemeta.problems.few_shot_network import NETWORK_HEAD, NetworkForm
+from bomemeta.problems.few_shot_network import DROPS, NETWORK_HEAD, NetworkForm
 from bomemeta.registry import problems
 
 # The third number of an episode's key: what one split draws says nothing about another's.
@@ -90,6 +90,7 @@ class FewShot(NetworkForm):
     regularisation: Annotated[float, Field(ge=0)] = 1.0
     feature_scale: Annotated[float, Field(gt=0)] | None = 4.0
     batch_norm: Norms = "transductive"
+    dropout: Literal["off", "key"] = "off"
     # so many episodes whose y persists; none: fresh ones for ever
     fixed_tasks: Annotated[int, Field(ge=1)] | None = None
 
@@ -132,6 +133,12 @@ class FewShot(NetworkForm):
                 "problem.micro_batch: with BatchNorm statistics of the task an image's features depend on all "
                 "images of the task; set problem.batch_norm=running, or take micro_batch out"
             )
+        if self.dropout == "key" and (not self.network.drops_out or self.micro_batch is not None):
+            raise ConfigError(
+                "problem.dropout: key, but the backbone has no layer of torch.nn's dropouts; take it out"
+                if self.micro_batch is None
+                else "problem.dropout: key draws in every pass of the backbone, and problem.micro_batch passes twice; take one out"
+            )
         self._backbone_names = self.network.names
         # Written out is the plain case; a subclass that changes it is asked for its own `encode`.
         self._has_passes = (
@@ -148,7 +155,7 @@ class FewShot(NetworkForm):
                     f"problem.trainable: none, and head {self.head} has nothing to learn either; set problem.neck=scale "
                     "or linear, or problem.head=r2d2 or svm"
                 )
-            if not self.network.mixes and has_rows(self.data):
+            if not self.network.mixes and self.dropout == "off" and has_rows(self.data):
                 self._table = self._encoded_once()
 
     def check_data(self) -> dict[str, Any]:
@@ -200,7 +207,10 @@ class FewShot(NetworkForm):
         spec = self.spec(split)
         keys = [(self.seed, SPLITS.index(split), task) for task in task_ids]
         drawn = [self._episode(split, spec, key) for key in keys]
-        return {
+        # Marks the tasks whose features have dropout: the functions of a task are not told the split.
+        drops = self.dropout == "key" and split == "train"
+        marks = {DROPS: torch.ones(len(keys))} if drops else {}
+        return marks | {
             "support": torch.stack([episode.support for episode in drawn]).to(self.dtype),
             "support_labels": torch.stack([episode.support_labels for episode in drawn]),
             "query": torch.stack([episode.query for episode in drawn]).to(self.dtype),
@@ -227,7 +237,8 @@ class FewShot(NetworkForm):
         if self._table is not None:
             return self._seen_by_head(upper, images, len(batch["support"]))
         seen = None if self.batch_norm == "transductive" else len(batch["support"])
-        return self._seen_by_head(upper, self._backbone(upper, images, seen), len(batch["support"]))
+        features = self._backbone(upper, images, seen, DROPS in batch)
+        return self._seen_by_head(upper, features, len(batch["support"]))
 
     def encode_tasks(self, upper: Params, batch: Batch, differentiable: bool) -> Encoding | None:
         by_parts = self.micro_batch is not None and self._table is None
@@ -375,8 +386,10 @@ class FewShot(NetworkForm):
             return encoded["query"] @ lower["head"]
         return self.logits(lower, self.query_features(lower, batch))
 
-    def _backbone(self, params: Params, images: Tensor, statistics_rows: int | None) -> Tensor:
+    def _backbone(
+        self, params: Params, images: Tensor, statistics_rows: int | None, drops: bool = False
+    ) -> Tensor:
         if self._backbone_names:
-            return self.network.features(params, images, statistics_rows)
+            return self.network.features(params, images, statistics_rows, drops)
         with torch.no_grad():
-            return self.network.features(params, images, statistics_rows)
+            return self.network.features(params, images, statistics_rows, drops)

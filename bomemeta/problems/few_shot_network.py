@@ -11,6 +11,7 @@ from torch.nn import functional
 from bomemeta.core.problem import Batch, Encoded, Problem
 from bomemeta.core.tree import Params
 
+DROPS = "drops"  # in a batch whose features have dropout
 NETWORK_HEAD = ("head.weight", "head.bias")  # x's entries that are not the backbone's
 
 
@@ -20,7 +21,9 @@ class NetworkForm(Problem):
     form: str
     batch_norm: str
 
-    def _backbone(self, params: Params, images: Tensor, statistics_rows: int | None) -> Tensor:
+    def _backbone(
+        self, params: Params, images: Tensor, statistics_rows: int | None, drops: bool = False
+    ) -> Tensor:
         raise NotImplementedError
 
     @property
@@ -52,14 +55,14 @@ class NetworkForm(Problem):
 
     def support_features(self, params: Params, batch: Batch) -> Tensor:
         """[n, d], BatchNorm statistics of the support set."""
-        return self._backbone(params, batch["support"], None)
+        return self._backbone(params, batch["support"], None, DROPS in batch)
 
     def query_features(self, params: Params, batch: Batch) -> Tensor:
         """[n, d], BatchNorm statistics as `batch_norm` says."""
         if self.batch_norm == "transductive":
-            return self._backbone(params, batch["query"], None)
-        images = torch.cat([batch["support"], batch["query"]])
-        return self._backbone(params, images, len(batch["support"]))[len(batch["support"]) :]
+            return self._backbone(params, batch["query"], None, DROPS in batch)
+        images, supports = torch.cat([batch["support"], batch["query"]]), len(batch["support"])
+        return self._backbone(params, images, supports, DROPS in batch)[supports:]
 
     def logits(self, params: Params, features: Tensor) -> Tensor:
         """The head on features."""
