@@ -37,8 +37,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ridge": ("solver.upper_schedule=constant",),
     "bome": (
         *NETWORK,
-        "solver={name: bome, barrier: per_task, adapt_steps: 5, inner_steps: 5, barrier_steps: 5, inner_lr: 0.01, "
-        "lower_lr: 0.01, upper_lr: 0.001, upper_optimizer: adam}",
+        "solver={name: bome, barrier: per_task, adapt_steps: 5, inner_steps: 5, barrier_steps: 5, inner_lr: 0.001, "
+        "lower_lr: 0.001, upper_lr: 0.001, upper_optimizer: adam}",
     ),
     "maml": (
         *NETWORK,

@@ -22,7 +22,7 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sinusoids_by_every_method(tmp_path: Path) -> None:
     sinusoid = importlib.import_module("benchmarks.sinusoid")
-    small = ["--cpu-s", "0.01", "--seeds", "2", "--shots", "5", "--episodes", "3"]
+    small = ["--cpu-s", "0.01", "--seeds", "1", "--shots", "5", "10", "--episodes", "3"]
     result = sinusoid.main([*small, "--out", str(tmp_path)])
     assert [run["method"] for run in result["runs"]] == ["ridge", "bome", "maml"] * 2
     assert all(run["steps"] >= 10 and run["mse"] > 0 for run in result["runs"])
