@@ -358,7 +358,7 @@ class FewShot(NetworkForm):
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """`accuracy` and `loss` on the queries, and `baseline_accuracy` of the nearest support
-        image in raw pixels (L2).
+        image, L2 in raw pixels, or in the features where these are kept.
         """
         logits = self.query_logits(encoded, lower, batch)
         labels = batch["query_labels"]
