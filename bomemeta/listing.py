@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from bomemeta.core.arguments import MISSING, Field, fields_of
 from bomemeta.document import find_config, shipped_configs
@@ -68,6 +72,8 @@ def keys_of(kind: str, name: str) -> list[str]:
     rows = []
     for field in fields_of(cls):
         wanted = phrase(schema["properties"][field.name], schema) or "any"
+        if meaning := meanings_of(kind, name).get(field.name):
+            wanted += f"; {_plain_text(meaning)}"
         rows.append((f"{field.name}:", _default(field), wanted))
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     return [
@@ -80,6 +86,34 @@ def keys_of(kind: str, name: str) -> list[str]:
             for key, default, wanted in rows
         ),
     ]
+
+
+@cache
+def meanings() -> Mapping[str, Any]:
+    """What the keys mean, in Markdown: `every run`, and by kind those of each class; `all` are
+    those of every class of the kind that has such a key and says nothing else.
+    """
+    text = Path(__file__).with_name("meanings.yaml").read_text(encoding="utf-8")
+    found: Mapping[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def meanings_of(kind: str, name: str) -> Mapping[str, str]:
+    """Key to meaning for a class of bomemeta's own, in Markdown; of others nothing is known."""
+    cls = SECTIONS[_SECTION_OF[kind]].registry.get(name)
+    if not cls.__module__.startswith("bomemeta."):
+        return {}
+    classes = meanings()[kind]
+    own = [found for names, found in classes.items() if name in names.split(", ")]
+    known = dict(classes.get("all", {}))
+    for found in own:
+        known |= found
+    return {field.name: known[field.name] for field in fields_of(cls) if field.name in known}
+
+
+def _plain_text(markdown: str) -> str:
+    """Without backquotes, and links as their texts."""
+    return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", markdown).replace("`", "")
 
 
 def _first_line(cls: type[Any]) -> str:

@@ -1,5 +1,5 @@
 """Writes the site's pages that repeat the code: the API from its docstrings, the commands from their
-`--help`, the keys of configuration.md, and the tutorials. mkdocs runs it as a hook; nothing is written into docs/.
+`--help`, and the tutorials. mkdocs runs it as a hook; nothing is written into docs/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import bomemeta
 from bomemeta.cli import app
 
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs runs this file by its path
-import keys
 import notebooks
 
 GROUPS = {
@@ -125,11 +124,3 @@ def on_files(files: Any, config: Any) -> Any:
             files.remove(source)
         files.append(File.generated(config, path, content=content))
     return files
-
-
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """mkdocs' hook: fills in the tables of configuration.md."""
-    written: str = (
-        keys.with_tables(markdown) if page.file.src_uri == "configuration.md" else markdown
-    )
-    return written

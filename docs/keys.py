@@ -1,14 +1,15 @@
-"""The tables of configuration.md for the site: which keys there are, their defaults and what they want are
-read off the code, what they mean is written in the page. A test says what the page lacks.
+"""The tables of configuration.md. Which keys there are, their defaults and what they want are read off the
+classes, what they mean from bomemeta/meanings.yaml; the rest of the page is written by hand.
 
-A section of the page whose heading names classes (`bome`) has one table, whose last column is the meaning.
-Keys that many solvers have may stand once, under SHARED.
+`python docs/keys.py` writes the tables anew; a test says where they are not the code's. A section whose
+heading names classes (`bome`) has one table, of the first; the others have the same keys.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel, TypeAdapter
@@ -19,7 +20,7 @@ from bomemeta.validation import phrase
 
 KINDS = {"solvers": "solver", "problems": "problem", "datasets": "data"}
 EVERY_RUN = "Every run"
-SHARED = "The step of x"
+PAGE = Path(__file__).with_name("configuration.md")
 HEADER = "| key | default | wants | meaning |\n|---|---|---|---|\n"
 
 
@@ -49,16 +50,11 @@ def settings_keys() -> dict[str, Key]:
 
 def class_keys(kind: str, name: str) -> dict[str, Key]:
     """The keys of a registered class, as `bomemeta list KIND NAME` prints them."""
-    found = (re.fullmatch(r"  (\w+): +(.*?) +# (.*)", line) for line in listing.keys_of(kind, name))
-    return {line[1]: Key(line[2].strip("<>"), line[3]) for line in found if line is not None}
-
-
-def meanings(section: str) -> dict[str, str]:
-    """Key to meaning, the last cell of its row; `\\|` is a bar within a cell."""
-    rows = (
-        re.split(r"(?<!\\)\|", line)[1:-1] for line in section.splitlines() if line[:3] == "| `"
+    found = (
+        re.fullmatch(r"  (\w+): +(.*?) +# (.*?)(?:; .*)?", line)
+        for line in listing.keys_of(kind, name)
     )
-    return {row[0].strip(" `"): row[-1].strip() for row in rows}
+    return {line[1]: Key(line[2].strip("<>"), line[3]) for line in found if line is not None}
 
 
 def sections(page: str) -> dict[str, str]:
@@ -80,25 +76,33 @@ def registered(heading: str) -> list[tuple[str, str]]:
 
 def with_tables(page: str) -> str:
     """The page with every table of keys as the code has it. Raises KeyError where a meaning lacks."""
-    found = sections(page)
-    shared = meanings(found.get(SHARED, ""))
-    for heading, text in found.items():
+    for heading, text in sections(page).items():
         classes = registered(heading)
-        keys = settings_keys() if heading == EVERY_RUN else None
         if classes:
-            keys = class_keys(*classes[0])
-        if not keys:
+            keys, meanings = class_keys(*classes[0]), listing.meanings_of(*classes[0])
+        elif heading == EVERY_RUN:
+            keys, meanings = settings_keys(), listing.meanings()["every run"]
+        else:
             continue
-        known = shared | meanings(text)
-        rows = "".join(
-            f"| `{key}` | {_cell(each.default)} | {_cell(each.wants)} | {known[key]} |\n"
-            for key, each in keys.items()
-        )
-        table = re.compile(r"^\| key \|.*\n\|[-|]*\n(?:\|.*\n?)*", re.MULTILINE)
-        made = table.sub(lambda _, rows=rows: HEADER + rows, text, count=1)
-        page = page.replace(f" {heading}\n{text}", f" {heading}\n{made}", 1)
+        if keys:
+            shared = listing.meanings().get(classes[0][0], {}).get("all", {}) if classes else {}
+            # What the class alone has, then what others have too.
+            keys = dict(
+                sorted(keys.items(), key=lambda item: shared.get(item[0]) == meanings[item[0]])
+            )
+            rows = "".join(
+                f"| `{key}` | {_cell(each.default)} | {_cell(each.wants)} | {_cell(meanings[key])} |\n"
+                for key, each in keys.items()
+            )
+            table = re.compile(r"^\| key \|.*\n\|[-|]*\n(?:\|.*\n?)*", re.MULTILINE)
+            made = table.sub(lambda _, rows=rows: HEADER + rows, text, count=1)
+            page = page.replace(f" {heading}\n{text}", f" {heading}\n{made}", 1)
     return page
 
 
 def _cell(text: str) -> str:
     return text.replace("|", r"\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

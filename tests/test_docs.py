@@ -17,9 +17,10 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 import bomemeta
-from bomemeta import health
+from bomemeta import health, listing
 from bomemeta.cli import app
-from bomemeta.config import SECTIONS
+from bomemeta.config import SECTIONS, load_config
+from bomemeta.core.arguments import fields_of
 from bomemeta.errors import DataError
 from bomemeta.metrics import TENSORBOARD_TAGS, read_metrics
 from bomemeta.tune.spec import load_search
@@ -127,37 +128,43 @@ def test_files_that_docs_name_exist() -> None:
 KEYS = runpy.run_path(str(DOCS / "keys.py"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        (None, KEYS["EVERY_RUN"]),
-        *((kind, name) for kind in REGISTERED for name in REGISTERED[kind]),
-    ],
-)
-def test_configuration_says_what_each_key_means(kind: str | None, name: str) -> None:
-    sections = KEYS["sections"](page("configuration.md"))
-    wanted = set(KEYS["class_keys"](kind, name) if kind else KEYS["settings_keys"]())
-    found = [
-        text for heading, text in sections.items() if f"`{name}`" in heading or heading == name
-    ]
-    assert len(found) == 1, f"docs/configuration.md wants one section whose heading names `{name}`"
-    own, shared = (KEYS["meanings"](text) for text in (found[0], sections.get(KEYS["SHARED"], "")))
-    lacking = [f"| `{key}` | ... |" for key in wanted if not (own | shared).get(key)]
-    gone = sorted(set(own) - wanted)
-    assert (lacking, gone) == ([], []), (
-        f"docs/configuration.md, {name}: rows to write, and keys that are no more"
-    )
+def test_every_key_has_a_meaning_and_every_meaning_a_key() -> None:
+    wanted = {"every run": set(KEYS["settings_keys"]())}
+    wanted |= {
+        f"{kind} {name}": {field.name for field in fields_of(SECTIONS[section].registry.get(name))}
+        for kind, section in SECTION_OF.items()
+        for name in REGISTERED[kind]
+    }
+    found = {"every run": set(listing.meanings()["every run"])}
+    for kind in REGISTERED:
+        classes = listing.meanings()[kind]
+        for name in REGISTERED[kind]:
+            own = [meant for names, meant in classes.items() if name in names.split(", ")]
+            shared = set(classes["all"]) & wanted[f"{kind} {name}"]
+            found[f"{kind} {name}"] = shared.union(*own)
+        assert {name for names in classes for name in names.split(", ")} <= {
+            "all",
+            *REGISTERED[kind],
+        }
+        assert set(classes["all"]) <= set().union(
+            *(wanted[f"{kind} {n}"] for n in REGISTERED[kind])
+        )
+    differing = {
+        name: (sorted(wanted[name] - found[name]), sorted(found[name] - wanted[name]))
+        for name in wanted
+        if wanted[name] != found[name]
+    }
+    assert differing == {}, "bomemeta/meanings.yaml: keys without a meaning, meanings without a key"
 
 
-def test_the_sites_configuration_has_defaults_and_ranges() -> None:
-    made = KEYS["with_tables"](page("configuration.md"))
-    table = rows(KEYS["sections"](made)["`bome`"])
+def test_configuration_is_written_from_the_code() -> None:
+    text = page("configuration.md")
+    assert KEYS["with_tables"](text) == text, "write its tables anew: python docs/keys.py"
+    named = [name for heading in KEYS["sections"](text) for _, name in KEYS["registered"](heading)]
+    assert sorted(named) == sorted(name for names in REGISTERED.values() for name in names)
+    table = rows(KEYS["sections"](text)["`bome`"])
     assert table["inner_lr"][:2] == ["0.1", "a number > 0"]
     assert table["upper_optimizer"][:2] == ["sgd", "one of: sgd, momentum, adam, adamw"]
-    assert rows(KEYS["sections"](made)["Every run"])["log.every_steps"][:2] == [
-        "20",
-        "an integer >= 1",
-    ]
 
 
 def test_every_registered_name_is_in_data_or_configuration() -> None:
@@ -192,6 +199,8 @@ def names_in_backquotes(text: str) -> set[str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_for_two_steps(path: Path, tmp_path: Path) -> None:
     overrides = ["steps=2", "workers=0", "evaluation.episodes=2", f"output_dir={tmp_path / 'run'}"]
+    if load_config(path).tasks_per_step:
+        overrides += ["tasks_per_step=2", "shards=2"]
     try:
         result = bomemeta.train(path, overrides)
     except DataError as error:

@@ -227,7 +227,7 @@ SOLVED = {  # changes, steps, the relative error of x that these were measured t
     "amigo_gd": ({"upper_lr": 0.5}, 120, 1e-3),
     "soba": ({"upper_lr": 0.1}, 600, 1e-3),
     "sl_bamm": ({"upper_lr": 0.1, "mu": 0.0}, 600, 1e-3),
-    "itd": ({"upper_lr": 1.5, "inner_steps": 60}, 25, 3e-2),
+    "itd": ({"upper_lr": 1.5, "inner_steps": 40}, 15, 3e-2),
 }
 
 

@@ -192,7 +192,12 @@ def test_a_slow_worker_is_left_out_where_the_others_are_done_sooner():
 
 def test_a_slow_worker_is_given_another_chance_and_a_new_process_a_fresh_start():
     scheduler = trained({0: 1.0, 1: 10.0})
-    for _ in range(60):
+    for _ in range(6):
+        scheduler.fade([1])
+    assert (
+        len(assign(scheduler, [0, 1], KEYS, {})) == 1
+    )  # 5 times as slow: four calls are done sooner
+    for _ in range(6):
         scheduler.fade([1])
     assert len(assign(scheduler, [0, 1], KEYS, {})) == 2
     scheduler = trained({0: 1.0, 1: 10.0})
@@ -237,7 +242,11 @@ def played(
 def test_a_bad_moment_is_forgotten(seconds, hiccup):
     scheduler, equal = Scheduler(), {0: seconds, 1: seconds}
     assert set(played(scheduler, equal, 6, first=3.0)[-1]) == {0, 1}  # imports, data
-    assert set(played(scheduler, equal, 40, first=hiccup or None)[-1]) == {0, 1}
+    # Of calls that are too short to plan, the next round is even again. Else worker 0 was taken for
+    # 12 times as slow, and is given nothing until that has faded, by 0.9 a round.
+    back = 16 if hiccup and seconds > 0.1 else 1
+    counts = played(scheduler, equal, 40, first=hiccup or None)
+    assert counts[back:] == [Counter({0: 2, 1: 2})] * (40 - back)
     assert scheduler.slowness(0) == pytest.approx(1, rel=0.05)
     assert scheduler.slowness(1) == pytest.approx(1, rel=0.05)
     assert [scheduler.expected(key) for key in KEYS] == pytest.approx([seconds] * 4, rel=0.1)
