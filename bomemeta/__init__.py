@@ -11,10 +11,10 @@ Everything here is imported when it is first used: `import bomemeta` imports nei
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from bomemeta import doctor as doctor
     from bomemeta import errors as errors
     from bomemeta import profile as profile
@@ -86,8 +86,6 @@ if TYPE_CHECKING:
     from bomemeta.solvers.subbio import SubBiO as SubBiO
     from bomemeta.solvers.vpbgd import VPBGD as VPBGD
 
-__version__ = version("bomemeta")
-
 # Where each name comes from; tests/test_objects.py compares it with the registries.
 _NAMES = {
     "bomemeta.api": ["Result", "evaluate", "extend", "load", "resume", "train"],
@@ -153,6 +151,11 @@ __all__ = [*_MODULE_OF, *_MODULES, "__version__"]
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"bomemeta.{name}")
+    if name == "__version__":
+        # Importing this takes five times as long as the rest of `import bomemeta`.
+        from importlib.metadata import version
+
+        return version("bomemeta")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'bomemeta' has no attribute {name!r}")
     found = getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -25,6 +25,8 @@ LONGEST = (
     "test_promises",
     "test_auto_resume",
     "test_transport_ray",
+    "test_objects",
+    "test_s3",
     "test_docs",
 )
 

@@ -18,7 +18,7 @@ import pytest
 import test_promises
 import torch
 import yaml
-from test_promises import FEW_SHOT, JOBS, QUADRATIC, struck, wait_for
+from test_promises import FEW_SHOT, JOBS, QUADRATIC, stopped, struck, wait_for
 
 import bomemeta
 from bomemeta import checkpoint, runs
@@ -271,7 +271,7 @@ def armed(folder: Path, how: str) -> dict[str, Any]:
 def test_sigterm_in_a_short_step_ends_well(reference, tmp_path):
     folder = tmp_path / "run"
     process = command(FEW_SHOT, folder, "SIGSTOP")
-    wait_for(lambda: folder.with_suffix(".mark").exists(), process)
+    wait_for(lambda: stopped(process.pid), process)
     process.terminate()
     process.terminate()  # `uv run` passes it on, and Ray sends it to every process of a job
     process.send_signal(signal.SIGCONT)

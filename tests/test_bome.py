@@ -103,7 +103,7 @@ def test_coreset_reaches_the_solution(start):
         lower_schedule="cosine",
         upper_schedule="cosine",
     )
-    bench = Bench(problem, solver, 2000)
+    bench = Bench(problem, solver, 1500)
     metrics = bench.finish()
     weights = torch.softmax(bench.x(), 0)
     torch.testing.assert_close(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bomemeta.data import archives, prepare
+from bomemeta.data import archives, glyphs, prepare
 from bomemeta.data.episodes import EpisodeSpec
 from bomemeta.errors import DataError
 from bomemeta.registry import datasets
@@ -217,4 +217,10 @@ def test_without_a_root_the_environment_says_where(
     with pytest.raises(DataError, match="use --root DIR or set BOMEMETA_DATA"):
         prepare.prepare("omniglot", None)
     monkeypatch.setenv("BOMEMETA_CACHE", str(tmp_path))
+
+    def render(self: glyphs.Glyphs) -> None:  # tests/test_data_glyphs.py renders the fonts
+        assert self.root is not None
+        glyphs.cache_path(Path(self.root)).touch()
+
+    monkeypatch.setattr(glyphs.Glyphs, "prepare", render)
     assert prepare.prepare("glyphs", None).parent == tmp_path

@@ -140,13 +140,13 @@ def test_every_key_has_a_meaning_and_every_meaning_a_key() -> None:
         classes = listing.meanings()[kind]
         for name in REGISTERED[kind]:
             own = [meant for names, meant in classes.items() if name in names.split(", ")]
-            shared = set(classes["all"]) & wanted[f"{kind} {name}"]
+            shared = set(classes.get("all", {})) & wanted[f"{kind} {name}"]
             found[f"{kind} {name}"] = shared.union(*own)
         assert {name for names in classes for name in names.split(", ")} <= {
             "all",
             *REGISTERED[kind],
         }
-        assert set(classes["all"]) <= set().union(
+        assert set(classes.get("all", {})) <= set().union(
             *(wanted[f"{kind} {n}"] for n in REGISTERED[kind])
         )
     differing = {

@@ -10,11 +10,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+import bomemeta
 
 if TYPE_CHECKING:
     from bomemeta.api import Result
@@ -66,7 +67,7 @@ def _version(
     ] = False,
 ) -> None:
     if show:
-        typer.echo(f"bomemeta {version('bomemeta')}")
+        typer.echo(f"bomemeta {bomemeta.__version__}")
         raise typer.Exit
 
 

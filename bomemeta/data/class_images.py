@@ -70,11 +70,13 @@ def check_spec(dataset: str, spec: EpisodeSpec) -> None:
             raise DataError(f"{dataset}: problem.{field} is {value}; an episode needs at least 1")
 
 
-def check_ways(dataset: str, split: Split, spec: EpisodeSpec, classes: int) -> None:
+def check_ways(
+    dataset: str, split: Split, spec: EpisodeSpec, classes: int, advice: str = "lower it"
+) -> None:
     """Raises DataError where the split has fewer classes than an episode asks for."""
     if classes < spec.ways:
         raise DataError(
-            f"{dataset}: the {split} split has {classes} classes; problem.ways is {spec.ways}: lower it"
+            f"{dataset}: the {split} split has {classes} classes; problem.ways is {spec.ways}: {advice}"
         )
 
 

@@ -156,7 +156,9 @@ class ImageEpisodes(ABC):
                     f"{wanted} images that shots + queries needs; problem.ways is {spec.ways}. Too small are "
                     f"{shown(small)}: lower problem.ways, problem.shots or the queries"
                 )
-            check_ways(self.label, split, spec, len(rows.count))
+            of_all = ", ".join(f"{name} {len(of.count)}" for name, of in self.table.splits.items())
+            advice = f"lower it, or give each split enough classes with data.split (now {of_all})"
+            check_ways(self.label, split, spec, len(rows.count), advice)
             large = np.flatnonzero(rows.count >= wanted)
             known[split, spec] = ClassRows(
                 rows.start[large], rows.count[large], [rows.names[int(i)] for i in large]
