@@ -75,7 +75,8 @@ class DoomedAnalytic(Analytic):
 
 def _made(path: Path) -> bool:
     try:
-        path.touch(exist_ok=False)
+        with path.open("x") as file:
+            file.write(str(os.getpid()))
     except FileExistsError:
         return False
     return True
