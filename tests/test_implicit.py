@@ -232,7 +232,12 @@ def test_warm_up_of_some_tasks_leaves_the_others_share():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"subspace": 3, "warmup_steps": 3}, {"warmup_steps": 1, "upper_optimizer": "adam"}]
+    "changes",
+    [
+        {"subspace": 3, "warmup_steps": 3},
+        {"warmup_steps": 1, "upper_optimizer": "adam"},
+        {"warmup_steps": 1, "weight_decay": 0.1},
+    ],
 )
 def test_warm_up_that_cannot_be_is_refused(changes):
     with pytest.raises(ConfigError, match="warmup_steps"):

@@ -71,10 +71,11 @@ class LancBiO(ImplicitSolver):
                 f"solver.warmup_steps: got {self.warmup_steps}; an epoch has solver.subspace = {self.subspace} steps, and x would "
                 "never move: make it smaller"
             )
-        if self.warmup_steps > 0 and self.upper_optimizer != "sgd":
+        if self.warmup_steps > 0 and (self.upper_optimizer != "sgd" or self.weight_decay > 0):
+            mover = "weight_decay" if self.upper_optimizer == "sgd" else self.upper_optimizer
             raise ConfigError(
-                f"solver.warmup_steps: x is to stand still in these steps, and {self.upper_optimizer} moves it without a gradient: "
-                "use solver.upper_optimizer sgd, or warmup_steps 0"
+                f"solver.warmup_steps: x is to stand still in these steps, and {mover} moves it without a gradient: "
+                "use solver.upper_optimizer sgd without weight_decay, or warmup_steps 0"
             )
 
     def check(self, problem: Problem) -> None:
