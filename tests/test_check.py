@@ -356,6 +356,8 @@ def test_a_direction_that_does_not_settle_is_averaged_and_warm_up_left_out() -> 
 
     class Persistent:
         persistent = True
+        tasks, step, steps = 1, 0, 18
+        project_upper = staticmethod(lambda x: x)
 
     settled = settle(solver, {"x": torch.zeros(1)}, Persistent(), 18)  # type: ignore[arg-type]
     assert settled.steps == 18

@@ -319,8 +319,8 @@ def test_what_cannot_travel_is_named_at_once() -> None:
 
 
 def test_modules_that_are_not_installed_travel_by_value() -> None:
-    assert by_value._is_loose(sys.modules[__name__])
-    assert not any(by_value._is_loose(sys.modules[name]) for name in ("torch", "json", "bomemeta"))
+    assert by_value.is_loose(sys.modules[__name__])
+    assert not any(by_value.is_loose(sys.modules[name]) for name in ("torch", "json", "bomemeta"))
 
 
 @pytest.mark.parametrize(
