@@ -299,7 +299,7 @@ def test_frozen_features_are_computed_once_per_image(
     original = Backbone.features
     monkeypatch.setattr(
         Backbone, "features",
-        lambda self, x, images, rows=None: passes.append(len(images)) or original(self, x, images, rows),
+        lambda self, x, images, *rest: passes.append(len(images)) or original(self, x, images, *rest),
     )  # fmt: skip
     cached = FewShot(**keys)
     cached.attach(seed=0, dtype=torch.float64, data=photographs)
