@@ -403,10 +403,10 @@ def test_asha_with_workers_and_a_trial_that_is_killed(ray_cluster: None, tmp_pat
         "doom_step": 6,
         "doom_mark": str(tmp_path / "mark"),
         "group_folder": str(seen),
-        "group_size": 2,
+        "group_size": 3,
     }
     file = changed(
-        based(problem=problem, workers=1, shards=4),
+        based(problem=problem, workers=2, shards=4),
         space={
             "solver.upper_lr": {"grid": [0.1, 0.001]},
             "solver.inner_lr": {"uniform": [0.08, 0.12]},
@@ -448,10 +448,10 @@ def test_asha_with_workers_and_a_trial_that_is_killed(ray_cluster: None, tmp_pat
         json.loads((run / "result.json").read_text())["first_step"] == EVERY
     )  # the report before the kill
 
-    # The trial itself and its worker, in a placement group of their own.
+    # The trial itself and two workers, in a placement group of their own.
     groups = Counter(file.name.partition("-")[0] for file in seen.iterdir())
     assert groups
-    assert min(groups.values()) >= 2
+    assert min(groups.values()) >= 3
 
     for row in result.rows:
         written = events(tmp_path / "out" / "trials" / f"trial-0{row.trial}")
