@@ -12,7 +12,7 @@ the steps, ANIL and MAML, each with the same CPU seconds, the same number of set
 
 A method's number of steps is its budget over the CPU time of its own step, measured first; its Adam step is the best of
 `--rates` on 100 validation episodes after a quarter of the budget. Differences are paired by test episode, with 95 %
-intervals and Holm's correction over the table.
+intervals and Holm's correction over the table. The same command again goes on: what OUT has is not run anew.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ TOGETHER = 3  # characters in a class of task `mixed`
 WARM_UP, TIMED = 3, 10  # steps before the clock of a step's cost starts, and on it
 
 SOLVED = ("solver.inner_steps=1", "solver.adapt_steps=0", "solver.barrier_steps=0")
+# Far from the start, so with more steps: W begins at 0, and little holds it there.
+RIDGE = (
+    "problem.regularisation=0.1",
+    *(f"solver.{name}=20" for name in ("inner_steps", "adapt_steps", "barrier_steps")),
+)
 NETWORK = ("problem.form=network", "solver.inner_steps=5", "solver.inner_lr=0.1")
 ADAM = ("solver.upper_optimizer=adam", "solver.upper_schedule=cosine")
 METHODS: dict[str, tuple[str, ...]] = {
@@ -54,6 +59,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ridge (R2D2)": ("problem.head=r2d2", *SOLVED),
     "SVM (MetaOptNet)": ("problem.head=svm", *SOLVED),
     "logistic regression": ("problem.head=logistic", *SOLVED),
+    "BOME, ridge head": ("problem.head=ridge", *RIDGE),
     "ITD, prototype head": (
         "solver.name=itd",
         "solver.inner_steps=5",
@@ -158,11 +164,11 @@ def of_method(options: argparse.Namespace, method: str) -> dict[str, Any]:
         for rate in options.rates
     }
     best = max(tried, key=lambda rate: tried[rate])
-    runs = {
-        seed: trained(options.task, method, best, steps, seed, options.episodes)
+    runs = [
+        trained(options.task, method, best, steps, seed, options.episodes)
         for seed in range(options.seeds)
-    }
-    means = [sum(run["accuracy"]) / len(run["accuracy"]) for run in runs.values()]
+    ]
+    means = [sum(run["accuracy"]) / len(run["accuracy"]) for run in runs]
     print(f"{method}: rate {best} of {tried}, {steps} steps, accuracy {means}", flush=True)
     return {"step_cpu_s": cost, "tried": tried, "rate": best, "runs": runs}
 
@@ -175,7 +181,7 @@ def compared(found: dict[str, dict[str, Any]]) -> Comparison:
             (method, "accuracy"),
             (f"{method}, its x without adaptation", "unadapted"),
         ):
-            for seed, run in each["runs"].items():
+            for seed, run in enumerate(each["runs"]):
                 for number, value in enumerate(run.get(key, ())):
                     rows.setdefault(name, {})[seed * len(run[key]) + number] = {"accuracy": value}
     entries = [Entry(name, episodes, {}, {}) for name, episodes in rows.items()]
@@ -190,7 +196,7 @@ def table(found: dict[str, dict[str, Any]], comparison: Comparison) -> str:
     ]
     for row in comparison.rows["accuracy"]:
         of = found.get(row.label)
-        runs = list(of["runs"].values()) if of else []
+        runs = of["runs"] if of else []
         cells = [
             row.label,
             f"{of['rate']:g}" if of else "",
@@ -228,17 +234,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
-    where = environment()
+    asked = {
+        name: getattr(options, name) for name in ("task", "cpu_s", "seeds", "episodes", "rates")
+    }
+    asked["rates"] = list(asked["rates"])
+    file, where = options.out / "heads.json", environment()
+    record = json.loads(file.read_text()) if file.exists() else {"asked": asked, "methods": {}}
+    if record["asked"] != asked:
+        parser.error(
+            f"--out: {file} was made with {record['asked']}; this asks for {asked}: take another folder"
+        )
+    found: dict[str, dict[str, Any]] = record["methods"]
     for method in options.methods:
-        found[method] = of_method(options, method)
-        record = {
-            "task": options.task,
-            "cpu_s": options.cpu_s,
-            "methods": found,
-            "environment": where,
-        }
-        (options.out / "heads.json").write_text(json.dumps(record, indent=1) + "\n")
+        if method not in found:
+            found[method] = of_method(options, method)
+            record["environment"] = where
+            file.write_text(json.dumps(record, indent=1) + "\n")
     text = table(found, compared(found))
     tried = f"{options.seeds} seeds, {options.episodes} test episodes, {len(options.rates)} steps of Adam tried"
     text += f"\n{tried}; {environment_line(where)}\n"
