@@ -20,6 +20,7 @@ import toy  # registers the toy data set; tests/ is on the workers' path
 from bomemeta.core.problem import Batch, Split
 from bomemeta.problems.analytic import Analytic
 from bomemeta.problems.continual import Continual
+from bomemeta.problems.data_mixing import DataMixing
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.problems.hyper_cleaning import HyperCleaning
 from bomemeta.registry import problems
@@ -92,3 +93,9 @@ class MortalHyperCleaning(Strike, HyperCleaning):
 @dataclass(kw_only=True)
 class MortalContinual(Strike, Continual):
     """continual whose worker is struck once."""
+
+
+@problems.register("mortal_data_mixing")
+@dataclass(kw_only=True)
+class MortalDataMixing(Strike, DataMixing):
+    """data_mixing whose worker is struck once."""

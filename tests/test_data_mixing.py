@@ -20,6 +20,8 @@ import bomemeta
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Term
 from bomemeta.data.texts import InstalledTexts
+from bomemeta.distributed import cluster
+from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.worker import Computing, ShardWorker
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.nets.gpt import GPT
@@ -190,6 +192,26 @@ def test_a_run_reports_weights_and_loss(tmp_path: Path) -> None:
     assert 0 < result.metrics["test_loss"] < 8
     other = bomemeta.train(JOB, [f"output_dir={tmp_path / 'micro'}", "micro_batch=4"])
     assert other.metrics["test_loss"] == pytest.approx(result.metrics["test_loss"], rel=1e-4)
+
+
+@pytest.mark.slow(reason="five runs, four of them over Ray")
+def test_same_weights_with_any_number_of_workers_and_one_killed(tmp_path: Path) -> None:
+    mortal = {**JOB, "imports": [str(Path(__file__).with_name("mortal.py"))]}
+    mortal["problem"] = {**JOB["problem"], "name": "mortal_data_mixing"}
+
+    def hashed(name: str, *keys: str) -> str:
+        given = ["cpus_per_worker=0.3", f"output_dir={tmp_path / name}", *keys]
+        result = bomemeta.train(mortal, given)
+        killed = any("died" in note for note in result.notes)
+        assert killed == any(key.startswith("problem.strike") for key in keys), result.notes
+        return result.upper_sha256
+
+    wanted = hashed("serial", "workers=0")
+    strike = ["problem.strike_step=1", f"problem.strike_mark={tmp_path / 'mark'}"]
+    with cluster.local(RayOptions(workers=3, cpus_per_worker=0.3), print):
+        found = {count: hashed(f"workers{count}", f"workers={count}") for count in (1, 2, 3)}
+        killed = hashed("killed", "workers=2", "reduce=collective", *strike)
+    assert {*found.values(), killed} == {wanted}
 
 
 def test_bfloat16_computes_in_it_and_keeps_x_and_y_in_float32(tmp_path: Path) -> None:
