@@ -21,6 +21,7 @@ from bomemeta.config import load_config
 from bomemeta.distributed import cluster
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.resident import Resident
+from bomemeta.doctor import examine
 from bomemeta.evaluation import own_metrics
 
 MORTAL = str(Path(__file__).with_name("mortal.py"))
@@ -92,7 +93,10 @@ def test_who_comes_new_gets_y_from_the_others(ray_cluster):
 
 
 def test_a_step_costs_the_driver_x_and_not_y(ray_cluster):
-    with trainer_of(load_config(JOB, ["workers=2", *RAY])) as trainer:
+    config = load_config(JOB, ["workers=2", *RAY])
+    report = examine(config)
+    told = report.values["together"]
+    with trainer_of(config) as trainer:
         metrics = [trainer.step() for _ in range(2)][-1]
         y = trainer.checkpoint().lower[0].numel() // 2  # half of it is the velocity
     # grad_x f, grad_x q and 7 numbers, of which one has half the bytes.
@@ -101,6 +105,14 @@ def test_a_step_costs_the_driver_x_and_not_y(ray_cluster):
     # that are one node of the tree, the other with one: each sends half, twice. And who has which y.
     sent = 4 * (y + 1) + 2 * (X_NUMBERS + y) + 3
     assert metrics["exchanged_bytes"] == pytest.approx(8 * sent, abs=8 * 5 + 8)
+    # And that is what doctor says before.
+    assert (told["to_driver"], told["kernels"], told["members"]) == (metrics["driver_bytes"], 2, 2)
+    assert told["exchanged"] == pytest.approx(metrics["exchanged_bytes"], abs=8 * 5 + 40)
+    assert told["down"] == 2 * 8 * X_NUMBERS  # x, for each kernel
+    assert told["member"] > 5 * 8 * y  # two of y with its velocity, and what is added
+    (line,) = (each.text for each in report.findings if each.topic == "bytes per step")
+    assert "y stays with 2 members" in line
+    assert "2 |y| (W - 1) / W in each reduce of W = 2" in line
 
 
 def test_same_bits_with_a_worker_killed_in_every_round(reference, ray_cluster, tmp_path):

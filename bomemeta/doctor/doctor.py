@@ -17,7 +17,17 @@ from bomemeta.config import Config, load_config
 from bomemeta.copies import copy_of
 from bomemeta.core.problem import Problem, SharedProblem
 from bomemeta.data.digest import digest_of
-from bomemeta.doctor import bundles, data, machine, memory, nodes, standing, storage, traffic
+from bomemeta.doctor import (
+    bundles,
+    data,
+    machine,
+    memory,
+    nodes,
+    standing,
+    storage,
+    together,
+    traffic,
+)
 from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, TaskCounts, line_through, plan_of
 from bomemeta.doctor.findings import Finding, Report, number
 from bomemeta.doctor.memory import MemoryNeeds
@@ -189,6 +199,10 @@ def _dry(
         return None
     needs, evaluating = measured
     steps, dry, shared = run.trainer.steps, dries[-1], isinstance(problem, SharedProblem)
+    joint = together.together_of(config, plan, machines, workers, dry)
+    if joint is not None:
+        rest = Line(needs.step.rest + joint.member, needs.step.each)
+        needs = needs._replace(step=rest, driver=joint.driver)
     times = traffic.times_of(
         config,
         problem,
@@ -200,13 +214,18 @@ def _dry(
         evaluating,
         steps,
         [(kind.steps, kind.still) for kind in still],
+        joint,
     )
     disk = traffic.needs_of(config, dries, problem.num_tasks, shared, steps)
     found += memory.memory(config, plan, machines, workers, needs) + memory.inner_steps(
         config, needs
     )
-    found += memory.states(config, plan, machines, workers, dry, problem.num_tasks, shared)
-    found += traffic.traffic(config, plan, machines, workers, dry)
+    found += memory.states(config, plan, machines, workers, dry, problem.num_tasks, shared, joint)
+    found += (
+        traffic.traffic(config, plan, machines, workers, dry)
+        if joint is None
+        else [together.finding(config, machines, workers, joint)]
+    )
     found += traffic.times(config, machines, workers, times, dry.tasks, steps, run.device)
     found += standing.finding(still, steps, plan.shards)
     text = f"{label(config.solver)} takes problem {label(config.problem)}; whether its direction is right, `bomemeta check` says"
@@ -228,6 +247,7 @@ def _dry(
             "reduces": dry.reduces,
             **traffic.traffic_of(config, plan, machines, workers, dry)._asdict(),
         },
+        "together": None if joint is None else joint._asdict(),
         "seconds": times._asdict(),
         "steps_without_x": {
             kind.name: {"steps": kind.steps, **kind.still._asdict()} for kind in still

@@ -21,6 +21,7 @@ from torch import Tensor
 from bomemeta.assembly import computing_of
 from bomemeta.checkpoint import written_bytes
 from bomemeta.config import Config
+from bomemeta.core import tree
 from bomemeta.core.arguments import replaced
 from bomemeta.core.inner import evaluate
 from bomemeta.core.problem import (
@@ -30,7 +31,8 @@ from bomemeta.core.problem import (
     StreamProblem,
     stream_length,
 )
-from bomemeta.core.solver import Solver
+from bomemeta.core.solver import LowerStates, Reduced, Solver
+from bomemeta.core.tree import Params
 from bomemeta.data.digest import as_texts, digest_of
 from bomemeta.distributed.rounds import SharedRun
 from bomemeta.distributed.serial import SerialTransport
@@ -72,6 +74,9 @@ class Dry(NamedTuple):
     bytes_reduced: int  # of the first step, from one shard
     bytes_reduced_later: int  # of a later one
     sent_bytes: int  # of the first step, to one node
+    kernels: int  # of a later step, where y is shared; else 0
+    asked_bytes: int  # what a kernel starts from but y: x and the problem's memory
+    answer_bytes: int  # of a later step: the sums that its kernels end with
     state_bytes: int  # lower state of a task, where it persists
     checkpoint_bytes: int
     log_bytes: int  # of a line of metrics.jsonl
@@ -85,6 +90,7 @@ class Still(NamedTuple):
 
     reduces: int
     bytes_reduced: int  # from one shard
+    kernels: int
     worker_s: float
     step_s: float
 
@@ -128,6 +134,7 @@ class _Counts:
 
     def reset(self) -> None:
         self.peak = self.sent = 0
+        self.kernels = self.asked = self.answered = 0
         self.seconds = 0.0
 
 
@@ -154,6 +161,44 @@ class _ObservedWorker:
             counts.peak = max(counts.peak, torch.cuda.max_memory_allocated())
         counts.seconds += time.perf_counter() - started
         return results
+
+
+class _ObservedRun(SharedRun):
+    """A run whose kernels are counted, with what they start from and end with: what goes between the
+    driver and the workers where these run the kernels (`reduce: collective`).
+    """
+
+    def __init__(self, run: SharedRun, counts: _Counts) -> None:
+        self.__dict__ |= run.__dict__
+        self._counts = counts
+
+    def __call__(
+        self,
+        kernel: Any,
+        solver: Solver,
+        upper: Params,
+        lower: LowerStates,
+        keeps: bool = False,
+        **arguments: Any,
+    ) -> Reduced:
+        reduced = super().__call__(kernel, solver, upper, lower, keeps, **arguments)
+        self._count(upper, reduced.sums)
+        return reduced
+
+    def update_memory(self, solver: Solver, upper: Params, lower: LowerStates) -> Params:
+        memory = super().update_memory(solver, upper, lower)
+        self._count(upper, {"memory": memory})
+        return memory
+
+    def _count(self, upper: Params, sums: Any) -> None:
+        counts = self._counts
+        counts.kernels += 1
+        counts.asked = _bytes({"x": upper, **self._blocks.memory})
+        counts.answered += _bytes(sums)
+
+
+def _bytes(values: Any) -> int:
+    return sum(tensor.nbytes for tensor in tree.tensors(values))
 
 
 class DryRun:
@@ -192,6 +237,7 @@ class DryRun:
         started = time.perf_counter()
         run, metrics = self._step(tasks)
         step_s = time.perf_counter() - started
+        counts = self._counts
         handles = [np.asarray(handle).nbytes for handle in state.lower.handles.values()]
         saved = self.trainer.checkpoint()._replace(
             data=as_texts(digest_of(self.trainer.problem)), files={"metrics.jsonl": "0" * 64}
@@ -205,6 +251,9 @@ class DryRun:
             bytes_reduced=seen[0].reduced,
             bytes_reduced_later=run.traffic.bytes_reduced,
             sent_bytes=seen[0].sent,
+            kernels=counts.kernels,
+            asked_bytes=counts.asked,
+            answer_bytes=counts.answered,
             state_bytes=max(handles, default=0),
             checkpoint_bytes=written_bytes(saved),
             log_bytes=len(json.dumps(metrics)),
@@ -230,7 +279,13 @@ class DryRun:
         run, _ = other._step(tasks)
         step_s = time.perf_counter() - started
         traffic = run.traffic
-        return Still(traffic.reduces, traffic.bytes_reduced, self._counts.seconds, step_s)
+        return Still(
+            traffic.reduces,
+            traffic.bytes_reduced,
+            self._counts.kernels,
+            self._counts.seconds,
+            step_s,
+        )
 
     def _with(self, solver: Solver) -> DryRun:
         other, here = object.__new__(DryRun), self.trainer
@@ -287,6 +342,8 @@ class DryRun:
     def _step(self, tasks: int) -> tuple[Any, dict[str, float]]:
         step = min(self.trainer.state.step, self.trainer.steps - 1)
         run = self.trainer.run_on(range(tasks), 1, step=step)
+        if isinstance(run, SharedRun):
+            run = _ObservedRun(run, self._counts)
         return run, self.trainer.step(run)
 
     def _counted(self, tasks: int) -> _Seen:

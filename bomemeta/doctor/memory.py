@@ -11,6 +11,7 @@ from bomemeta.config import Config
 from bomemeta.doctor.dry import Dry, Line, TaskCounts
 from bomemeta.doctor.findings import Finding, Level, number, size
 from bomemeta.doctor.nodes import Machines, Node, Workers, spread
+from bomemeta.doctor.together import Together
 from bomemeta.sections import label
 
 # Ray kills workers from here on (its memory_usage_threshold); without Ray the system is not far
@@ -129,19 +130,23 @@ def states(
     dry: Dry,
     num_tasks: int | None,
     shared: bool,
+    joint: Together | None,
 ) -> list[Finding]:
     """Lower states that persist, in Ray's object store and in checkpoints; and what else is in that
     store in a step.
     """
     found = []
     kept = 0 if shared else dry.state_bytes * (num_tasks or 0)
-    moving = (
+    moving: float = (
         dry.sent_bytes
         + dry.bytes_reduced * plan.shards
         + (0 if shared else dry.state_bytes * plan.tasks)
     )
+    if joint is not None:
+        moving = joint.down + joint.to_driver
     if shared:
-        text = f"the one y, with what the solver keeps beside it, has {size(dry.state_bytes)}: on the driver and in every checkpoint"
+        where = "on the driver" if joint is None else "with every member"
+        text = f"the one y, with what the solver keeps beside it, has {size(dry.state_bytes)}: {where} and in every checkpoint"
         found.append(Finding("OK", "lower states", text))
     elif kept:
         text = (

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 from bomemeta.config import Config
 from bomemeta.core.problem import Problem
+from bomemeta.doctor import together
 from bomemeta.doctor.dry import Dry, Line, Still, TaskCounts
 from bomemeta.doctor.findings import Finding, duration, number, size
 from bomemeta.doctor.nodes import Machines, Workers, spread
 from bomemeta.doctor.storage import TENSORBOARD_BYTES, Needs
+from bomemeta.doctor.together import Together
 
 # As measured with Ray on one machine (docs/ray.md): an empty round, and a megabyte out and back.
 ROUND_S = 0.005
@@ -71,7 +73,7 @@ class Times(NamedTuple):
 
 def times_of(
     config: Config, problem: Problem, plan: TaskCounts, machines: Machines, workers: Workers, dries: list[Dry], worker: Line,
-    evaluating: Line, steps: int, still: Sequence[tuple[int, Still]] = (),
+    evaluating: Line, steps: int, still: Sequence[tuple[int, Still]] = (), joint: Together | None = None,
 ) -> Times:  # fmt: skip
     """`still`: how many steps there are of each kind in which x stands still, and one of them."""
     dry = dries[-1]
@@ -83,13 +85,11 @@ def times_of(
         share = one.worker_s / dry.worker_s if dry.worker_s > 0 else 1.0
         if machines.kind == "serial":
             return driver + share * sum(worker.at(tasks) for tasks in sizes)
+        computing = driver + -(-plan.shards // lanes) * share * worker.at(plan.largest)
+        if joint is not None:
+            return computing + together.seconds(joint, one, ROUND_S, MEGABYTE_S)
         moved = (dry.sent_bytes + one.bytes_reduced * plan.shards) / 1e6 * MEGABYTE_S
-        return (
-            driver
-            + -(-plan.shards // lanes) * share * worker.at(plan.largest)
-            + one.reduces * ROUND_S
-            + moved
-        )
+        return computing + one.reduces * ROUND_S + moved
 
     step = estimate(dry)
     moving = steps - sum(count for count, _ in still)
