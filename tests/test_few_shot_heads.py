@@ -50,6 +50,17 @@ def test_protonet_is_the_nearest_centroid() -> None:
     )
 
 
+def test_cosine_is_the_nearest_direction() -> None:
+    z, targets = support()
+    query, _ = support(1)
+    centroids = torch.tensor(NearestCentroid().fit(z.numpy(), LABELS.numpy()).centroids_)
+    similarity = functional.cosine_similarity(query[:, None], centroids, dim=-1)
+    length = query.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(
+        logits("cosine", z, targets, query), heads.START_SCALE * length * similarity
+    )
+
+
 def test_ridge_regression_is_scikit_learns() -> None:
     z, targets = support()
     theirs = Ridge(alpha=RHO, fit_intercept=False, tol=1e-12).fit(z.numpy(), targets.numpy())

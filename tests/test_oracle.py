@@ -25,6 +25,7 @@ PROBLEMS = {
     "ridge": lambda: FewShot(**SMALL, head="ridge"),
     "span": lambda: FewShot(**SMALL, head="span", regularisation=0.1),
     "protonet": lambda: FewShot(**SMALL, head="protonet", feature_scale=None),
+    "cosine": lambda: FewShot(**SMALL, head="cosine", shots=2),
     "r2d2": lambda: FewShot(**SMALL, head="r2d2", shots=2),
     "logistic": lambda: FewShot(**SMALL, head="logistic", neck="scale"),
     "network": lambda: FewShot(**SMALL, form="network", shots=2),

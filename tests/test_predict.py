@@ -71,6 +71,7 @@ def fitted(result: Result, episode: Episode, **options: Any) -> FewShotClassifie
         {"head": "ridge"},
         {"head": "span"},
         {"head": "protonet"},
+        {"head": "cosine"},
         {"head": "r2d2"},
         {"form": "network"},
     ],

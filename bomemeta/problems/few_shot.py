@@ -39,7 +39,7 @@ from bomemeta.registry import problems
 
 # The third number of an episode's key: what one split draws says nothing about another's.
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-Head = Literal["prototype", "ridge", "span", "protonet", "r2d2", "svm", "logistic"]
+Head = Literal["prototype", "ridge", "span", "protonet", "cosine", "r2d2", "svm", "logistic"]
 
 
 @problems.register("few_shot")
@@ -51,10 +51,10 @@ class FewShot(NetworkForm):
     support set, y = W from P
           ridge       g = CE(Z_s W) + (regularisation/2) |W|^2, y = W from 0
           span        g = CE(Z_s W) + (regularisation/2) |W|^2 with W = Z_s' A in the span of the support set, y = A from 0
-          protonet, r2d2, svm, logistic: `few_shot_heads.py`
+          protonet, cosine, r2d2, svm, logistic: `few_shot_heads.py`
     form network:     g = CE(net_y(support)) + (regularisation/2) |y - x|^2, y from x
 
-    The last four heads have a solution W*(x), differentiated with the features. Their y is the
+    The last five heads have a solution W*(x), differentiated with the features. Their y is the
     distance from it: g = |y|^2 / 2, f = CE(Z_q (W* + y)), y from 0. That has the same minimisers,
     and a solver that takes no step of y has the exact hypergradient.
 
@@ -153,7 +153,7 @@ class FewShot(NetworkForm):
             if not self._own_entries():
                 raise ConfigError(
                     f"problem.trainable: none, and head {self.head} has nothing to learn either; set problem.neck=scale "
-                    "or linear, or problem.head=r2d2 or svm"
+                    "or linear, or problem.head=cosine, r2d2 or svm"
                 )
             if not self.network.mixes and self.dropout == "off" and has_rows(self.data):
                 self._table = self._encoded_once()

@@ -2,6 +2,7 @@
 computed to rounding: W*(x), a differentiable function of the support set's features.
 
     protonet   class means and squared distances (Snell et al., NeurIPS 2017)
+    cosine     class means of length 1, and a scale (Chen et al., Meta-Baseline, ICCV 2021)
     r2d2       ridge regression on one-hot targets (Bertinetto et al., ICLR 2019)
     svm        the multi-class SVM of Crammer and Singer (Lee et al., MetaOptNet, CVPR 2019)
     logistic   logistic regression to convergence (Bertinetto et al., ICLR 2019, LR-D2)
@@ -20,13 +21,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bomemeta.core.tree import Params
 
-SOLVED = ("protonet", "r2d2", "svm", "logistic")
+SOLVED = ("protonet", "cosine", "r2d2", "svm", "logistic")
 
-# Where r2d2 and svm start: their outputs lie about in [0, 1], and softmax needs more to be sure of a
-# class of five.
+# Where cosine, r2d2 and svm start: their outputs lie about in [0, 1], and softmax needs more to be
+# sure of a class of five.
 START_SCALE = 5.0
 # Newton steps of the logistic regression. Each is damped by the best of these factors; six halve the
 # distance at the start, and at the end convergence is quadratic.
@@ -44,7 +46,7 @@ ACTIVE = 1e-6
 def initial(head: str, regularisation: float, dtype: torch.dtype) -> Params:
     """What of x belongs to the head: logarithms of a scale and of the ridge weight, and a shift."""
     log_scale = torch.tensor(START_SCALE, dtype=torch.float64).log().to(dtype).reshape(1)
-    if head == "svm":
+    if head in ("cosine", "svm"):
         return {"head.log_scale": log_scale}
     if head == "r2d2":
         log_ridge = torch.tensor(regularisation, dtype=torch.float64).log().to(dtype).reshape(1)
@@ -62,6 +64,9 @@ def solution(
     """W*(x), `[..., d + 1, ways]`, of one task or of a stack."""
     if head == "protonet":
         return protonet(support, targets)
+    if head == "cosine":
+        directions = functional.normalize(class_means(support, targets), dim=-2)
+        return _with_bias(directions * upper["head.log_scale"].exp())
     if head == "r2d2":
         weight = ridge_regression(support, targets, upper["head.log_ridge"].exp())
         return _with_bias(weight * upper["head.log_scale"].exp(), upper["head.shift"])
@@ -76,7 +81,7 @@ def targets(support: Tensor, sizes: Sequence[int]) -> Tensor:
     """One-hot labels `[..., n, ways]` of support features `[..., n, d]`, class after class."""
     counts = torch.tensor(sizes, device=support.device)
     labels = torch.arange(len(sizes), device=support.device).repeat_interleave(counts)
-    rows = torch.nn.functional.one_hot(labels, len(sizes)).to(support.dtype)
+    rows = functional.one_hot(labels, len(sizes)).to(support.dtype)
     return rows.expand(*support.shape[:-2], *rows.shape)
 
 

@@ -12,7 +12,7 @@ from bomemeta.core.problem import Encoded
 from bomemeta.core.tree import Params
 from bomemeta.errors import ConfigError
 from bomemeta.problems.few_shot import FewShot
-from bomemeta.problems.few_shot_heads import with_one
+from bomemeta.problems.few_shot_heads import SOLVED, with_one
 
 
 def for_classes(problem: FewShot, sizes: Sequence[int]) -> FewShot:
@@ -34,9 +34,7 @@ def head_inputs(problem: FewShot, features: Tensor) -> Tensor:
     """What `head_weight` is multiplied with: scaled features `[n, d]`, with a 1 for a bias where the
     head has one.
     """
-    return (
-        with_one(features) if problem.head in ("protonet", "r2d2", "svm", "logistic") else features
-    )
+    return with_one(features) if problem.head in SOLVED else features
 
 
 def head_weight(problem: FewShot, encoded: Encoded, lower: Params, support: Tensor) -> Tensor:
