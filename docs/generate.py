@@ -1,5 +1,6 @@
-"""Writes the site's pages that repeat the code: the API from its docstrings, the commands from their
-`--help`, and the tutorials. mkdocs runs it as a hook; nothing is written into docs/.
+"""Writes the site's pages that repeat what is elsewhere: the API from its docstrings, the commands
+from their `--help`, the tutorials, and the files of the repository's root. mkdocs runs it as a hook;
+nothing is written into docs/.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 
 import bomemeta
 from bomemeta.cli import app
@@ -16,6 +18,7 @@ from bomemeta.cli import app
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs runs this file by its path
 import notebooks
 
+ROOT = Path(__file__).parents[1]
 GROUPS = {
     "Runs": ["bomemeta.api", "bomemeta.inquiries", "bomemeta.contract", "bomemeta.predict"],
     "Base classes": ["bomemeta.core."],
@@ -110,7 +113,49 @@ def _paragraphs(text: str) -> str:
     return "\n\n".join(" ".join(part.split()) for part in text.replace("\b", "").split("\n\n"))
 
 
-PAGES = {"reference/api.md": api, "reference/commands.md": commands}
+def root_page(name: str) -> str:
+    """A Markdown file of the root, with its links as they are from docs/."""
+    return (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+
+
+def cite() -> str:
+    """What to cite, from CITATION.cff."""
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    cited = yaml.safe_load(text)
+    lines = [
+        "# How to cite",
+        "",
+        cited["message"],
+        "",
+        f"{cited['title']}, version {cited['version']}.",
+        "",
+    ]
+    for work in cited["references"]:
+        names = ", ".join(
+            f"{each['given-names']} {each['family-names']}" for each in work["authors"]
+        )
+        lines.append(f"* {names}: *{work['title']}*, {work['conference']['name']} {work['year']}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "As a file for reference managers, `CITATION.cff`:",
+            "",
+            "```yaml",
+            text.strip(),
+            "```",
+            "",
+        ]
+    )
+
+
+PAGES = {
+    "reference/api.md": api,
+    "reference/commands.md": commands,
+    "changelog.md": lambda: root_page("CHANGELOG.md"),
+    "contributing.md": lambda: root_page("CONTRIBUTING.md"),
+    "cite.md": cite,
+}
 
 
 def on_files(files: Any, config: Any) -> Any:

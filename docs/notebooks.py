@@ -12,21 +12,25 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "docs" / "tutorials").glob("[0-9]*.md"))
 KEPT = ROOT / ".cache" / "tutorials"
+AT_ONCE = 2  # each has one thread; the machines of CI have two cores
 
 
 def pages() -> Iterator[tuple[str, str | bytes]]:
     """Every file below docs/ that the tutorials become: its path and its content."""
     import nbformat
 
-    for source in SOURCES:
-        book = notebook(source)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        books = list(pool.map(notebook, SOURCES))
+    for source, book in zip(SOURCES, books, strict=True):
         name = f"tutorials/{source.stem}"
         yield f"{name}.ipynb", nbformat.writes(book)
         text, figures = page(book, source.stem)
@@ -51,7 +55,9 @@ def notebook(source: Path) -> Any:
     kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
     book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     if os.environ.get("BOMEMETA_TUTORIALS") != "skip":
+        began = time.monotonic()
         _execute(book)
+        print(f"{source.name} ran in {time.monotonic() - began:.0f} s", flush=True)
         KEPT.mkdir(parents=True, exist_ok=True)
         nbformat.write(book, kept)
     return book

@@ -92,7 +92,17 @@ def test_momentum_moves_x_and_y_like_torchs_sgd():
 
 # lambda's ceiling bounds how near a constant step comes; cosine steps reach the solution to the
 # tolerances below.
-@pytest.mark.parametrize("start", [[0.0, 3.0], [-3.0, 1.0], [3.5, -1.0]])
+@pytest.mark.parametrize(
+    "start",
+    [
+        [0.0, 3.0],
+        *(
+            pytest.param(start, marks=pytest.mark.slow(reason="10 s each, as the first start"))
+            for start in ([-3.0, 1.0], [3.5, -1.0])
+        ),
+    ],
+    ids=str,
+)
 def test_coreset_reaches_the_solution(start):
     problem = attached(Analytic(case="coreset", start=start))
     solver = BOME(

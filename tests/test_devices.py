@@ -80,7 +80,8 @@ def test_resnet(tmp_path: Path) -> None:
     problem = {name: value for name, value in FEW_SHOT["problem"].items() if name != "width"} | {
         "backbone": "resnet12"
     }
-    check({**FEW_SHOT, "problem": problem}, tmp_path, steps=1)
+    job = {**FEW_SHOT, "problem": problem, "tasks_per_step": 2, "shards": 1}
+    check({**job, "evaluation": {"episodes": 1}}, tmp_path, steps=1)
 
 
 @needs.learn2learn

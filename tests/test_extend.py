@@ -223,7 +223,8 @@ def test_what_is_refused(files: dict[str, str], tmp_path: Path) -> None:
         DataError, match="the stream has no classes 4, 5, 6, 7; it has classes 0, 1"
     ):
         bm.extend(tmp_path / "permuted", files["new"])
-    bm.train("quickstart", steps=1, output_dir=str(tmp_path / "few"), evaluation={"episodes": 2})
+    few = {"steps": 1, "workers": 0, "evaluation": {"episodes": 2}}
+    bm.train("quickstart", output_dir=str(tmp_path / "few"), **few)
     with pytest.raises(ConfigError, match="problem few_shot is no stream that could go on"):
         bm.extend(tmp_path / "few", files["new"])
 

@@ -4,6 +4,7 @@ solver against plain scripts, and against the same solver without these steps wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from toy import Bench, attached
 import bomemeta
 from bomemeta.assembly import trainer_of
 from bomemeta.checkpoint import upper_sha256
+from bomemeta.distributed import cluster
 from bomemeta.errors import ConfigError
 from bomemeta.metrics import read_metrics
 from bomemeta.registry import solvers
@@ -252,8 +254,17 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """One for both runs, which join it: a cluster takes seconds to start."""
+    with cluster.local(cluster.RayOptions(workers=2, cpus_per_worker=0.5), print):
+        yield
+
+
 @pytest.mark.parametrize("name", ["bome", "amigo_cg"])
-def test_the_bits_are_those_of_ray_and_of_a_resumed_run(name: str, tmp_path: Path) -> None:
+def test_the_bits_are_those_of_ray_and_of_a_resumed_run(
+    name: str, ray_cluster: None, tmp_path: Path
+) -> None:
     solver = [f"solver.name={name}", "solver.inner_lr=0.5", "solver.lower_optimizer=adam"]
     solver += (
         ["solver.inner_optimizer=momentum", "solver.inner_momentum=0.5"] if name == "bome" else []
@@ -265,7 +276,8 @@ def test_the_bits_are_those_of_ray_and_of_a_resumed_run(name: str, tmp_path: Pat
         )
 
     straight = run("serial", "steps=7", "workers=0")
-    assert run("ray", "steps=7", "workers=2").upper_sha256 == straight.upper_sha256
+    there = run("ray", "steps=7", "workers=2", "cpus_per_worker=0.5")
+    assert there.upper_sha256 == straight.upper_sha256
     assert resumed(straight) == [straight.upper_sha256] * 2
 
 

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if built := os.environ.get("BOMEMETA_SITE"):  # CI builds it, with the tutorials' outputs
+        return ROOT / built
     for module in ("mkdocs", "material", "mkdocstrings", "nbformat"):
         pytest.importorskip(module, reason="the site needs the extra: uv sync --extra docs")
     folder = tmp_path_factory.mktemp("site")

@@ -111,16 +111,13 @@ def test_t1_relative_errors_of_the_papers_schedule():
     """To the three digits that are known of them. All coordinates are alike, so their number is
     free: n = 100 costs what n = 1 does.
 
-    The third of them, 9.09e-06 at step 6000, is reached by configs/analytic_bamm_convex.yaml: 10 s
-    that would show nothing new here.
+    The others, 1.37e-03 at step 3000 and 9.09e-06 at 6000, are passed on the way of
+    configs/analytic_bamm_convex.yaml: 20 s that would show nothing new here.
     """
     bench = Bench(attached(Analytic(case="bamm_convex", dim_upper=100)), SLBAMM(), 3000)
-    errors = {}
-    while bench.step < bench.steps:
+    for _ in range(1000):
         bench.advance()
-        if bench.step in (1000, 3000):
-            errors[bench.step] = f"{float((bench.x() - 1).norm()) / 10:.2e}"
-    assert errors == {1000: "7.43e-02", 3000: "1.37e-03"}
+    assert f"{float((bench.x() - 1).norm()) / 10:.2e}" == "7.43e-02"
 
 
 def test_the_released_scripts_variant():
@@ -182,7 +179,7 @@ def test_t4_strongly_convex_lower_level_needs_no_mu(order, aux_step):
 
 @pytest.mark.parametrize("case", ["quadratic", "bamm_sensitive"])
 def test_gauss_seidel_reaches_the_same_point(case):
-    problem = attached(Analytic(case=case, tasks=2 if case == "quadratic" else 1, condition=4.0))
+    problem = attached(Analytic(case=case, condition=4.0))
     a, b = (
         Bench(problem, SLBAMM(**CONSTANT | {"upper_lr": 0.03}, order=order), 600)
         for order in ("jacobi", "gauss_seidel")

@@ -362,8 +362,19 @@ def test_a_job_that_fails_says_why_on_its_last_line(head, project, tmp_path):
     assert failed.stderr.splitlines()[-1].startswith("failed: raysubmit_")
 
 
-def test_by_hand_and_without_a_token(head, project, reference, tmp_path):
-    """`ray job submit` of the command, and what a client without a token reads."""
+def test_a_client_without_a_token_is_refused(head, project, tmp_path):
+    words = ["bomemeta", "submit", "job", f"output_dir={tmp_path / 'run'}"]
+    words += ["--address", head.dashboard]
+    refused = run(head, project, *words, RAY_AUTH_MODE="disabled")
+    assert refused.returncode == 1
+    assert "RAY_AUTH_MODE and the token" in refused.stderr
+
+
+@pytest.mark.slow(
+    reason="Ray's own command with ours in it, half a minute: pytest -m slow -k by_hand"
+)
+def test_by_hand(head, project, reference, tmp_path):
+    """`ray job submit` of the command."""
     folder = tmp_path / "run"
     command = [
         "bomemeta",
@@ -380,10 +391,6 @@ def test_by_hand_and_without_a_token(head, project, reference, tmp_path):
     assert (
         json.loads((folder / "result.json").read_text())["upper_sha256"] == reference.upper_sha256
     )
-    words = ["bomemeta", "submit", "job", f"output_dir={folder}", "--address", head.dashboard]
-    refused = run(head, project, *words, RAY_AUTH_MODE="disabled")
-    assert refused.returncode == 1
-    assert "RAY_AUTH_MODE and the token" in refused.stderr
 
 
 def commands() -> Iterator[tuple[int, list[str]]]:

@@ -236,15 +236,13 @@ def test_a_slow_worker_gets_less_and_its_calls_are_run_twice_where_that_is_asked
 def train_through(
     folder: Path, load_s: float, overrides: list[str], *deeds: tuple[int, Callable[[], Any]]
 ) -> bomemeta.Result:
-    """A run in a thread, and each deed in the middle of the step after so many. (Ray starts nodes
-    in the main thread only.)
+    """A run in a thread, and each deed in the middle of the step after so many; after the last one
+    the run hurries. (Ray starts nodes in the main thread only.)
     """
+    hurry = folder.with_suffix(".hurry")
+    keys = [f"problem.load_s={load_s}", f"problem.hurry={hurry}", "step_timeout_s=30"]
     with ThreadPoolExecutor(1) as beside:
-        running = beside.submit(
-            bomemeta.train,
-            WIDE,
-            [f"output_dir={folder}", f"problem.load_s={load_s}", "step_timeout_s=30", *overrides],
-        )
+        running = beside.submit(bomemeta.train, WIDE, [f"output_dir={folder}", *keys, *overrides])
         for steps, deed in deeds:
             wait_for(
                 lambda steps=steps: (
@@ -253,6 +251,7 @@ def train_through(
             )  # type: ignore[misc]
             time.sleep(0.3)
             deed()
+        hurry.touch()
         return running.result()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Wide(Problem):
     tasks: int = 4
     size: int = 40_000
     load_s: float = 0.0  # what a step's data takes to load
+    hurry: str = ""  # once this file is there, it takes no time
 
     @property
     def num_tasks(self) -> int:
@@ -43,7 +45,7 @@ class Wide(Problem):
         return {"y": torch.zeros_like(batch["t"])}
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
-        if split == "train" and self.load_s:
+        if split == "train" and self.load_s and not (self.hurry and Path(self.hurry).exists()):
             time.sleep(self.load_s)
         return {name: tensor[list(task_ids)] for name, tensor in self._data.items()}
 
