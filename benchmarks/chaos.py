@@ -119,10 +119,10 @@ class Nodes:
     def _ray(self, *options: str) -> subprocess.Popen[bytes]:
         self._count += 1
         log = (self._folder / f"ray-{self._count}.log").open("w")
-        words = [sys.executable, "-c", PATIENT_RAY, "start", "--block", "--num-gpus=0"]
-        words += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1", *options]
+        arguments = [sys.executable, "-c", PATIENT_RAY, "start", "--block", "--num-gpus=0"]
+        arguments += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1", *options]
         return subprocess.Popen(
-            words, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            arguments, env=self.environment, stdout=log, stderr=log, start_new_session=True
         )
 
     def _answers(self) -> bool:
@@ -152,11 +152,15 @@ class Chaos:
     def command(self) -> None:
         """The same command, as often as it takes."""
         self.starts += 1
-        words = [sys.executable, "-m", "bomemeta", "train", str(self.config), *self.overrides]
-        words += ["--auto-resume", "--restarts", "100"]
+        arguments = [sys.executable, "-m", "bomemeta", "train", str(self.config), *self.overrides]
+        arguments += ["--auto-resume", "--restarts", "100"]
         with (self.folder / "run.log").open("a") as log:
             self.run = subprocess.Popen(
-                words, env=self.nodes.environment, stdout=log, stderr=log, start_new_session=True
+                arguments,
+                env=self.nodes.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def step(self) -> int:
@@ -178,7 +182,7 @@ class Chaos:
         self.command()
         return False
 
-    # Deeds. Each leaves the cluster such that the run can go on.
+    # Deeds. Each leaves the cluster such that the run can continue.
 
     def worker(self) -> None:
         self._signal_worker(signal.SIGKILL)

@@ -120,8 +120,8 @@ def measured(
     out: Path, name: str, config: str, keys: Sequence[str], setting: Mapping[str, float], seed: int
 ) -> dict[str, Any]:
     """One run's scores; from its file where it was run before."""
-    said = [f"{key.partition('.')[2]}_{value:g}" for key, value in setting.items()]
-    name = "-".join([name, *said, f"seed_{seed}"])
+    reported = [f"{key.partition('.')[2]}_{value:g}" for key, value in setting.items()]
+    name = "-".join([name, *reported, f"seed_{seed}"])
     file = out / "runs" / f"{name}.json"
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
@@ -132,7 +132,7 @@ def measured(
     own = [f"seed={seed}", f"output_dir={folder}"]
     result = api.train(f"configs/{config}.yaml", [*keys, *overrides, *own])
     if result.interrupted:
-        raise SystemExit(f"{name} was stopped; the same command goes on with it")
+        raise SystemExit(f"{name} was stopped; the same command resumes it")
     wanted = {key: value for key, value in result.metrics.items() if key in SCORES + COUNTS}
     spent = time.process_time() - cpu
     record = {"setting": dict(setting), "seed": seed, "cpu_s": spent, **wanted}

@@ -169,7 +169,7 @@ def _most(spec: Callable[[int], EpisodeSpec], data: Any) -> int:
     return fits
 
 
-def figures(
+def metrics(
     problem: ContinualMeta, x: Params, step: float, split: Split, count: int
 ) -> dict[str, Tensor]:
     """Every figure of `evaluate`, one number per trajectory."""
@@ -205,11 +205,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # the grid.
     x = start | {name: backbone[name] for name in start if name not in (LOG_STEP, LOG_SHARPNESS)}
     chosen = {
-        step: float(figures(problem, x, step, "validation", options.validation)["accuracy"].mean())
+        step: float(metrics(problem, x, step, "validation", options.validation)["accuracy"].mean())
         for step in STEPS
     }
     best = max(chosen, key=lambda step: chosen[step])
-    tested = figures(problem, x, best, "test", options.trajectories)
+    tested = metrics(problem, x, best, "test", options.trajectories)
     curves = {
         name: {
             "mean": float(values.mean()),

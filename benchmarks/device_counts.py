@@ -54,7 +54,7 @@ def counted(config: str, keys: Sequence[str]) -> dict[str, Any]:
             trainer.advance(3)
             for what in seen:
                 what.clear()
-            (said,) = trainer.advance(1)
+            (reported,) = trainer.advance(1)
             blocks = problem.num_tasks if isinstance(problem, SharedProblem) else None
             tasks = blocks or trainer.step_run(0).tasks
     launched = {
@@ -64,7 +64,7 @@ def counted(config: str, keys: Sequence[str]) -> dict[str, Any]:
     }
     row = {
         "config": config,
-        "calls": int(said["reduces"]) * min(settings.shards, tasks),
+        "calls": int(reported["reduces"]) * min(settings.shards, tasks),
         "operations": sum(launched.values()),
         "there": len(seen.sent),
         "back": len(seen.brought),

@@ -98,9 +98,9 @@ def counted(of: Point, steps: int = 2) -> dict[str, Any]:
         "upper": of.sizes.upper,
         "lower": of.sizes.lower,
     }
-    for step, said in enumerate(of.trainer.advance(steps)):
+    for step, message in enumerate(of.trainer.advance(steps)):
         model = of.predicted(step)._asdict()
-        got: dict[str, float] = {name: said.get(name, 0.0) for name in COUNTS}
+        got: dict[str, float] = {name: message.get(name, 0.0) for name in COUNTS}
         wanted = {name: float(model[name]) for name in COUNTS}
         if got != wanted:
             raise SystemExit(

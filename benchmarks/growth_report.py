@@ -185,12 +185,14 @@ def tables(result: Mapping[str, Any]) -> str:
         by: dict[str, dict[str, Mapping[str, Any]]] = {}
         for row in result["shared"]:
             short = {"inner_steps": "T", "subspace": "m", "aux_steps": "Q"}
-            said = ", ".join(
+            message = ", ".join(
                 f"{short[key]} = {row[key]}"
                 for key in short
                 if key in row and row["solver"] != "sl_bamm"
             )
-            by.setdefault(f"{row['solver']}{', ' if said else ''}{said}", {})[row["reduce"]] = row
+            by.setdefault(f"{row['solver']}{', ' if message else ''}{message}", {})[
+                row["reduce"]
+            ] = row
         table(
             "| one shared y | evaluations + products | reduces | kB reduced | kB to the driver: driver, tree, collective |",
             [

@@ -12,7 +12,7 @@ the steps, ANIL and MAML, each with the same CPU seconds, the same number of set
 
 A method's number of steps is its budget over the CPU time of its own step, measured first; its Adam step is the best of
 `--rates` on 100 validation episodes after a quarter of the budget. Differences are paired by test episode, with 95 %
-intervals and Holm's correction over the table. The same command again goes on: what OUT has is not run anew.
+intervals and Holm's correction over the table. The same command again resumes: what OUT has is not run anew.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         results[data] = json.loads(as_json(found))
     if not parts:
         return ""
-    listed = [f"* {method}: {_said(values)}" for method, (_, values) in chosen.items()]
+    listed = [f"* {method}: {_text(values)}" for method, (_, values) in chosen.items()]
     text = "\n".join([*parts, "## Chosen values", "", *listed, "", _where(folder)]) + "\n"
     folder.write("table.md", text)
     values = {method: each for method, (_, each) in chosen.items()}
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     return text
 
 
-def _said(values: Mapping[str, Any]) -> str:
+def _text(values: Mapping[str, Any]) -> str:
     return ", ".join(f"`{key.partition('.')[2]}` {value:.3g}" for key, value in values.items())
 
 

@@ -87,8 +87,8 @@ def run_apart(name: str, sizes: Sizes, box_s: float) -> tuple[str, list[dict[str
             _end(process)
         if not file.is_file():
             return ended, []
-        said = json.loads(file.read_text())
-        return said["ended"] or ended, said["rows"]
+        reported = json.loads(file.read_text())
+        return reported["ended"] or ended, reported["rows"]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

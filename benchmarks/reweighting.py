@@ -138,7 +138,7 @@ def histogram_table(lasts: Sequence[Point]) -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def figures(points: Sequence[Point], last: Point | None = None) -> Point:
+def metrics(points: Sequence[Point], last: Point | None = None) -> Point:
     """`last_*` of the last point or of the one given, `best_*` over all; of a loss the least."""
     found: Point = {"step": (last or points[-1])["step"]}
     for name in FIGURES:
@@ -192,9 +192,9 @@ def of_seed(
 
 def summaries(runs: Mapping[str, list[Point]]) -> dict[str, Point]:
     """Each run's figures, with `stopped` made of `plain`: best on the clean set, the earliest of such."""
-    found = {name: figures(points) for name, points in runs.items()}
+    found = {name: metrics(points) for name, points in runs.items()}
     chosen = max(runs["plain"], key=lambda point: point["clean_accuracy"])
-    return found | {"stopped": figures(runs["plain"], chosen)}
+    return found | {"stopped": metrics(runs["plain"], chosen)}
 
 
 def compared(seeds: Mapping[int, Mapping[str, Point]], config: Mapping[str, Any]) -> Comparison:

@@ -90,8 +90,8 @@ class Job:
             f"checkpoint.every_steps={self._steps // 5}",
         ]
 
-    def _start(self, *words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "bomemeta", *words]
+    def _start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "bomemeta", *arguments]
         return subprocess.Popen(
             command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

@@ -111,7 +111,7 @@ def extend(
     or with `split` as many as its classes give. Objects, keys and `trust` as for `resume`.
 
     Raises ConfigError where the run is no stream or not at its end, DataError where the file does not
-    go on with the stream; nothing is then written.
+    continue the stream; nothing is then written.
     """
     given = objects_of(problem, solver, None)
     return _raised(

@@ -14,7 +14,7 @@ import torch
 
 from bomemeta.boundary import reason
 from bomemeta.config import Config
-from bomemeta.contract.asking import place
+from bomemeta.contract.asking import location
 from bomemeta.copies import copy_of
 from bomemeta.core.problem import Problem, SharedProblem, stream_length
 from bomemeta.core.randomness import mixed_seed
@@ -80,7 +80,7 @@ def _naming(what: str, kind: type[BomemetaError]) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, BomemetaError) or asks_too_much(error):
             raise
-        raise kind(f"{what} raised {reason(error)}{place(error)}") from error
+        raise kind(f"{what} raised {reason(error)}{location(error)}") from error
 
 
 def looked_at(config: Config, problem: Problem) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Where something of a user's enters: a file, a text, an array, code. Whatever its reader raises
-becomes an error of ours, with the place.
+becomes an error of ours, with the location.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def reason(error: BaseException, *, named: bool = True) -> str:
 
 @contextlib.contextmanager
 def refusing(say: Callable[[str], BomemetaError], *, named: bool = True) -> Iterator[None]:
-    """Turns what the block raises into `say(reason)`. Our own errors pass: they have their place.
+    """Turns what the block raises into `say(reason)`. Our own errors pass: they have their location.
 
     Parsers list no errors: a damaged file surfaces as any of a dozen, MemoryError and
     RecursionError among them.

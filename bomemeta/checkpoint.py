@@ -260,7 +260,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config) -> None:
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} belongs to another run:\n"
             + "\n".join(lines)
-            + "\nSet these keys back to go on, or start a new run with `bomemeta train`"
+            + "\nSet these keys back to resume, or start a new run with `bomemeta train`"
         )
 
 

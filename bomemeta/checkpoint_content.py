@@ -37,24 +37,24 @@ def fault_in(
             return f"{name!r} is not an entry of a checkpoint"
     step = values["step"]
     if not _whole(step):
-        return f"step is {_said(step)}, wanted a whole number >= 0"
+        return f"step is {_described(step)}, wanted a whole number >= 0"
     for name in ("upper", "solver", "lower", "config", "data", "files"):
         if name in values and not isinstance(values[name], dict):
-            return f"{name} is {_said(values[name])}, wanted a mapping"
+            return f"{name} is {_described(values[name])}, wanted a mapping"
     for name, tensor in values["upper"].items():
         if not isinstance(name, str) or (fault := _not_numbers(tensor, trusted)):
             return f"upper.{name} is {fault if isinstance(name, str) else 'no name'}"
     for task, tensor in values["lower"].items():
         if not _whole(task):
-            return f"lower has a task {_said(task)}, wanted whole numbers >= 0"
+            return f"lower has a task {_described(task)}, wanted whole numbers >= 0"
         if fault := _not_numbers(tensor, trusted):
             return f"lower.{task} is {fault}"
     for section in ("data", "files"):
         for name, digest in values.get(section, {}).items():
             if not isinstance(name, str) or not isinstance(digest, str):
-                return f"{section}.{name} is {_said(digest)}, wanted a digest as text"
+                return f"{section}.{name} is {_described(digest)}, wanted a digest as text"
     if (odd := _odd_in(values["solver"])) is not None:
-        return f"solver holds {_said(odd)}"
+        return f"solver holds {_described(odd)}"
     return _layout_fault(values["solver"].get("lower_layout"), values["lower"])
 
 
@@ -65,7 +65,7 @@ def check_fits(
     memory: Params,
     tasks_per_step: int | None,
 ) -> None:
-    """Raises CheckpointError naming the entries with which the run cannot go on. `upper` and `memory`
+    """Raises CheckpointError naming the entries with which the run cannot resume. `upper` and `memory`
     are those of the run's start.
     """
     dtype, tasks = problem.dtype, _tasks_after_a_step(problem, tasks_per_step)
@@ -77,14 +77,14 @@ def check_fits(
             wrong.append(f"  solver.{name}: missing")
     for name in ("optimizer", "memory", "metrics"):
         if name in solver and not isinstance(solver[name], dict):
-            wrong.append(f"  solver.{name}: {_said(solver[name])}, wanted a mapping")
+            wrong.append(f"  solver.{name}: {_described(solver[name])}, wanted a mapping")
     if isinstance(solver.get("memory"), dict):
         wrong += _differing("solver.memory", memory, solver["memory"])
     if isinstance(solver.get("metrics"), dict):
         wrong += _not_metrics("solver.metrics", solver["metrics"])
     history = solver.get("history", [])
     if not isinstance(history, list) or not all(isinstance(each, dict) for each in history):
-        wrong.append(f"  solver.history: {_said(history)}, wanted a list of mappings")
+        wrong.append(f"  solver.history: {_described(history)}, wanted a list of mappings")
     else:
         wrong += [line for each in history for line in _not_metrics("solver.history", each)]
     for task, tensor in lower.items():
@@ -104,7 +104,7 @@ def check_fits(
         raise CheckpointError(
             f"the checkpoint of step {step} does not fit the config's problem and solver:\n"
             + "\n".join(wrong)
-            + "\nSet the config back. Where the file was changed by hand, remove it, to go on from the one before it"
+            + "\nSet the config back. Where the file was changed by hand, remove it, to resume from the one before it"
         )
 
 
@@ -116,9 +116,9 @@ def _optimizer_fault(upper: UpperVariable, checkpoint: Any) -> list[str]:
     for name, value in state.items():
         if isinstance(value, Tensor) and value.numel() > 1:
             if value.numel() != size or value.dtype not in dtypes:
-                return [f"  solver.optimizer.{name}: {_said(value)}, x has {size} numbers"]
+                return [f"  solver.optimizer.{name}: {_described(value)}, x has {size} numbers"]
         elif not isinstance(value, Tensor) and not _whole(value):
-            return [f"  solver.optimizer.{name}: {_said(value)}, wanted a whole number"]
+            return [f"  solver.optimizer.{name}: {_described(value)}, wanted a whole number"]
     try:
         probe = copy.deepcopy(upper)
         probe.load(checkpoint.upper, copy.deepcopy(state))
@@ -139,7 +139,7 @@ def _layout_fault(layout: Any, lower: Mapping[int, Tensor]) -> str | None:
     if layout is None:
         return None
     if not isinstance(layout, list | tuple):
-        return f"solver.lower_layout is {_said(layout)}, wanted a list"
+        return f"solver.lower_layout is {_described(layout)}, wanted a list"
     size = 0
     for entry in layout:
         if not (
@@ -150,7 +150,7 @@ def _layout_fault(layout: Any, lower: Mapping[int, Tensor]) -> str | None:
             and isinstance(entry[2], list | tuple)
             and all(_whole(length) for length in entry[2])
         ):
-            return f"solver.lower_layout has {_said(entry)}, wanted (group, name, shape)"
+            return f"solver.lower_layout has {_described(entry)}, wanted (group, name, shape)"
         size += math.prod(entry[2])
     for task, tensor in lower.items():
         if tensor.shape != (size,):
@@ -164,16 +164,18 @@ def _differing(above: str, wanted: Params, got: Mapping[str, Any]) -> list[str]:
     for name in sorted({*wanted, *map(str, got)}):
         want, found = wanted.get(name), got.get(name)
         if want is None or not isinstance(found, Tensor):
-            said = "missing" if name not in got else _said(found)
-            lines.append(f"  {above}.{name}: checkpoint {said}, config {_said(want)}")
+            got_text = "missing" if name not in got else _described(found)
+            lines.append(f"  {above}.{name}: checkpoint {got_text}, config {_described(want)}")
         elif found.shape != want.shape or found.dtype != want.dtype:
-            lines.append(f"  {above}.{name}: checkpoint {_said(found)}, config {_said(want)}")
+            lines.append(
+                f"  {above}.{name}: checkpoint {_described(found)}, config {_described(want)}"
+            )
     return lines
 
 
 def _not_metrics(above: str, values: Mapping[Any, Any]) -> list[str]:
     return [
-        f"  {above}.{name}: {_said(value)}, wanted a number"
+        f"  {above}.{name}: {_described(value)}, wanted a number"
         for name, value in values.items()
         if not isinstance(name, str)
         or isinstance(value, bool)
@@ -183,9 +185,9 @@ def _not_metrics(above: str, values: Mapping[Any, Any]) -> list[str]:
 
 def _not_numbers(value: Any, trusted: bool) -> str | None:
     if not isinstance(value, Tensor):
-        return f"{_said(value)}, wanted a tensor"
+        return f"{_described(value)}, wanted a tensor"
     if value.layout != torch.strided or value.is_quantized or value.is_complex():
-        return f"{_said(value)}, wanted a dense one of real numbers"
+        return f"{_described(value)}, wanted a dense one of real numbers"
     if not trusted and not bool(torch.isfinite(value).all()):
         return "not finite (NaN or infinite numbers)"
     return None
@@ -209,7 +211,7 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _said(value: Any) -> str:
+def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if value is None or isinstance(value, bool | int | float | str):

@@ -41,7 +41,7 @@ _PLACES_ON_DISK = frozenset({"data.root", "data.path", "data.cache"})
 
 
 # A key that cannot change a run's result, and so may differ on resume.
-_ASIDE = Field(json_schema_extra={"changes_result": False})
+_RESULT_NEUTRAL = Field(json_schema_extra={"changes_result": False})
 _Positive = Annotated[int, Field(ge=1)]
 _NotNegative = Annotated[int, Field(ge=0)]
 
@@ -80,37 +80,37 @@ class Settings(_Record):
 
     imports: list[str] = []
     seed: _NotNegative = 0
-    seeds: Annotated[_Positive, _ASIDE] = 1
+    seeds: Annotated[_Positive, _RESULT_NEUTRAL] = 1
     steps: _Positive | None = None
     tasks_per_step: _Positive | None = None
     shards: _Positive = 2
     dtype: Literal["float32", "float64"] = "float32"
     compute_dtype: Literal["bfloat16"] | None = None
     micro_batch: _Positive | None = None
-    device: Annotated[Literal["auto", "cpu", "cuda"], _ASIDE] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], _RESULT_NEUTRAL] = "auto"
     task_map: Literal["auto", "loop", "vmap"] = "auto"
-    workers: Annotated[_NotNegative | Literal["auto"], _ASIDE] = 0
-    min_workers: Annotated[_Positive, _ASIDE] = 1  # workers: auto
-    max_workers: Annotated[_Positive | None, _ASIDE] = (
+    workers: Annotated[_NotNegative | Literal["auto"], _RESULT_NEUTRAL] = 0
+    min_workers: Annotated[_Positive, _RESULT_NEUTRAL] = 1  # workers: auto
+    max_workers: Annotated[_Positive | None, _RESULT_NEUTRAL] = (
         None  # workers: auto; None: as many as shards
     )
     threads: _Positive = 1  # changes the result: a sum over more threads is added in another order
-    cpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 1.0
-    gpus_per_worker: Annotated[float, Field(ge=0), _ASIDE] = 0.0
-    worker_labels: Annotated[dict[str, str], _ASIDE] = {}
-    address: Annotated[str | None, _ASIDE] = None
-    address_wait_s: Annotated[float, Field(ge=0), _ASIDE] = 600.0  # with --restarts
-    reduce: Annotated[Literal["driver", "tree", "collective"], _ASIDE] = "driver"
-    backup_after: Annotated[Annotated[float, Field(gt=1)] | None, _ASIDE] = None
-    leaders_above: Annotated[_NotNegative | None, _ASIDE] = 64
-    step_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
-    start_timeout_s: Annotated[float, Field(gt=0), _ASIDE] = 300.0
-    max_replacements: Annotated[_NotNegative, _ASIDE] = 100
-    wait_for_room_s: Annotated[float, Field(ge=0), _ASIDE] = 0.0
-    output_dir: Annotated[str | None, _ASIDE] = None
-    evaluation: Annotated[Evaluation, _ASIDE] = Evaluation()
-    checkpoint: Annotated[Checkpointing, _ASIDE] = Checkpointing()
-    log: Annotated[Logging, _ASIDE] = Logging()
+    cpus_per_worker: Annotated[float, Field(ge=0), _RESULT_NEUTRAL] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0), _RESULT_NEUTRAL] = 0.0
+    worker_labels: Annotated[dict[str, str], _RESULT_NEUTRAL] = {}
+    address: Annotated[str | None, _RESULT_NEUTRAL] = None
+    address_wait_s: Annotated[float, Field(ge=0), _RESULT_NEUTRAL] = 600.0  # with --restarts
+    reduce: Annotated[Literal["driver", "tree", "collective"], _RESULT_NEUTRAL] = "driver"
+    backup_after: Annotated[Annotated[float, Field(gt=1)] | None, _RESULT_NEUTRAL] = None
+    leaders_above: Annotated[_NotNegative | None, _RESULT_NEUTRAL] = 64
+    step_timeout_s: Annotated[float, Field(gt=0), _RESULT_NEUTRAL] = 300.0
+    start_timeout_s: Annotated[float, Field(gt=0), _RESULT_NEUTRAL] = 300.0
+    max_replacements: Annotated[_NotNegative, _RESULT_NEUTRAL] = 100
+    wait_for_room_s: Annotated[float, Field(ge=0), _RESULT_NEUTRAL] = 0.0
+    output_dir: Annotated[str | None, _RESULT_NEUTRAL] = None
+    evaluation: Annotated[Evaluation, _RESULT_NEUTRAL] = Evaluation()
+    checkpoint: Annotated[Checkpointing, _RESULT_NEUTRAL] = Checkpointing()
+    log: Annotated[Logging, _RESULT_NEUTRAL] = Logging()
 
 
 class Config(Settings):
@@ -157,13 +157,13 @@ def result_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     Imported files and classes count by name, not by folder or module, so that a run and its files
     may move together.
     """
-    aside = {key for key, field in Settings.model_fields.items() if field.json_schema_extra}
-    aside |= RETIRED
+    neutral = {key for key, field in Settings.model_fields.items() if field.json_schema_extra}
+    neutral |= RETIRED
     keys: dict[str, Any] = {}
     for key, value in config.items():
         if key == "imports":
             keys[key] = [Path(entry).name if is_file_entry(entry) else entry for entry in value]
-        elif key not in aside:
+        elif key not in neutral:
             keys.update(
                 {
                     dotted: str(leaf).rpartition(":")[2]

@@ -41,7 +41,7 @@ def check_continues(settings: Config, folder: RunFolder) -> None:
         lines.append(f"  seeds: there {there.get('seeds', 1)!r}, config {settings.seeds!r}")
     if lines:
         raise ConfigError(
-            f"output_dir: {folder.location} holds another run, which --auto-resume does not go on with:\n"
+            f"output_dir: {folder.location} holds another run, which --auto-resume does not resume:\n"
             + "\n".join(lines)
             + "\nSet these keys back, or choose another output_dir; `bomemeta resume` with steps=N trains longer"
         )

@@ -178,12 +178,12 @@ class Trainer:
 
         Raises as `step`.
         """
-        unsaid: list[tuple[int, Mapping[str, float]]] = []
+        unreported: list[tuple[int, Mapping[str, float]]] = []
 
         def say() -> None:
             """Logs the step before, which waits for a moment in which there is nothing else to do."""
-            while unsaid:
-                log(*unsaid.pop())
+            while unreported:
+                log(*unreported.pop())
 
         state = self.state
         while True:
@@ -195,7 +195,7 @@ class Trainer:
                     finally:
                         say()  # where no round came as far
                     metrics |= self._measured()
-                    unsaid.append((state.step - 1, metrics))
+                    unreported.append((state.step - 1, metrics))
                     due = state.step % self.config.checkpoint.every_steps == 0
                     if due and state.step < self.steps:
                         say()

@@ -18,8 +18,8 @@ RESTARTS = "BOMEMETA_RESTARTS"
 
 def restarts_before() -> int:
     """How often `--restarts` started this run again; 0 without it."""
-    said = os.environ.get(RESTARTS, "")
-    return int(said) if said.isdigit() else 0
+    value = os.environ.get(RESTARTS, "")
+    return int(value) if value.isdigit() else 0
 
 
 def environment() -> dict[str, Any]:

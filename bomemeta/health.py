@@ -37,7 +37,7 @@ class HealthMonitor:
         self._window = window
         self._recent: deque[dict[str, float]] = deque(maxlen=window)
         self._last_true: dict[str, int] = {}
-        self._said: list[dict[str, Any]] = []
+        self._reported: list[dict[str, Any]] = []
         self._stationarity_max = 0.0
         self.learning_rate_max = 0.0  # of the whole run, so far
         self._steps = 0
@@ -68,7 +68,7 @@ class HealthMonitor:
                 continue
             if step - self._last_true.get(name, -self._window - 1) > self._window:
                 new.append(text)
-                self._said.append({"step": step, "finding": name, "text": text})
+                self._reported.append({"step": step, "finding": name, "text": text})
             self._last_true[name] = step
         return new
 
@@ -77,7 +77,11 @@ class HealthMonitor:
         (None: no lambda).
         """
         share = self._zero_share_sum / self._zero_share_count if self._zero_share_count else None
-        return {"steps": self._steps, "multiplier_zero_share": share, "findings": list(self._said)}
+        return {
+            "steps": self._steps,
+            "multiplier_zero_share": share,
+            "findings": list(self._reported),
+        }
 
     def values(self, name: str) -> list[float]:
         """The window's values of a metric, oldest first; fewer where a solver measures it now and
@@ -110,7 +114,7 @@ def _no_multiplier(monitor: HealthMonitor) -> str | None:
         return None
     count = len(monitor.values("multiplier_zero_share"))
     return (
-        f"lambda was 0 in {share:.0%} of the last {count} steps ({_figures(monitor)}). The bilevel problem is not being "
+        f"lambda was 0 in {share:.0%} of the last {count} steps ({_values_text(monitor)}). The bilevel problem is not being "
         "solved: y is trained on the upper loss, and x gets no gradient through the lower problem. Try a larger "
         "solver.inner_steps or solver.inner_lr (a better lower solution shows a larger q), a larger solver.eta, a smaller "
         "solver.lower_lr, or more solver.adapt_steps before y is moved"
@@ -145,7 +149,7 @@ def _upper_gradient_negligible(monitor: HealthMonitor) -> str | None:
     if upper is None or lower is None or upper >= _NEGLIGIBLE * lower:
         return None
     return (
-        f"|grad_x q| is negligible against |grad_y q| ({_figures(monitor)}): the lower problem hardly says anything about "
+        f"|grad_x q| is negligible against |grad_y q| ({_values_text(monitor)}): the lower problem hardly says anything about "
         "x. Try a larger solver.inner_steps or solver.inner_lr, so that y_T is further from y; check that x enters the "
         "lower loss"
     )
@@ -177,7 +181,7 @@ _CHECKS: dict[str, Callable[[HealthMonitor], str | None]] = {
 }
 
 
-def _figures(monitor: HealthMonitor) -> str:
+def _values_text(monitor: HealthMonitor) -> str:
     names = {"|grad_x q|": "grad_upper_gap_norm", "|grad_y q|": "grad_lower_gap_norm", "q": "gap"}
     means = {label: monitor.mean(name) for label, name in names.items()}
     return (

@@ -31,7 +31,7 @@ def say(text: str) -> None:
 
 
 class Heartbeat:
-    """Says what is going on and for how long, from a thread, as long as the block lasts."""
+    """Says what is being done and for how long, from a thread, as long as the block lasts."""
 
     def __init__(
         self, say: Callable[[str], None], first_s: float = FIRST_S, every_s: float = EVERY_S
@@ -42,7 +42,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def doing(self, what: str) -> None:
-        """What is going on from now on."""
+        """What is being done from now on."""
         self._what, self._began = what, time.monotonic()
 
     def __enter__(self) -> Heartbeat:

@@ -159,7 +159,7 @@ def _last_line(error: Exception, file: str | None) -> str:
         return f":{error.lineno}" if file is not None else f" (at {error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
     if file is None:
-        # A module that is simply not there fails inside importlib, which is no place to point at.
+        # A module that is simply not there fails inside importlib, which is no location to point at.
         own = [
             frame
             for frame in frames

@@ -59,8 +59,8 @@ def check_counts(values: Mapping[str, Any]) -> None:
             value = value[part]
         if isinstance(value, int) and memory is not None and value * BYTES_PER_TASK > memory:
             raise ConfigError(
-                f"{key}: got {value}; to list so many takes {said(value * BYTES_PER_TASK)}, and this machine has "
-                f"{said(memory)} free"
+                f"{key}: got {value}; to list so many takes {size_text(value * BYTES_PER_TASK)}, and this machine has "
+                f"{size_text(memory)} free"
             )
 
 
@@ -69,7 +69,7 @@ def check_bytes(key: str, what: str, size: int) -> None:
     free = available_memory()
     if free is not None and size > free:
         raise ConfigError(
-            f"{key}: {what} take {said(size)}, and this machine has {said(free)} free; wanted less"
+            f"{key}: {what} take {size_text(size)}, and this machine has {size_text(free)} free; wanted less"
         )
 
 
@@ -133,7 +133,7 @@ def available_memory() -> int | None:
     return min(found) if found else None
 
 
-def said(size: int) -> str:
+def size_text(size: int) -> str:
     """Bytes in words."""
     amount = float(size)
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
@@ -171,7 +171,7 @@ def _data_bytes() -> int | None:
 
 
 def _refusal(values: Mapping[str, Any], error: Exception, memory: int | None) -> ConfigError:
-    there = f"; this machine has {said(memory)} free" if memory is not None else ""
+    there = f"; this machine has {size_text(memory)} free" if memory is not None else ""
     return ConfigError(
         f"the config's numbers ask for more than this machine has ({reason(error, named=False)}){there}. The largest are "
         + ", ".join(f"{key}: {number}" for key, number in _largest(values))

@@ -76,7 +76,7 @@ class MetricsLog:
         self._open(from_step)
 
     def go_back(self, step: int) -> None:
-        """Drops `step` and later ones while the run goes on, for a run that returns to a
+        """Drops `step` and later ones while the run continues, for a run that returns to a
         checkpoint.
         """
         self.close()

@@ -85,7 +85,7 @@ def real(path: Path) -> Path:
 
 def location(typed: str | Path, folder: Path | None = None, what: str = "output_dir") -> str:
     """A URI as it was typed, or the absolute path. Raises ConfigError as `absolute`, and where a URI
-    names no place at which something can be kept.
+    names no location at which something can be kept.
     """
     text = str(typed)
     check_no_keys(text, what)
@@ -100,7 +100,7 @@ def location(typed: str | Path, folder: Path | None = None, what: str = "output_
         raise ConfigError(f"{what}: got {_short(text)}; a URI begins with {name}://")
     if name.lower() not in SCHEMES:
         raise ConfigError(
-            f"{what}: {_short(text)} is no place that a run can be kept at. Use s3://, gs:// or file:///"
+            f"{what}: {_short(text)} is no location where a run can be kept. Use s3://, gs:// or file:///"
         )
     if name.lower() == "file":
         if not rest.startswith("/") or not rest.strip("/"):

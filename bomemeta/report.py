@@ -49,7 +49,7 @@ _ACCURACIES = ("validation_accuracy", "selection_accuracy", "test_accuracy")
 
 
 class Listener(Protocol):
-    """Hears what happens while a run goes on. Steps are counted from 0.
+    """Hears what happens during a run. Steps are counted from 0.
 
     It may also have `workers(alive: int, wanted: int)`, called before `step` where workers compute.
     """
@@ -118,7 +118,7 @@ class TerminalListener:
         if run_dir is not None:
             self._print(f"run folder: {run_dir}")
         if first_step > 0:
-            self._print(f"going on at step {first_step} of {steps}")
+            self._print(f"resumes at step {first_step} of {steps}")
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             # Where the terminal is narrow the metrics are cut, never the count or the time.
             count = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
@@ -145,8 +145,8 @@ class TerminalListener:
             self._bar.update(self._task, completed=done, metrics=self._live(metrics))
         elif done % self._every_steps == 0 or done == self._steps:
             seconds = metrics.get("step_s")
-            pace = f", {seconds:.3g} s/step" if seconds is not None else ""
-            self._print(f"step {done}/{self._steps}: {_figures(metrics)}{pace}")
+            speed = f", {seconds:.3g} s/step" if seconds is not None else ""
+            self._print(f"step {done}/{self._steps}: {_metrics_text(metrics)}{speed}")
 
     def workers(self, alive: int, wanted: int) -> None:
         """How many workers there are now, and of how many: said in the live line."""
@@ -163,7 +163,7 @@ class TerminalListener:
             "" if loss is None else f"loss {loss:.4g}",
             "" if accuracy is None else f"accuracy {_value('accuracy', accuracy, None)}",
             self._workers,
-            _figures(
+            _metrics_text(
                 {name: value for name, value in metrics.items() if name in ("multiplier", "gap")}
             ),
         ]
@@ -247,7 +247,7 @@ def _value(name: str, value: float, interval: float | None) -> str:
     )
 
 
-def _figures(metrics: Mapping[str, float]) -> str:
+def _metrics_text(metrics: Mapping[str, float]) -> str:
     return ", ".join(
         f"{label} {_value(name, metrics[name], None) if 'accuracy' in name else format(metrics[name], '.4g')}"
         for name, label in _SHOWN.items()

@@ -318,7 +318,7 @@ def _claim(path: Path) -> bool:
 def _taken(location: Path | str, typed: Path | str) -> str:
     return (
         f"output_dir: {location} exists and is not empty; a run never overwrites another. "
-        f"Go on with `bomemeta resume {typed}`, or choose another output_dir"
+        f"Resume it with `bomemeta resume {typed}`, or choose another output_dir"
     )
 
 

@@ -82,7 +82,7 @@ def resume(
     named = [override.partition("=")[0].strip() for override in overrides]
     if "output_dir" in [*named, *(keys or ())]:
         raise ConfigError(
-            f"output_dir: a run goes on in its own folder, {folder.location}; leave the override out"
+            f"output_dir: a run resumes in its own folder, {folder.location}; leave the override out"
         )
     return _go_on(settings, folder, listener or Quiet())
 
@@ -117,7 +117,7 @@ def extend(
     problem = build_problem(settings)
     if not isinstance(problem, StreamProblem):
         raise ConfigError(
-            f"{folder.location}: problem {label(problem)} is no stream that could go on; `bomemeta train` begins a run on other data"
+            f"{folder.location}: problem {label(problem)} is no stream that could continue; `bomemeta train` begins a run on other data"
         )
     done, length = load_latest(folder.checkpoints).checkpoint.step, problem.length
     if done < length:
@@ -169,9 +169,9 @@ def _continued(settings: Config, listener: Listener) -> Result | None:
 
 
 def _go_on(
-    settings: Config, folder: RunFolder, listener: Listener, said: Sequence[str] = ()
+    settings: Config, folder: RunFolder, listener: Listener, reported: Sequence[str] = ()
 ) -> Result:
     with hearing(listener.note):
         if settings.seeds == 1:
-            return resume_one(settings, folder, listener, said)
+            return resume_one(settings, folder, listener, reported)
         return run_seeds(settings, folder, listener)

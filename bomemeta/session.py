@@ -87,9 +87,9 @@ def train_one(settings: Config, name: str | None, listener: Listener) -> Result:
 
 
 def resume_one(
-    settings: Config, folder: RunFolder, listener: Listener, said: Sequence[str] = ()
+    settings: Config, folder: RunFolder, listener: Listener, reported: Sequence[str] = ()
 ) -> Result:
-    """Goes on from the folder's newest readable checkpoint. `said`: notes that the listener has heard,
+    """Resumes from the folder's newest readable checkpoint. `reported`: notes that the listener has heard,
     for the result.
     """
     stages = stages_of(settings)
@@ -112,7 +112,7 @@ def resume_one(
         problem = build_problem(stages[at])
         solver = build_solver(settings, problem)
         data = looked_at(settings, problem)
-        session = _Session(stages[at], folder, listener, data, [*said, *early])
+        session = _Session(stages[at], folder, listener, data, [*reported, *early])
         if saved is not None:
             check_same_data(saved.data, data, saved.step)
             for note in longer_notes(solver, saved, settings.steps):

@@ -57,7 +57,7 @@ def stop_on_signal(say: Callable[[str], None], save: Callable[[S], None]) -> Ite
     once.
 
     Who sends SIGTERM often sends SIGKILL next (`ray job stop` after 3 s), and a step may take
-    longer: SIGTERM also saves the kept state while the step goes on. That happens in a thread,
+    longer: SIGTERM also saves the kept state while the step continues. That happens in a thread,
     since Python's own handlers wait until the main thread comes back from what it computes; `save`
     is called there, perhaps while the loop saves too. Outside the main thread signals are not ours:
     nothing is asked.

@@ -1,5 +1,5 @@
-"""Places at a URI (s3://, gs://, abfs://, file:// ...), and run folders there: worked on in a local
-folder, which is copied as the run goes on. What is there is always a run that can be resumed:
+"""Locations at a URI (s3://, gs://, abfs://, file:// ...), and run folders there: worked on in a local
+folder, which is copied while the run continues. What is there is always a run that can be resumed:
 a new checkpoint is complete before the older one is removed.
 """
 
@@ -242,7 +242,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     except _errors() as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"output_dir: {uri} is no place that pyarrow can write to: {reason}. Use s3://, gs:// or file:///"
+            f"output_dir: {uri} is no location that pyarrow can write to: {reason}. Use s3://, gs:// or file:///"
         ) from error
 
 

@@ -112,7 +112,7 @@ def prepare(
     hook = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": str(int(uv))}
     # A config that comes with bomemeta is on the cluster as well, under the same name.
     relative = path.stem if _shipped(path) else Path(os.path.relpath(path, folder)).as_posix()
-    words = [
+    command = [
         *(["uv", "run"] if uv else []),
         "bomemeta",
         "train",
@@ -120,9 +120,9 @@ def prepare(
         *overrides,
         "--auto-resume",
     ]
-    words += ["--restarts", str(restarts)] if restarts else []
+    command += ["--restarts", str(restarts)] if restarts else []
     return Submission(
-        entrypoint=shlex.join(words),
+        entrypoint=shlex.join(command),
         runtime_env={
             "working_dir": str(folder),
             "excludes": excluded,
@@ -153,7 +153,7 @@ def _submit(submission: Submission, address: str, wait: bool, say: Say, show: Sa
     say(f"run folder: {submission.output_dir}")
     say(f"see it:     ray job logs --follow --address {address} {job}")
     say(
-        f"stop it:    ray job stop --address {address} {job}     (the same submission again goes on from its last step)"
+        f"stop it:    ray job stop --address {address} {job}     (the same submission again resumes from its last step)"
     )
     if not wait:
         return 0
@@ -161,17 +161,17 @@ def _submit(submission: Submission, address: str, wait: bool, say: Say, show: Sa
         status = _follow(client, job, show)
         info = client.get_job_info(job)
     except KeyboardInterrupt:
-        say(f"{job} goes on without being followed")
+        say(f"{job} continues without being followed")
         return 130
     except (OSError, RuntimeError) as error:
         raise ClusterError(
-            f"the connection to {address} was lost ({error}); {job} may go on, see above for how to see it"
+            f"the connection to {address} was lost ({error}); {job} may still run, see above for how to see it"
         ) from error
     if status == JobStatus.SUCCEEDED:
         say(f"done: {job}; run folder: {submission.output_dir}")
         return 0
     if status == JobStatus.STOPPED:
-        say(f"stopped: {job}; submit it again to go on. run folder: {submission.output_dir}")
+        say(f"stopped: {job}; submit it again to resume. run folder: {submission.output_dir}")
         return 130
     say(
         f"failed: {job}: {str(info.message).strip().splitlines()[-1] if info.message else 'no reason was given'}"
@@ -225,7 +225,7 @@ def _follow(client: Any, job: str, show: Say) -> Any:
     while True:
         try:
             asyncio.run(tail())
-        except Exception:  # of the connection, by many names; whether there is one and the job goes on is asked next
+        except Exception:  # of the connection, by many names; whether there is one and the job still runs is asked next
             time.sleep(PAUSE_S)
         for _ in range(20):
             status = client.get_job_status(job)

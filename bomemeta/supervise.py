@@ -104,7 +104,7 @@ def supervise(
     """
     if not hasattr(signal, "sigtimedwait"):  # nor is there a prctl
         raise ConfigError(
-            f"--restarts {restarts} works on Linux alone. Leave it out: the same command again goes on "
+            f"--restarts {restarts} works on Linux alone. Leave it out: the same command again resumes the run "
             "from the last checkpoint"
         )
     seen: frozenset[str] | None = None
@@ -122,7 +122,7 @@ def supervise(
             )
             end = code if code > 0 else 128 - code
             if code < 0 and (stopped or -code in ASKED):
-                say(f"interrupted: the run was ended by {killer}; go on with the same command")
+                say(f"interrupted: the run was ended by {killer}; resume with the same command")
                 return 128 - code
             there = _checkpoints(location)
             alike = alike + 1 if there == seen else 1
@@ -130,15 +130,15 @@ def supervise(
             if alike > restarts:
                 say(
                     f"failed: the run {how}, {alike} times in a row without a new checkpoint{_hint(-code)}; "
-                    "the same command goes on from its last checkpoint"
+                    "the same command resumes from its last checkpoint"
                 )
                 return end
             pause_s = min(FIRST_PAUSE_S * 2 ** (alike - 1), LONGEST_PAUSE_S)
-            then = "begins again" if there == frozenset() else "goes on from its last checkpoint"
+            then = "begins again" if there == frozenset() else "resumes from its last checkpoint"
             say(f"note: the run {how}; restart {alike} of {restarts}, in {pause_s:g} s, {then}")
             stop = signal.sigtimedwait(STOPS, pause_s) is not None
             if stop or (code > 0 and cluster is not None and not _there_again(cluster, say)):
-                say("interrupted; go on with the same command")
+                say("interrupted; resume with the same command")
                 return INTERRUPTED
 
 
@@ -230,10 +230,10 @@ def _checkpoints(location: str | None) -> frozenset[str] | None:
         )
     # In a process of its own: what speaks to a store has threads, and this one must be able to
     # fork.
-    words = [sys.executable, "-c", LISTING, location]
+    command = [sys.executable, "-c", LISTING, location]
     try:
         listed = subprocess.run(
-            words, capture_output=True, text=True, timeout=LISTING_S, check=True
+            command, capture_output=True, text=True, timeout=LISTING_S, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -89,7 +89,7 @@ class Trackers:
             except Exception as error:
                 del self._open[name]
                 self._note(
-                    f"log.to: {name} cannot be written to any more: {reason(error)}. The run goes on without it; "
+                    f"log.to: {name} cannot be written to any more: {reason(error)}. The run continues without it; "
                     "metrics.jsonl has every step"
                 )
 

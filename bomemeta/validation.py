@@ -176,7 +176,7 @@ def phrase(schema: dict[str, Any], root: dict[str, Any]) -> str | None:
         return f"one of: {', '.join(str(value) for value in schema['enum'])}"
     if "const" in schema:
         return str(schema["const"])
-    words = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false",
+    names = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false",
              "array": "a list", "object": "a mapping", "null": "null"}  # fmt: skip
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<",
               "minItems": "of length >=", "maxItems": "of length <=", "minLength": "of length >="}  # fmt: skip
@@ -184,7 +184,7 @@ def phrase(schema: dict[str, Any], root: dict[str, Any]) -> str | None:
         schema = {"type": "array", "exactItems": schema["minItems"]}
         bounds["exactItems"] = "of length"
     limits = [f"{sign} {schema[bound]}" for bound, sign in bounds.items() if bound in schema]
-    word = words.get(schema.get("type", ""))
+    word = names.get(schema.get("type", ""))
     if word is None:
         return None
     inner = phrase(schema.get("items", {}), root) if schema.get("type") == "array" else None

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run as a job on a Ray cluster that is there already. Its driver starts again when it is killed (--restarts 3, the default); submitted
-# again, the run goes on.
+# again, the run resumes.
 #
 #   export RAY_API_SERVER_ADDRESS=http://HEAD:8265
 #   launch/job_submit.sh CONFIG OUTPUT WORKERS [KEY=VALUE]...

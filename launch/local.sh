@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on this machine. Killed, it starts again by itself; started again after a reboot or Ctrl-C, it goes on with the run.
+# A run on this machine. Killed, it starts again by itself; started again after a reboot or Ctrl-C, it resumes the run.
 #
 #   launch/local.sh CONFIG OUTPUT_DIR [KEY=VALUE]...
 #   launch/local.sh configs/quickstart.yaml runs/quickstart workers=4

@@ -86,9 +86,9 @@ def _wait_for_jobs_server(head: Head, process: subprocess.Popen[bytes]) -> None:
             with urllib.request.urlopen(request, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
-            said = (head.folder / "head.log").read_text()
-            assert process.poll() is None, said
-            assert time.monotonic() < deadline, said
+            message = (head.folder / "head.log").read_text()
+            assert process.poll() is None, message
+            assert time.monotonic() < deadline, message
             time.sleep(0.2)
 
 
@@ -102,9 +102,9 @@ def _wait_for_agent(port: int, head: Head, process: subprocess.Popen[bytes]) -> 
             with socket.create_connection(("127.0.0.1", port), timeout=5):
                 return
         except OSError:
-            said = (head.folder / "head.log").read_text()
-            assert process.poll() is None, said
-            assert time.monotonic() < deadline, said
+            message = (head.folder / "head.log").read_text()
+            assert process.poll() is None, message
+            assert time.monotonic() < deadline, message
             time.sleep(0.2)
 
 

@@ -160,6 +160,6 @@ def test_a_run_knows_what_a_solver_need_not_say(problem: Callable[[], Problem]) 
         seen = [bench.advance().metrics["seen"] for _ in range(4)]
         states = [bench.lower.handles[task].tolist() for task in sorted(bench.lower.handles)]
         found.append((bench.x().tolist(), states, seen))
-    said, short, calling, constant = found
-    assert said == short == calling
+    keyword, short, calling, constant = found
+    assert keyword == short == calling
     assert short != constant

@@ -39,7 +39,7 @@ def header(shape: str, descr: str = "'<f8'", order: str = "False") -> str:
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "message"),
     [
         (npy(header("(1000000000000,)")), r"says that it is float64 \[1000000000000\], 8 TB, and 0 bytes follow"),
         (npy(header("(200, 1099511627776)"), b"x" * 8), r"and 8 bytes follow"),
@@ -58,8 +58,8 @@ def header(shape: str, descr: str = "'<f8'", order: str = "False") -> str:
         (b"", r"is not a readable archive"),
     ],
 )  # fmt: skip
-def test_a_header_that_does_not_hold_is_said(tmp_path: Path, raw: bytes, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_a_header_that_does_not_hold_is_said(tmp_path: Path, raw: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         archives.read(zipped(tmp_path / "a.npz", raw), ["x"])
 
 

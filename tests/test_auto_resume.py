@@ -1,4 +1,4 @@
-"""The same command again goes on by itself, and a SIGTERM loses no committed step, however long the
+"""The same command again resumes by itself, and a SIGTERM loses no committed step, however long the
 step in hand takes.
 """
 
@@ -277,7 +277,7 @@ def test_sigterm_in_a_short_step_ends_well(reference, tmp_path):
     process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert output.splitlines()[-1] == "interrupted after 5 steps; go on with the same command"
+    assert output.splitlines()[-1] == "interrupted after 5 steps; resume with the same command"
     assert output.splitlines()[0] == f"run folder: {folder}"
     assert checkpoint.load_latest(folder / "checkpoints").checkpoint.step == 5
 
@@ -302,7 +302,7 @@ def test_sigterm_while_the_loop_saves_is_no_step_back(tmp_path, monkeypatch):
 def test_a_state_that_cannot_be_saved_is_said(tmp_path, monkeypatch):
     from bomemeta import report
 
-    said: list[str] = []
+    reported: list[str] = []
     save = checkpoint.save
 
     def full(folder: Path, state: checkpoint.Checkpoint, keep: int) -> Path:
@@ -314,16 +314,16 @@ def test_a_state_that_cannot_be_saved_is_said(tmp_path, monkeypatch):
         def step(self, step: int, metrics: Any) -> None:
             if step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
-                while not said:
+                while not reported:
                     time.sleep(0.01)
 
         def note(self, text: str) -> None:
-            said.append(text)
+            reported.append(text)
 
     monkeypatch.setattr(checkpoint, "save", full)
     result = runs.train(QUADRATIC, [f"output_dir={tmp_path / 'run'}"], listener=Loud())
     assert (result.interrupted, result.steps) == (True, 6)
-    assert said[0] == "SIGTERM: the state before this step could not be saved: the disk is full"
+    assert reported[0] == "SIGTERM: the state before this step could not be saved: the disk is full"
 
 
 assert test_promises  # its jobs import mortal.py, which registers the problems

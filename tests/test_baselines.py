@@ -190,7 +190,7 @@ def test_implicit_solvers_reach_the_solution(case, name):
 @pytest.mark.parametrize("name", ["aid_neumann", "stocbio", "itd"])
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_series_of_finite_length_reach_the_biased_solution(case, name):
-    """Three terms in each of them. ITD's y goes on from step to step, so that it solves g and the
+    """Three terms in each of them. ITD's y continues from step to step, so that it solves g and the
     cut series alone is what is wrong.
     """
     problem, lr = PROBLEMS[case][0](), PROBLEMS[case][1] / 3

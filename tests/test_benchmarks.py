@@ -380,14 +380,14 @@ def test_plain_processes_give_the_same_bits() -> None:
         "tasks_per_step": 5,
         "shards": 3,
     }
-    said = []
+    reported = []
     with ExitStack() as stack:
         for plain, workers in ((False, 0), (True, 2)):
-            said.append(scaling.course(config, [], workers, stack, plain).advance(3))
-    times = {name for line in said[0] for name in line if name.endswith("_s")}
+            reported.append(scaling.course(config, [], workers, stack, plain).advance(3))
+    times = {name for line in reported[0] for name in line if name.endswith("_s")}
     one, other = (
         [{name: line[name] for name in line if name not in times} for line in lines]
-        for lines in said
+        for lines in reported
     )
     assert one == other
 

@@ -53,7 +53,7 @@ def run(problem: dict[str, object], solver: dict[str, object], **options: object
     return check(config, **{"directions": 1, **options})
 
 
-def said(report: Report) -> str:
+def message(report: Report) -> str:
     return "\n".join([report.headline, *report.notes])
 
 
@@ -179,14 +179,14 @@ def test_bome_with_a_short_inner_loop_is_poor_and_told_how_long_it_has_to_be() -
     report = run(quadratic(condition=100.0), solver, settle_steps=3)
     assert report.verdict == "POOR"
     # 1 - (1 - 0.01 / 100)^T = 0.95, and with alpha = 1 the power of 0.99
-    assert "solver.inner_steps=29956, or solver.inner_steps=299 with solver.inner_lr=1" in said(
+    assert "solver.inner_steps=29956, or solver.inner_steps=299 with solver.inner_lr=1" in message(
         report
     )
-    assert "T is too small" in said(report)
+    assert "T is too small" in message(report)
     keys = [set(trial["changes"]) for trial in report.numbers["trials"]]
     assert {"inner_steps"} in keys
     assert {"inner_steps", "inner_lr"} in keys
-    assert "bome keeps lambda" in said(report)
+    assert "bome keeps lambda" in message(report)
 
 
 def test_the_advised_inner_loop_cures() -> None:
@@ -196,7 +196,7 @@ def test_the_advised_inner_loop_cures() -> None:
         settle_steps=5,
     )
     assert report.verdict == "POOR"
-    assert "what T inner steps see of the reference" in said(report)
+    assert "what T inner steps see of the reference" in message(report)
     best = report.numbers["trials"][-1]
     assert list(best["changes"]) == ["inner_steps"]
     assert best["error"] < 0.1 < report.numbers["relative_error"]
@@ -217,8 +217,8 @@ def test_too_small_a_subspace_is_named() -> None:
     solver = {"name": "lancbio", "inner_steps": 400, "inner_lr": 0.3, "subspace": 1}
     report = run(few_shot, solver, tasks=1)
     assert report.verdict == "POOR"
-    assert "y is not the reason" in said(report)
-    assert "solver.subspace = 1" in said(report)
+    assert "y is not the reason" in message(report)
+    assert "solver.subspace = 1" in message(report)
     assert "Run again with solver.subspace=4" in report.headline
 
 
@@ -226,8 +226,8 @@ def test_a_step_beyond_stability_is_named() -> None:
     report = run(quadratic(), {**LANCBIO, "inner_lr": 50.0})
     assert report.verdict == "UNDECIDED"
     assert "not finite" in report.headline
-    assert "run again with solver.inner_lr=1" in said(report)
-    assert "not below 2 / L = 2" in said(report)
+    assert "run again with solver.inner_lr=1" in message(report)
+    assert "not below 2 / L = 2" in message(report)
 
 
 def test_a_flipped_sign_is_wrong() -> None:
@@ -292,7 +292,7 @@ def test_analytic_cases() -> None:
 def test_what_is_wrong_with_a_problem_is_said(kind: str, reason: str) -> None:
     report = run({"name": "check_toy", "kind": kind}, LANCBIO, settle_steps=20)
     assert report.verdict == "UNDECIDED"
-    assert reason in said(report)
+    assert reason in message(report)
 
 
 def test_the_same_problem_without_a_mistake_is_ok() -> None:

@@ -239,7 +239,7 @@ NO = object()
 
 
 @pytest.mark.parametrize(
-    ("entry", "value", "said"),
+    ("entry", "value", "message"),
     [
         ("step", 4, "its name says step 3, and it holds step 4"),
         ("step", None, "step is None, wanted a whole number"),
@@ -256,7 +256,7 @@ NO = object()
     ],
 )
 def test_entries_changed_by_hand_are_said(
-    tmp_path: Path, entry: str, value: object, said: str
+    tmp_path: Path, entry: str, value: object, message: str
 ) -> None:
     values = {**state(3)._asdict(), entry: value}
     if value is NO:
@@ -264,7 +264,7 @@ def test_entries_changed_by_hand_are_said(
     torch.save(values, tmp_path / "step_00000003.pt")
     with pytest.raises(CheckpointError) as error:
         load(tmp_path / "step_00000003.pt")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_only_our_own_names_are_checkpoints(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_entry_changed_by_hand_is_said(run: Path, tmp_path: Path, name: str) -> None:
-    change, said = CHANGES[name]
+    change, message = CHANGES[name]
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     (copy / "checkpoints" / "step_00000000.pt").unlink()
@@ -75,12 +75,12 @@ def test_an_entry_changed_by_hand_is_said(run: Path, tmp_path: Path, name: str) 
     del values["format"]  # as an older version wrote it
     change(values)
     torch.save(values, path)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         bomemeta.resume(copy, ["steps=4"])
 
 
 def test_a_checkpoint_of_an_older_version_is_resumed(run: Path, tmp_path: Path) -> None:
-    """It calls the run's metrics figures, and has no digest."""
+    """It calls the run's metrics "figures", and has no digest."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     path = copy / "checkpoints" / "step_00000002.pt"

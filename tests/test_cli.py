@@ -165,9 +165,9 @@ def test_keys_in_a_uri_are_refused_and_never_shown(tmp_path):
         assert not any(key in done.output for key in KEYS), (command, done.output)
     work = tmp_path / "work"
     work.mkdir()
-    words = [sys.executable, "-m", "bomemeta", "train", str(config)]
+    arguments = [sys.executable, "-m", "bomemeta", "train", str(config)]
     environment = {**os.environ, "TMPDIR": str(work)}
-    done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=work, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     left = [file.read_bytes() for file in work.rglob("*") if file.is_file()]
     left += [done.stdout.encode(), done.stderr.encode()]

@@ -139,12 +139,12 @@ def test_an_interrupted_run_says_how_to_go_on(api: Any) -> None:
     assert result.exit_code == 130
     assert (
         result.stderr.splitlines()[-1]
-        == "interrupted after 7 steps; go on with `bomemeta resume /runs/a`"
+        == "interrupted after 7 steps; resume with `bomemeta resume /runs/a`"
     )
     assert (
         invoke("train", "x", "--auto-resume")
         .stderr.splitlines()[-1]
-        .endswith("go on with the same command")
+        .endswith("resume with the same command")
     )
 
     def interrupt() -> None:
@@ -153,7 +153,7 @@ def test_an_interrupted_run_says_how_to_go_on(api: Any) -> None:
     api.ends = interrupt
     result = invoke("train", "x")
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "interrupted; go on with `bomemeta resume /runs/a`"
+    assert result.stderr.splitlines()[-1] == "interrupted; resume with `bomemeta resume /runs/a`"
 
 
 def test_wrong_words_are_refused() -> None:

@@ -88,8 +88,8 @@ def test_runs_in_folders_are_read_and_written_as_table_json_figure_and_page(tmp_
     files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "figure", "html")}
     files["figure"] = tmp_path / "out.svg"
     options = [text for name, file in files.items() for text in (f"--{name}", str(file))]
-    words = ["compare", str(tmp_path / "one"), f"faster={many}", "--metric", "upper_error"]
-    result = CliRunner().invoke(app, [*words, *options])
+    arguments = ["compare", str(tmp_path / "one"), f"faster={many}", "--metric", "upper_error"]
+    result = CliRunner().invoke(app, [*arguments, *options])
     assert result.exit_code == 0, result.output
     assert files["markdown"].read_text(encoding="utf-8") == result.output
     rows = json.loads(files["json"].read_text())["rows"]["upper_error"]
@@ -121,7 +121,7 @@ def test_runs_that_are_no_seeds_of_one_config_are_refused_with_the_key(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("{", "is not a run's result.json"),
         ("[]", "is not a run's result.json"),
@@ -129,11 +129,13 @@ def test_runs_that_are_no_seeds_of_one_config_are_refused_with_the_key(tmp_path:
         (None, r"no result.json in .* The run there has not ended"),
     ],
 )
-def test_what_is_no_finished_run_is_named(tmp_path: Path, content: str | None, said: str) -> None:
+def test_what_is_no_finished_run_is_named(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
     (tmp_path / "config.yaml").write_text("")
     if content is not None:
         (tmp_path / "result.json").write_text(content)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         read_entries([str(tmp_path)])
 
 

@@ -269,7 +269,7 @@ def test_what_the_class_itself_refuses_is_reported_at_its_section(write: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "words"),
+    ("text", "line", "wanted_message"),
     [
         ("steps: 3\nsolver: [1\n", ":3", "not valid YAML"),
         ("steps: 3\nsteps: 4\n", ":2", "steps is given twice (first in line 1)"),
@@ -290,12 +290,12 @@ def test_what_the_class_itself_refuses_is_reported_at_its_section(write: Any) ->
     ],
 )
 def test_text_that_is_no_config_names_the_line(
-    write: Any, text: str, line: str, words: str
+    write: Any, text: str, line: str, wanted_message: str
 ) -> None:
     path = write(text)
     message = message_of(path)
     assert message.startswith(f"{path}{line}: ")
-    assert words in message
+    assert wanted_message in message
 
 
 def test_a_missing_file_suggests_the_nearest(

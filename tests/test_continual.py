@@ -401,8 +401,8 @@ def test_protocols_differ_in_the_classes_that_are_in_question() -> None:
     y["head.bias"][0] += 100.0  # class 0 is always the likeliest
     accuracies = []
     for problem in (known, unknown):
-        figures = oracle_at(problem, 0, some_x(problem), {}, "test").evaluate(repeated(y, 1))
-        accuracies.append([float(figures[f"accuracy_task_0{t}"]) for t in range(3)])
+        metrics = oracle_at(problem, 0, some_x(problem), {}, "test").evaluate(repeated(y, 1))
+        accuracies.append([float(metrics[f"accuracy_task_0{t}"]) for t in range(3)])
     assert accuracies[0][0] == accuracies[1][0]
     assert min(accuracies[0][1:]) > 0
     assert accuracies[1][1:] == [0, 0]
@@ -701,14 +701,14 @@ def test_scores_by_hand() -> None:
 def test_accuracies_are_those_of_the_uncut_test_samples(blocks: int) -> None:
     problem = attached(blocks=blocks, stream="split", test_samples_per_task=None)
     x, y = some_x(problem), some_y(problem)
-    figures = oracle_at(problem, 0, x, {}, "test").evaluate(repeated(y, blocks))
+    metrics = oracle_at(problem, 0, x, {}, "test").evaluate(repeated(y, blocks))
     test = problem._samples._stream.test
     hits = (
         reference_logits(problem, x, y, test.examples.inputs, test.tasks).argmax(1)
         == test.examples.labels
     )
     for t in range(3):
-        assert_tight(figures[f"accuracy_task_0{t}"].mean(), hits[test.tasks == t].double().mean())
+        assert_tight(metrics[f"accuracy_task_0{t}"].mean(), hits[test.tasks == t].double().mean())
 
 
 def test_a_run_from_config_to_files(tmp_path: Path) -> None:
@@ -758,7 +758,7 @@ def test_a_run_from_config_to_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         (
             {"protocol": "class_incremental"},
@@ -774,8 +774,8 @@ def test_a_run_from_config_to_files(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_combinations_without_sense(fields: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_combinations_without_sense(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         attached(Rows(10, CLASSES), **fields)
 
 

@@ -242,7 +242,7 @@ def test_figures_are_those_of_a_pass_of_each_length(order: Any) -> None:
     problem = attached(order=order)
     x = start_of(problem)
     oracle = oracle_of(problem, x, "test")
-    figures = oracle.evaluate(oracle.init_lower())
+    metrics = oracle.evaluate(oracle.init_lower())
     for i in range(2):
         images, labels, wanted = (
             oracle.batch["images"][i],
@@ -257,10 +257,10 @@ def test_figures_are_those_of_a_pass_of_each_length(order: Any) -> None:
             head = trained_online(seen[rows], labels[rows], problem.outputs, 0.5)[:, :length]
             for prefix, inputs, truth in (("", queries, wanted), ("trajectory_", seen, labels)):
                 hits = (inputs[truth < length] @ head).argmax(1) == truth[truth < length]
-                assert float(figures[f"{prefix}accuracy_classes_{length:03d}"][i]) == pytest.approx(
+                assert float(metrics[f"{prefix}accuracy_classes_{length:03d}"][i]) == pytest.approx(
                     float(hits.double().mean())
                 )
-    assert figures["accuracy"].tolist() == figures["accuracy_classes_006"].tolist()
+    assert metrics["accuracy"].tolist() == metrics["accuracy_classes_006"].tolist()
 
 
 def test_a_test_trajectory_has_classes_of_its_own_split_and_the_same_bits_every_time() -> None:

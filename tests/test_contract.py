@@ -247,10 +247,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_named(name):
-    changes, words = MISTAKES[name]
+    changes, message = MISTAKES[name]
     with pytest.raises(ConfigError) as caught:
         check_problem(type("Mine", (Good,), changes)())
-    assert re.match(words, str(caught.value)), str(caught.value)
+    assert re.match(message, str(caught.value)), str(caught.value)
 
 
 def test_the_docs_show_what_is_said():

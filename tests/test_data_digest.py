@@ -71,10 +71,12 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changed_is_named(change, begun):
-    changes, words = CHANGES[change]
+    changes, message = CHANGES[change]
     write(begun / "data.npz", **changes)
     before = (begun / "run" / "config.yaml").read_text()
-    with pytest.raises(CheckpointError, match=rf"(?s)up to step 4:.*{words}.*Put the earlier data"):
+    with pytest.raises(
+        CheckpointError, match=rf"(?s)up to step 4:.*{message}.*Put the earlier data"
+    ):
         bomemeta.resume(begun / "run", ["steps=8"])
     assert (begun / "run" / "config.yaml").read_text() == before
     notes = bomemeta.evaluate(begun / "run").notes if change != "more classes" else []

@@ -42,7 +42,7 @@ NEWS: dict[str, Any] = {
 
 @pytest.mark.parametrize("source", [Cifar10Subset, Cifar10N])
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"x_train": IMAGES[0]}, r"x_train is uint8 \[32, 32, 3\]; wanted uint8 \[6, H, W, 3\]"),
         ({"x_test": IMAGES[:, :16]}, r"x_test is uint8 \[6, 16, 32, 3\]"),
@@ -52,21 +52,21 @@ NEWS: dict[str, Any] = {
     ],
     ids=range(5),
 )
-def test_cifar(source: Any, change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_cifar(source: Any, change: dict[str, Any], message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "cifar10_subset.npz", **{**CIFAR, **change})
-    with pytest.raises(DataError, match=rf"cifar10_subset.npz: {words}"):
+    with pytest.raises(DataError, match=rf"cifar10_subset.npz: {message}"):
         source(root=str(tmp_path)).prepare()
 
 
 @pytest.mark.parametrize(
-    ("human", "words"),
+    ("human", "message"),
     [(LABELS[:2], r"labels \[2\] for 6 images"), (LABELS + 9, "from 9 to 11; wanted whole numbers from 0 to 9"),
      (LABELS * 1.5, "is float64 from 0.0 to 3.0")], ids=range(3),
 )  # fmt: skip
-def test_human_labels(human: Any, words: str, tmp_path: Path) -> None:
+def test_human_labels(human: Any, message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "cifar10_subset.npz", **CIFAR)
     np.savez(tmp_path / "cifar10n_labels.npz", **{**HUMAN, "worse_label": human})
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         Cifar10N(root=str(tmp_path)).given_labels("worse")
 
 
@@ -87,7 +87,7 @@ def test_omniglot(change: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"label_name": np.array("a")}, r"wanted label_name \[classes\].* got \[\]"),
         ({"vocabulary_utf8": np.array(["x", "y"])}, r"got \[2\] and <U1 \[2\]"),
@@ -96,9 +96,9 @@ def test_omniglot(change: dict[str, Any], tmp_path: Path) -> None:
     ],
     ids=range(4),
 )
-def test_newsgroups(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_newsgroups(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "twenty_newsgroups_counts.npz", **{**NEWS, **change})
-    with pytest.raises(DataError, match=rf"twenty_newsgroups_counts.npz.*{words}"):
+    with pytest.raises(DataError, match=rf"twenty_newsgroups_counts.npz.*{message}"):
         TwentyNewsgroups(root=str(tmp_path)).prepare()
 
 

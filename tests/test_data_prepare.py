@@ -179,10 +179,10 @@ def test_who_has_no_data_is_told_a_command_that_gets_them(
     monkeypatch.delenv("BOMEMETA_DATA", raising=False)
     with pytest.raises(DataError) as failure:
         datasets.get(name)().prepare()
-    (told,) = re.findall(
+    (reported,) = re.findall(
         r"`bomemeta data prepare (\S+) --root FOLDER` fills one", str(failure.value)
     )
-    assert told in prepare.names()
+    assert reported in prepare.names()
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:

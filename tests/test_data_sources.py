@@ -344,16 +344,16 @@ def test_labels_are_classes_and_splits_share_none(source: Any) -> None:
 
 @every_source
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "message"),
     [
         (EpisodeSpec(100_000, 1, 1), "problem.ways is 100000"),
         (EpisodeSpec(2, 1_000, 1), "lower .*problem.shots"),
         (EpisodeSpec(2, 0, 1), "problem.shots is 0"),
     ],
 )
-def test_too_large_an_episode_is_refused(source: Any, spec: EpisodeSpec, words: str) -> None:
+def test_too_large_an_episode_is_refused(source: Any, spec: EpisodeSpec, message: str) -> None:
     for attempt in (source.check, lambda split, size: source.episode(split, size, (0,))):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(DataError, match=message):
             attempt("test", spec)
 
 

@@ -103,37 +103,37 @@ def test_memory_of_a_larger_shard_is_what_it_then_is(form: str, solver: dict[str
     config = load_config(
         {**FEW_SHOT, "solver": solver}, [f"problem.form={form}", "tasks_per_step=32", "shards=2"]
     )
-    figures = examine(config).values
-    assert figures["plan"]["largest"] == 16
+    metrics = examine(config).values
+    assert metrics["plan"]["largest"] == 16
     problem = build_problem(config)
     counted = DryRun(config, problem, build_solver(config, problem)).steps(16).worker_bytes
     # Measured to be within 0.1 %; a head's few small tensors are where anything else would show.
-    assert figures["memory"]["step_bytes"] == pytest.approx(counted, rel=0.03)
+    assert metrics["memory"]["step_bytes"] == pytest.approx(counted, rel=0.03)
 
 
 @pytest.mark.parametrize("config", [FEW_SHOT, ANALYTIC, CLEANING], ids=["fresh", "pool", "shared"])
 def test_bytes_and_disk_are_those_of_a_run(config: dict[str, Any], tmp_path: Path) -> None:
-    figures = examine(config).values
+    found = examine(config).values
     done = bomemeta.train(config, [f"output_dir={tmp_path / 'run'}"])
     first = read_metrics(done.run_dir / "metrics.jsonl")[0]
-    assert (figures["traffic"]["up"], figures["traffic"]["reduces"]) == (
+    assert (found["traffic"]["up"], found["traffic"]["reduces"]) == (
         first["bytes_reduced"],
         first["reduces"],
     )
     largest = max(path.stat().st_size for path in (done.run_dir / "checkpoints").iterdir())
     # What a run counts up from step to step, a few named numbers, is not in a dry step's.
-    assert figures["disk"]["checkpoint"] == pytest.approx(largest, rel=0.02, abs=512)
+    assert found["disk"]["checkpoint"] == pytest.approx(largest, rel=0.02, abs=512)
     logs = sum(path.stat().st_size for path in (done.run_dir / "tensorboard").iterdir())
     logs += (done.run_dir / "metrics.jsonl").stat().st_size
-    assert 0.4 < figures["disk"]["logs"] / logs < 2.5
+    assert 0.4 < found["disk"]["logs"] / logs < 2.5
 
 
 @pytest.mark.parametrize("keys", [[], ["solver.lower_optimizer=adamw"]], ids=["sgd", "adamw"])
 def test_lower_states_are_counted_for_all_tasks(keys: list[str], tmp_path: Path) -> None:
-    figures = examine(ANALYTIC, ["tasks_per_step=4", *keys]).values
+    metrics = examine(ANALYTIC, ["tasks_per_step=4", *keys]).values
     done = bomemeta.train(ANALYTIC, [f"output_dir={tmp_path / 'run'}", "steps=1", *keys])
     saved = load_latest(done.run_dir / "checkpoints").checkpoint
-    assert figures["memory"]["lower_state_bytes"] == sum(
+    assert metrics["memory"]["lower_state_bytes"] == sum(
         tensor.nbytes for tensor in saved.lower.values()
     )
 
@@ -311,15 +311,15 @@ def test_too_little_memory_disk_and_shared_memory(monkeypatch: pytest.MonkeyPatc
 
 def test_more_shards_are_proposed_where_these_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(FEW_SHOT, ["tasks_per_step=32", "shards=2", "workers=1"])
-    figures = examine(config).values["memory"]
+    metrics = examine(config).values["memory"]
     least = (
-        figures["process_bytes"]
-        + figures["driver_bytes"]
-        + figures["step_bytes"]
-        - 8 * figures["step_bytes_per_task"]
+        metrics["process_bytes"]
+        + metrics["driver_bytes"]
+        + metrics["step_bytes"]
+        - 8 * metrics["step_bytes_per_task"]
     )
     monkeypatch.setattr(
-        machine, "process_memory", lambda: int(figures["process_bytes"] - doctor.RAY_BYTES)
+        machine, "process_memory", lambda: int(metrics["process_bytes"] - doctor.RAY_BYTES)
     )
     monkeypatch.setattr(machine, "memory_available", lambda: int(least / 0.95) + 1000)
     (finding,) = of(examine(config), "memory")
@@ -373,13 +373,13 @@ def test_nodes_that_differ_or_do_not_answer() -> None:
         ],
         {"CPU": 5.0},
     )
-    said = [
+    reported = [
         finding.text for finding in bundles.nodes(config, machines) if finding.level == "PROBLEM"
     ]
-    assert [text.split()[0].rstrip(":") for text in said] == ["old", "bare", "silent", "empty"]
-    assert f"torch 1.0 (here {ours['torch']})" in said[0]
-    assert "bomemeta missing" in said[1]
-    assert "no such folder" in said[3]
+    assert [text.split()[0].rstrip(":") for text in reported] == ["old", "bare", "silent", "empty"]
+    assert f"torch 1.0 (here {ours['torch']})" in reported[0]
+    assert "bomemeta missing" in reported[1]
+    assert "no such folder" in reported[3]
 
 
 # The command
@@ -400,10 +400,10 @@ def test_exit_codes_and_json(tmp_path: Path) -> None:
     path = written({**ANALYTIC, "imports": ["noisy.py"]}, tmp_path)
     good = invoke(path, "--json")
     assert good.exit_code == 0
-    said = json.loads(good.stdout)
-    assert said["ok"] is True
-    assert {finding["level"] for finding in said["findings"]} <= {"OK", "NOTE"}
-    assert said["figures"]["traffic"]["up"] > 0
+    reported = json.loads(good.stdout)
+    assert reported["ok"] is True
+    assert {finding["level"] for finding in reported["findings"]} <= {"OK", "NOTE"}
+    assert reported["figures"]["traffic"]["up"] > 0
     plain = invoke(path, "output_dir=noisy.py/run")
     assert plain.exit_code == 1
     assert "PROBLEM" in plain.stdout

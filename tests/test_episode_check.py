@@ -151,10 +151,10 @@ FAULTS: dict[str, tuple[Callable[[Episode], Any], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_fault_is_named(fault, split):
-    change, words = FAULTS[fault]
+    change, message = FAULTS[fault]
     if split == "train":
-        words = words.replace("(0, 2, 0", "(0, 0, 0")
-    with pytest.raises(DataError, match=rf"^Changed, split {split}, episode 0: {words}"):
+        message = message.replace("(0, 2, 0", "(0, 0, 0")
+    with pytest.raises(DataError, match=rf"^Changed, split {split}, episode 0: {message}"):
         check_episodes(Changed(change, split), SPECS, 0)
 
 
@@ -243,13 +243,13 @@ def test_a_run_on_rows_in_any_order_is_the_run_on_sorted_ones(tmp_path):
 @pytest.mark.parametrize("fault", ["one_based", "nan", "late_nan", "late_labels"])
 def test_a_run_stops_at_the_data(fault, tmp_path):
     config = CONFIG | {"data": {"dataset": "mixed_toy", "fault": fault}}
-    words = {
+    message = {
         "one_based": r"MixedToy, split train, episode 0: the support labels are 1 .* Wanted each of 0..2",
         "nan": r"MixedToy, split train, episode 0: the support images have NaN",
         "late_nan": r"step 1: the data of split train has NaN or infinite numbers: support .*task",
         "late_labels": r"MixedToy, split train, episode 3: the support labels are 1",
     }[fault]
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         bomemeta.train(config, [f"output_dir={tmp_path / 'run'}"])
     if not fault.startswith("late"):
         assert not Path(tmp_path / "run").exists()

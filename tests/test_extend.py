@@ -1,4 +1,4 @@
-"""A finished stream that goes on with new data: the bits of a run that had the data from its start, what
+"""A finished stream that continues with new data: the bits of a run that had the data from its start, what
 grows and what stays, and what is refused.
 """
 
@@ -201,12 +201,12 @@ def test_what_is_refused(files: dict[str, str], tmp_path: Path) -> None:
     bm.resume(run)
     before = (run / "config.yaml").read_bytes()
     large = write(tmp_path / "large.npz", [4, 5], side=5)
-    for data, said in (
+    for data, message in (
         (files["again"], "the stream has classes 0, 1, 2, 3 already"),
         (large, "rows of x_train are 25 of torch.uint8; the stream's are 16"),
         (str(tmp_path / "none.npz"), "does not exist"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             bm.extend(run, data)
     odd = write(tmp_path / "odd.npz", [4, 5, 6])
     with pytest.raises(
@@ -225,7 +225,7 @@ def test_what_is_refused(files: dict[str, str], tmp_path: Path) -> None:
         bm.extend(tmp_path / "permuted", files["new"])
     few = {"steps": 1, "workers": 0, "evaluation": {"episodes": 2}}
     bm.train("quickstart", output_dir=str(tmp_path / "few"), **few)
-    with pytest.raises(ConfigError, match="problem few_shot is no stream that could go on"):
+    with pytest.raises(ConfigError, match="problem few_shot is no stream that could continue"):
         bm.extend(tmp_path / "few", files["new"])
 
 

@@ -125,7 +125,7 @@ def test_short_runs(problem: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"split": np.array([0, 1, 7, 0, 1, 2])}, "split is int64 with 0, 1, 2, 7; wanted whole numbers, 0 train"),
         ({"split": np.array(["a"] * 6)}, "split is <U1 with a; wanted"),
@@ -137,11 +137,11 @@ def test_short_runs(problem: dict[str, Any], tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_arrays_that_are_no_tasks_are_named(
-    change: dict[str, Any], words: str, tmp_path: Path
+    change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     sound = {"inputs": np.ones((6, 20, 3)), "targets": np.ones((6, 20)), "split": np.arange(6) % 3}
     np.savez(tmp_path / "tasks.npz", **{**sound, **change})
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         RegressionArrays(str(tmp_path / "tasks.npz")).prepare()
 
 
@@ -156,7 +156,7 @@ class Drawn(Sinusoid):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda t: None, r"task\(\) failed: TypeError"),
         (lambda t: t[:3], r"task\(\) failed: ValueError"),
@@ -166,9 +166,9 @@ class Drawn(Sinusoid):
         (lambda t: t._replace(support=t.support + torch.rand(1)), "support: two draws with one key differ"),
     ],
 )  # fmt: skip
-def test_first_tasks_of_each_split_are_looked_at(change: Any, words: str) -> None:
+def test_first_tasks_of_each_split_are_looked_at(change: Any, message: str) -> None:
     problem = attached(Drawn(change))
-    with pytest.raises(DataError, match=rf"^Drawn, split test, task 0: {words}"):
+    with pytest.raises(DataError, match=rf"^Drawn, split test, task 0: {message}"):
         problem.check_data()
 
 

@@ -92,7 +92,7 @@ def rows(path: Path, **changes: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"x_test": lambda a: a["x_test"].astype(np.float32)},
@@ -105,9 +105,9 @@ def rows(path: Path, **changes: Any) -> str:
     ],
     ids=["two kinds", "1e200"],
 )
-def test_rows_that_would_be_read_wrongly(tmp_path: Path, changes: Any, said: str) -> None:
+def test_rows_that_would_be_read_wrongly(tmp_path: Path, changes: Any, message: str) -> None:
     path = rows(tmp_path / "rows.npz", **changes)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         bm.train(source({"first": path}, BOME))
 
 
@@ -169,7 +169,7 @@ def test_python_hears_what_was_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"tasks": 0}, "tasks: got 0, wanted a whole number"),
         ({"tasks": True}, "tasks: got True"),
@@ -180,10 +180,10 @@ def test_python_hears_what_was_damaged(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_extend_is_given(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+def test_what_extend_is_given(tmp_path: Path, given: dict[str, Any], message: str) -> None:
     path, run = write(tmp_path / "first.npz", [0, 1, 2, 3]), tmp_path / "run"
     bm.train(source({"first": path}, BOME, stream="permuted"), output_dir=str(run))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         bm.extend(run, given.pop("data", path), **given)
 
 

@@ -66,7 +66,7 @@ def test_a_run_that_lost_its_cluster_counts_as_killed(tmp_path):
         "begun",
         f"note: the run {how}; restart 1 of 1, in 0 s, begins again",
         "begun",
-        f"failed: the run {how}, 2 times in a row without a new checkpoint; the same command goes on from its last checkpoint",
+        f"failed: the run {how}, 2 times in a row without a new checkpoint; the same command resumes from its last checkpoint",
     ]
     assert process.returncode == TRY_AGAIN == supervise.TRY_AGAIN
 
@@ -75,21 +75,21 @@ def test_the_cluster_is_waited_for(monkeypatch, tmp_path):
     monkeypatch.setattr(supervise, "FIRST_LOOK_S", 0.01)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    said: list[str] = []
+    reported: list[str] = []
 
     def say(text: str) -> None:
         nonlocal listener
-        said.append(text)
+        reported.append(text)
         if "waiting" in text:
             listener = socket.create_server(("127.0.0.1", port))
 
     listener.close()
     with supervise._held_back():
         assert supervise._there_again(supervise.Cluster("127.0.0.1", port, 60.0), say)
-        assert said == [f"note: waiting for a cluster at 127.0.0.1:{port}, for 60 s at most"]
+        assert reported == [f"note: waiting for a cluster at 127.0.0.1:{port}, for 60 s at most"]
         listener.close()
         assert supervise._there_again(supervise.Cluster("127.0.0.1", port, 0.0), say)
-    assert "there is no cluster" in said[-1]
+    assert "there is no cluster" in reported[-1]
 
 
 def test_where_the_cluster_is_stands_in_the_config(monkeypatch, tmp_path):
@@ -131,13 +131,13 @@ def test_a_run_survives_kill_9_of_the_gcs(workers, tmp_path):
     config, folder = tmp_path / "a.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(slow))
     with ray_head("disabled") as first:
-        words = [
+        arguments = [
             "train", str(config), f"output_dir={folder}", f"workers={workers}", f"address={first.address}",
             "problem.load_s=1.0", "--auto-resume", "--restarts", "2",
         ]  # fmt: skip
         with (tmp_path / "log").open("w") as log:
             run = subprocess.Popen(
-                [sys.executable, "-m", "bomemeta", *words],
+                [sys.executable, "-m", "bomemeta", *arguments],
                 env=first.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -145,10 +145,10 @@ def test_a_run_survives_kill_9_of_the_gcs(workers, tmp_path):
         wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) >= 3)
         kill_gcs(first)
         wait_for(lambda: "waiting for a cluster" in (tmp_path / "log").read_text())
-        said = (tmp_path / "log").read_text()
-    assert "does not answer; what is committed is saved now" in said
-    assert "the state before this step is saved" in said
-    assert f"failed: the head of the Ray cluster at {first.address} is gone" in said
+        message = (tmp_path / "log").read_text()
+    assert "does not answer; what is committed is saved now" in message
+    assert "the state before this step is saved" in message
+    assert f"failed: the head of the Ray cluster at {first.address} is gone" in message
     with ray_head("disabled", port=int(first.address.rpartition(":")[2])):
         assert run.wait(300) == 0, (tmp_path / "log").read_text()
     assert bomemeta.evaluate(folder).upper_sha256 == reference.upper_sha256

@@ -1,4 +1,4 @@
-"""What takes long says that it goes on, and for how long; what is quick says nothing."""
+"""What takes long says that it still runs, and for how long; what is quick says nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_what_is_quick_is_not_spoken_of() -> None:
 
 
 def test_the_closing_examination_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it goes on, and not in the result, which is the same for a slow machine."""
+    """While it runs, and not in the result, which is the same for a slow machine."""
     heard = threading.Event()
 
     class Heard(Quiet):

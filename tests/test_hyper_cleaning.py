@@ -205,9 +205,9 @@ def test_start_and_projection_of_x(data: LabelledArray) -> None:
     for problem in (clamp, sigmoid):
         oracle = oracle_of(problem, problem.init_upper(torch.Generator()), "test")
         assert (oracle.encoded["weights"] == 0.5).all()
-        figures = oracle.evaluate(repeated(some_lower(problem), problem.blocks))
+        metrics = oracle.evaluate(repeated(some_lower(problem), problem.blocks))
         assert (
-            figures["kept"].sum() == problem.train
+            metrics["kept"].sum() == problem.train
         )  # an x that was never moved declares nothing wrong
 
 
@@ -368,13 +368,13 @@ def test_f1_of_a_case_made_by_hand(data: LabelledArray) -> None:
     upper = {"weights": torch.tensor([0.1, 0.2, 0.49, 0.5, 1.0], dtype=torch.float64)}
     batch = dict(problem.load(range(2), 0, "test"))
     batch["wrong"] = torch.tensor([False, True, False, False, True])[batch["rows"]]
-    figures = LocalOracle(problem, upper, batch, "loop").evaluate(repeated(some_lower(problem), 2))
-    assert {name: float(figures[name].sum()) for name in ("right", "kept", "both")} == {
+    metrics = LocalOracle(problem, upper, batch, "loop").evaluate(repeated(some_lower(problem), 2))
+    assert {name: float(metrics[name].sum()) for name in ("right", "kept", "both")} == {
         "right": 3,
         "kept": 2,
         "both": 1,
     }
-    means = {name: float(value.mean()) for name, value in figures.items()}
+    means = {name: float(value.mean()) for name, value in metrics.items()}
     # Declared wrong are 0, 1 and 2, of which 1 is; wrong are 1 and 4.
     detection = {"precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5, "f1_wrong": 2 / 5}
     others = {name: means[name] for name in ("test_accuracy", "test_loss", "selection_accuracy")}
@@ -384,15 +384,15 @@ def test_f1_of_a_case_made_by_hand(data: LabelledArray) -> None:
 def test_accuracies_are_those_of_the_uncut_test_part(data: LabelledArray) -> None:
     problem = attached(data, blocks=4, selection=0)
     lower = some_lower(problem)
-    figures = oracle_of(problem, some_upper(problem), "test").evaluate(repeated(lower, 4))
+    metrics = oracle_of(problem, some_upper(problem), "test").evaluate(repeated(lower, 4))
     logits = (
         torch.from_numpy(arrays()["x_test"].reshape(TEST, -1)).double() / 255 @ lower["weight"].T
         + lower["bias"]
     )
     labels = torch.from_numpy(arrays()["y_test"]).long()
-    assert_tight(figures["test_accuracy"].mean(), (logits.argmax(1) == labels).double().mean())
-    assert_tight(figures["test_loss"].mean(), functional.cross_entropy(logits, labels))
-    assert "selection_accuracy" not in figures
+    assert_tight(metrics["test_accuracy"].mean(), (logits.argmax(1) == labels).double().mean())
+    assert_tight(metrics["test_loss"].mean(), functional.cross_entropy(logits, labels))
+    assert "selection_accuracy" not in metrics
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_episodes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         (
             {"y_test": np.array([0, 1] * 6 + [2, 4])},
@@ -493,9 +493,9 @@ def test_episodes_are_refused() -> None:
     ],
 )
 def test_arrays_that_are_no_labelled_rows(
-    changes: dict[str, np.ndarray], words: str, tmp_path: Path
+    changes: dict[str, np.ndarray], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         written(tmp_path, **changes).prepare()
 
 

@@ -68,7 +68,7 @@ def test_a_picture_larger_than_the_memory_is_not_begun(
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("~nosuchuser/a.png,x", r"list.csv:3: got '~nosuchuser/a.png'; this machine knows no user"),
         ("a\0b.png,x", "(NUL byte|line contains NUL)"),
@@ -80,10 +80,10 @@ def test_a_picture_larger_than_the_memory_is_not_begun(
     ],
     ids=range(7),
 )
-def test_a_line_of_a_csv_is_named(line: str, words: str, tmp_path: Path) -> None:
+def test_a_line_of_a_csv_is_named(line: str, message: str, tmp_path: Path) -> None:
     photo(tmp_path / "0.png", 0)
     (tmp_path / "list.csv").write_bytes(f"path,label\n0.png,x\n{line}\n".encode())
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         ImageFolder(str(tmp_path / "list.csv"), size=16).prepare()
 
 
@@ -137,7 +137,7 @@ IMAGE = np.zeros((8, 8, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("item", "words"),
+    ("item", "message"),
     [
         (KeyError("gone"), "item 1: KeyError: 'gone'"),
         ((IMAGE, [1]), "the label of item 1: TypeError: unhashable"),
@@ -152,14 +152,14 @@ IMAGE = np.zeros((8, 8, 3), np.uint8)
     ],
     ids=range(10),
 )
-def test_an_item_that_is_odd_is_named(item: Any, words: str) -> None:
+def test_an_item_that_is_odd_is_named(item: Any, message: str) -> None:
     made = Items([(IMAGE, 1), item, (IMAGE, (1, 2)), (IMAGE, 3)])
-    with pytest.raises(DataError, match=rf"^EpisodesFrom: {words}"), np.errstate(all="ignore"):
+    with pytest.raises(DataError, match=rf"^EpisodesFrom: {message}"), np.errstate(all="ignore"):
         EpisodesFrom(made, size=8).prepare()
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
+    ("keys", "message"),
     [
         ({"size": 0}, "size: got 0; wanted a whole number >= 1"),
         ({"channels": 2}, "channels: got 2; wanted 1 or 3"),
@@ -171,8 +171,8 @@ def test_an_item_that_is_odd_is_named(item: Any, words: str) -> None:
     ],
     ids=range(7),
 )
-def test_fields_that_are_odd_are_named(keys: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^EpisodesFrom: {words}"):
+def test_fields_that_are_odd_are_named(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^EpisodesFrom: {message}"):
         EpisodesFrom([(IMAGE, 0)], **keys)
 
 
@@ -185,7 +185,7 @@ def test_more_images_than_there_is_memory_are_not_begun(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("transform", "words"),
+    ("transform", "message"),
     [
         (lambda image: image[:1], r"gave torch.uint8 \[1, 8, 8\] for uint8 \[3, 8, 8\]"),
         (lambda image: image / 255, r"gave torch.float32 \[3, 8, 8\]"),
@@ -194,8 +194,8 @@ def test_more_images_than_there_is_memory_are_not_begun(monkeypatch: pytest.Monk
     ],
     ids=range(4),
 )
-def test_an_augmentation_gives_an_image_of_the_same_form(transform: Any, words: str) -> None:
-    with pytest.raises(DataError, match=words):
+def test_an_augmentation_gives_an_image_of_the_same_form(transform: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         augmented(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), transform, 0)
 
 

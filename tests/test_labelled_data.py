@@ -189,7 +189,7 @@ def test_uint64_and_int64_labels_are_compared_exactly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"),
+    ("labels", "message"),
     [
         (LABELS + 0.5, r"y_train has a label 0.5 in row 0 \(float64\)"),
         (np.where(LABELS, np.nan, 0.0), "y_train has a label nan in row 1"),
@@ -202,8 +202,8 @@ def test_uint64_and_int64_labels_are_compared_exactly(tmp_path):
         (np.full(N, b"\xff"), "y_train has a text that is no UTF-8"),
     ],
 )
-def test_what_is_no_label_is_refused_by_name(labels, words, tmp_path):
-    with pytest.raises(DataError, match=words):
+def test_what_is_no_label_is_refused_by_name(labels, message, tmp_path):
+    with pytest.raises(DataError, match=message):
         LabelledArray(path=saved(tmp_path, drawn(4), labels)).prepare()
 
 

@@ -184,7 +184,7 @@ def test_going_on_from_the_kept_states_gives_the_same_bits(name):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_task_that_comes_late_starts_like_one_alone(name):
     """A pool larger than a step: a task first met in mid-epoch begins an epoch of its own, and its
-    neighbours go on.
+    neighbours continue.
     """
     problem = small(tasks=3)
     solver = replace(

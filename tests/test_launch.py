@@ -46,9 +46,11 @@ def text(name: str) -> str:
     return (LAUNCH / name).read_text(encoding="utf-8")
 
 
-def execute(words: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def execute(
+    arguments: list[str], folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        words,
+        arguments,
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
         text=True,
@@ -85,12 +87,12 @@ def test_scripts_are_bash_and_say_how_they_are_called(name, tmp_path):
 
 
 def test_local_begins_and_shows_what_is_done(tmp_path):
-    words = ["bash", str(LAUNCH / "local.sh"), str(CONFIG), "out", *SHORT]
-    first = execute(words, tmp_path, BOMEMETA=COMMAND)
+    arguments = ["bash", str(LAUNCH / "local.sh"), str(CONFIG), "out", *SHORT]
+    first = execute(arguments, tmp_path, BOMEMETA=COMMAND)
     assert first.returncode == 0, first.stderr
     assert first.stderr.splitlines()[0] == f"run folder: {tmp_path / 'out'}"
     before = finished(tmp_path / "out")
-    again = execute(words, tmp_path, BOMEMETA=COMMAND)
+    again = execute(arguments, tmp_path, BOMEMETA=COMMAND)
     assert again.returncode == 0, again.stderr
     assert finished(tmp_path / "out") == before
 
@@ -103,7 +105,7 @@ def stand_in(folder: Path, name: str, body: str) -> None:
 
 def test_job_submit_is_one_submission(tmp_path):
     stand_in(tmp_path, "said", 'printf "%s\\n" "$@"')
-    words = [
+    arguments = [
         "bash",
         str(LAUNCH / "job_submit.sh"),
         "a.yaml",
@@ -111,7 +113,7 @@ def test_job_submit_is_one_submission(tmp_path):
         "8",
         "solver.betas=[0.5, 1]",
     ]
-    done = execute(words, tmp_path, BOMEMETA=str(tmp_path / "said"), WITH_UV="--uv")
+    done = execute(arguments, tmp_path, BOMEMETA=str(tmp_path / "said"), WITH_UV="--uv")
     wanted = [
         "submit",
         "a.yaml",
@@ -210,12 +212,14 @@ def test_cluster_files_are_what_ray_up_wants(name):
         assert excluded in config["rsync_exclude"]
 
 
-def start_options(words: str) -> bool:
+def start_options(arguments: str) -> bool:
     """Whether `ray start` knows the options."""
     from ray.scripts.scripts import start
 
     known = {name for each in start.params for name in (*each.opts, *each.secondary_opts)}
-    return {word.partition("=")[0] for word in shlex.split(words) if word.startswith("--")} <= known
+    return {
+        word.partition("=")[0] for word in shlex.split(arguments) if word.startswith("--")
+    } <= known
 
 
 def test_rayjob_has_the_fields_of_a_rayjob() -> None:
@@ -259,11 +263,11 @@ def test_rayjobs_command_runs(tmp_path):
     has.
     """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    words = shlex.split(yaml.safe_load(text("rayjob.yaml"))["spec"]["entrypoint"])
-    assert words[0] == "bomemeta"
-    words = [word.replace("/shared", str(tmp_path / "shared")) for word in words[1:]]
+    arguments = shlex.split(yaml.safe_load(text("rayjob.yaml"))["spec"]["entrypoint"])
+    assert arguments[0] == "bomemeta"
+    arguments = [word.replace("/shared", str(tmp_path / "shared")) for word in arguments[1:]]
     short = ["evaluation.episodes=2", *SHORT]
-    done = execute([*shlex.split(COMMAND), *words, *short], tmp_path)
+    done = execute([*shlex.split(COMMAND), *arguments, *short], tmp_path)
     assert done.returncode == 0, done.stderr
     finished(tmp_path / "shared" / "runs" / "quickstart")
 
@@ -299,6 +303,6 @@ def test_the_image_has_what_it_copies_and_runs() -> None:
             assert subprocess.run(["bash", "-n", "-c", rest], check=False).returncode == 0
     assert instructions[-2:][0][0] == "WORKDIR"
     assert ("USER", "ray") in instructions  # not as root
-    words = json.loads(instructions[-1][1])
-    assert words[0] == "bomemeta"
-    assert execute([*shlex.split(COMMAND), *words[1:]], ROOT).returncode == 0
+    arguments = json.loads(instructions[-1][1])
+    assert arguments[0] == "bomemeta"
+    assert execute([*shlex.split(COMMAND), *arguments[1:]], ROOT).returncode == 0

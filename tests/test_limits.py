@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("threads=100000", r"threads: got 100000; this machine has \d+ cores"),
         ("tasks_per_step=9000000000000000000", r"tasks_per_step: got 9\d+; to list so many takes .* PB"),
@@ -33,8 +33,8 @@ CONFIG: dict[str, Any] = {
         ("problem.dim_lower=18446744073709551616", r"wanted at most 9223372036854775807"),
     ],
 )  # fmt: skip
-def test_what_the_machine_has_not_is_said(override: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_the_machine_has_not_is_said(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         bomemeta.train(CONFIG, [override])
 
 

@@ -264,14 +264,14 @@ def test_evaluation_adapts_as_training_does(kind, batch_norm):
         y = solver.adapt(oracle, None)
     assert not any(tensor.requires_grad for tensor in y.values())
     assert list(y) == list(problem.init_upper(torch.Generator()))
-    figures = oracle.evaluate(y)
+    metrics = oracle.evaluate(y)
     for i, task in enumerate(tasks_of(problem, "test")):
         wanted, query, _ = by_hand(problem, solver, leaves(x), task)
         assert_close(
             {name: tensor[i] for name, tensor in y.items()},
             {name: wanted[name].detach() for name in y},
         )
-        torch.testing.assert_close(figures["loss"][i], query.detach())
+        torch.testing.assert_close(metrics["loss"][i], query.detach())
 
 
 def test_anil_leaves_the_backbone_alone_and_maml_does_not():
@@ -415,11 +415,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "make", "words"),
-    [(kind, make, words) for kinds, make, words in REFUSED for kind in kinds],
+    ("kind", "make", "message"),
+    [(kind, make, message) for kinds, make, message in REFUSED for kind in kinds],
 )
-def test_refused_problems(kind, make, words):
-    with pytest.raises(ConfigError, match=words) as caught:
+def test_refused_problems(kind, make, message):
+    with pytest.raises(ConfigError, match=message) as caught:
         kind().check(make())
     assert kind.__name__ in str(caught.value)
 

@@ -101,19 +101,19 @@ def test_python_s_own_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
         ("", "an empty text"), ("  ", "an empty text"), ("a\0b", "NUL"), ("$HOME/x", "variables are not expanded"),
         ("${HOME}/x", "variables are not expanded"), ("~nosuchuser/x", "knows no user nosuchuser"),
         ("x" * 300, "300 bytes|255 between"), ("x/" * 3000, "a path has at most 4095"), ("/", "the root of the file system"),
         ("s3://", "names no bucket"), ("s3:///x", "names no bucket"), ("s3:/b/x", "begins with s3://"),
         ("file://", "wanted file:///"), ("file://x", "wanted file:///"), ("file:x", "begins with file://"),
-        ("mock://x", "no place that a run can be kept"), ("nosuch://x", "no place that a run can be kept"),
+        ("mock://x", "no location where a run can be kept"), ("nosuch://x", "no location where a run can be kept"),
         ("s3://$B/x", "variables"),
     ],
 )  # fmt: skip
-def test_a_text_that_is_no_place_for_a_run(typed: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=f"output_dir: .*({said})"):
+def test_a_text_that_is_no_place_for_a_run(typed: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"output_dir: .*({message})"):
         load_config({**BASE, "output_dir": typed})
 
 

@@ -131,14 +131,14 @@ def test_the_ideal_program_runs_in_a_notebook(tmp_path: Path, digest: str) -> No
     nbclient.NotebookClient(
         book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
-    said = [
+    reported = [
         output["text"].split()
         for cell in book.cells
         for output in cell["outputs"]
         if output.get("name") == "stdout"
     ]
-    assert ["interrupted"] in said
-    assert said[-1] == [digest]
+    assert ["interrupted"] in reported
+    assert reported[-1] == [digest]
 
 
 def test_a_run_inside_a_running_loop(digest: str) -> None:
@@ -236,7 +236,7 @@ def test_an_override_makes_a_new_object_and_leaves_the_old_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (lambda: bm.train(Mine(2), bm.BOME(inner_steps=-1)), "solver.inner_steps: got -1"),
         (lambda: bm.train(Mine, bm.BOME()), "got the class Mine, wanted a problem"),
@@ -247,10 +247,10 @@ def test_an_override_makes_a_new_object_and_leaves_the_old_one() -> None:
         (lambda: bm.train(bm.FewShot(), bm.BOME(), steps=1), "data: missing"),
     ],
 )
-def test_a_wrong_argument_is_named(call: Callable[[], Any], words: str) -> None:
+def test_a_wrong_argument_is_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         call()
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 class Weighed(Mine):

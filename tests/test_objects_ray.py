@@ -97,9 +97,9 @@ def test_a_run_of_objects_as_a_job_reaches_the_same_bits(
     monkeypatch.setattr(test_submit, "JOB_S", 900.0)  # a guard against a job that hangs
     project, out = made_folder(tmp_path / "project"), tmp_path / "out"
     first = json.loads((project / "first" / "result.json").read_text())
-    words = ["bomemeta", "submit", "first/config.yaml", f"output_dir={out}", "workers=1"]
+    arguments = ["bomemeta", "submit", "first/config.yaml", f"output_dir={out}", "workers=1"]
     with ray_head("disabled") as head:
-        done = run(head, project, *words, "--address", head.dashboard)
+        done = run(head, project, *arguments, "--address", head.dashboard)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((out / "result.json").read_text())
     assert result["upper_sha256"] == first["upper_sha256"]

@@ -223,15 +223,15 @@ def test_an_optimiser_of_y_goes_on_through_all_of_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "keys", "said"),
+    ("name", "keys", "message"),
     [
         ("bome", {"warm_start_steps": 5}, r"first does in step 6 .* the run has 5"),
         ("amigo_cg", {"warm_start_steps": 2, "upper_every": 4}, r"first does in step 6"),
         ("itd", {"warm_start": False, "upper_every": 2}, r"solver\.warm_start: got false"),
     ],
 )
-def test_what_would_never_move_x_is_refused(name: str, keys: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_would_never_move_x_is_refused(name: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         bench(name, whole(), 5, **keys)
 
 
@@ -282,7 +282,7 @@ def test_the_bits_are_those_of_ray_and_of_a_resumed_run(
 
 
 def resumed(straight: bomemeta.Result) -> list[str]:
-    """The run's x where it goes on from checkpoints within the warm start and between two steps of x."""
+    """The run's x where it resumes from checkpoints within the warm start and between two steps of x."""
     assert straight.config is not None
     found = []
     for cut in (1, 5):

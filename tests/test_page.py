@@ -43,7 +43,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, content: str) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.words: list[str] = []
+        self.parts: list[str] = []
         self.images: list[str] = []
         self.feed(content)
 
@@ -59,11 +59,11 @@ class Page(html.parser.HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        self.parts.append(data)
 
     @property
-    def said(self) -> str:
-        return " ".join(" ".join(self.words).split())
+    def text(self) -> str:
+        return " ".join(" ".join(self.parts).split())
 
 
 def page_of(run_dir: Path | str, tmp_path: Path, **options: Any) -> Page:
@@ -98,16 +98,16 @@ def test_a_few_shot_run_is_shown_whole(few_shot: Path, tmp_path: Path) -> None:
         "Learning curves", "Lambda and q", "Worst and best test episodes", "Test classes in two dimensions", "Time per step",
         "Health", "Final metrics", "finished after 2 steps", "SHA-256 of x", "PCA", "tested for this page",
     ):  # fmt: skip
-        assert title in page.said, title
+        assert title in page.text, title
     record = json.loads((few_shot / "result.json").read_text())
-    assert record["upper_sha256"] in page.said
-    assert record["versions"]["torch"] in page.said
-    assert f"{100 * record['metrics']['test_accuracy']:.1f} %" in page.said
+    assert record["upper_sha256"] in page.text
+    assert record["versions"]["torch"] in page.text
+    assert f"{100 * record['metrics']['test_accuracy']:.1f} %" in page.text
     # 2 + 2 episodes of 3 ways with 2 support images and 4 queries each
     assert len(page.images) == 4 * 3 * 6
     assert all(base64.b64decode(src.partition("base64,")[2]).startswith(b"\x89PNG") for src in page.images)  # fmt: skip
     # The toy data set has no `class_names`.
-    assert "does not say which classes its episodes have" in page.said
+    assert "does not say which classes its episodes have" in page.text
 
 
 @pytest.mark.parametrize("problem", [{}, {"head": "span"}, {"head": "r2d2"}, {"form": "network"}], ids=str)  # fmt: skip
@@ -149,7 +149,7 @@ def test_a_shared_y_is_tested_on_the_whole_part(
     keys: dict[str, Any] = {} if steps is None else {"steps": steps}
     run = bm.train(config, output_dir=str(tmp_path / "run"), workers=0, log={"tensorboard": False}, **keys)  # fmt: skip
     page = page_of(tmp_path / "run", tmp_path)
-    assert f"{100 * run.metrics[metric]:.1f} %" in page.said
+    assert f"{100 * run.metrics[metric]:.1f} %" in page.text
     source = read(str(tmp_path / "run"), [], None, trust=False)
     assert source.checkpoint is not None
     found = examine(source.settings, source.checkpoint, 1, lambda _: None)
@@ -163,14 +163,14 @@ def test_a_shared_y_is_tested_on_the_whole_part(
     else:  # the mean over tasks, whose parts differ in size
         of = [sum(one) for one in ([p == t for p, t in zip(b.predicted, b.true, strict=True)] for b in found.tested)]  # fmt: skip
         assert sum(of) == right
-        assert "Accuracy on every task" in page.said
-    assert "There are no episodes" in page.said
+        assert "Accuracy on every task" in page.text
+    assert "There are no episodes" in page.text
 
 
 def test_what_a_problem_does_not_have_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     page = page_of(toy_run(tmp_path / "run"), tmp_path)
-    assert "The problem is no classification." in page.said
-    assert "nothing to say yet" in page.said
+    assert "The problem is no classification." in page.text
+    assert "nothing to say yet" in page.text
     assert page.images == []
 
 
@@ -181,22 +181,22 @@ def test_a_run_that_has_not_ended_has_a_page(few_shot: Path, tmp_path: Path) -> 
     with (half / "metrics.jsonl").open("a") as log:
         log.write('{"step": 2, "upper_lo')  # a kill cut it short
     page = page_of(half, tmp_path)
-    assert "not finished: step 2 of 2" in page.said
-    assert "there are no final metrics yet" in page.said
-    assert "Worst and best test episodes" in page.said
+    assert "not finished: step 2 of 2" in page.text
+    assert "there are no final metrics yet" in page.text
+    assert "Worst and best test episodes" in page.text
     shutil.rmtree(half / "checkpoints")
     page = page_of(half, tmp_path)
-    assert "There is no checkpoint that could be tested" in page.said
-    assert "Learning curves" in page.said
+    assert "There is no checkpoint that could be tested" in page.text
+    assert "Learning curves" in page.text
     (half / "metrics.jsonl").unlink()
-    assert "The log has no losses" in page_of(half, tmp_path).said
+    assert "The log has no losses" in page_of(half, tmp_path).text
 
 
 def test_data_that_is_not_here_costs_the_classes_alone(few_shot: Path, tmp_path: Path) -> None:
     heard: list[str] = []
     page = page_of(few_shot, tmp_path, overrides=["data.dataset=omniglot", f"data.root={tmp_path}"], say=heard.append)  # fmt: skip
-    assert "could not be tested again here: " in page.said
-    assert "Learning curves" in page.said
+    assert "could not be tested again here: " in page.text
+    assert "Learning curves" in page.text
     assert any("omniglot" in note for note in heard)
 
 
@@ -223,9 +223,9 @@ def test_untrusted_text_is_escaped(few_shot: Path, tmp_path: Path) -> None:
     del record["digest"]  # as an older version wrote it
     (evil / "result.json").write_text(json.dumps(record))
     page = page_of(evil, tmp_path)
-    assert page.said.count(EVIL) >= 5
-    assert "onerror=alert(1)" in page.said
-    assert "$\\frac{a$" in page.said
+    assert page.text.count(EVIL) >= 5
+    assert "onerror=alert(1)" in page.text
+    assert "$\\frac{a$" in page.text
 
 
 def test_all_text_goes_through_one_function() -> None:
@@ -240,20 +240,20 @@ def test_a_page_never_takes_anothers_place(
     few_shot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["report", str(few_shot), "--episodes", "1"]
+    arguments = ["report", str(few_shot), "--episodes", "1"]
     for name in ("run-report.html", "run-report-2.html"):
-        done = CliRunner().invoke(app, words)
+        done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, done.output
         assert f"written: {tmp_path / name}" in done.output
         assert "testing 1 test episodes" in done.output
     Path("mine.html").write_text("mine")
-    done = CliRunner().invoke(app, [*words, "--out", "mine.html"])
+    done = CliRunner().invoke(app, [*arguments, "--out", "mine.html"])
     assert (done.exit_code, "mine.html exists" in done.output) == (2, True), done.output
     assert Path("mine.html").read_text() == "mine"
-    assert CliRunner().invoke(app, [*words, "--out", "mine.html", "--force"]).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments, "--out", "mine.html", "--force"]).exit_code == 0
     assert Path("mine.html").read_text().startswith("<!doctype html>")
-    for out, words_ in ((".", "is a folder"), ("no/page.html", "cannot be written")):
-        with pytest.raises(ConfigError, match=words_):
+    for out, message in ((".", "is a folder"), ("no/page.html", "cannot be written")):
+        with pytest.raises(ConfigError, match=message):
             bm.write_report(few_shot, out, episodes=1)
     with pytest.raises(ConfigError, match="episodes: got 0"):
         bm.write_report(few_shot, episodes=0)
@@ -263,18 +263,18 @@ def test_a_folder_from_elsewhere_executes_nothing_until_it_is_trusted(
     few_shot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # another user, as it were
-    words = ["report", str(few_shot), "--episodes", "1", "--out", str(tmp_path / "page.html")]
-    done = CliRunner().invoke(app, words)
+    arguments = ["report", str(few_shot), "--episodes", "1", "--out", str(tmp_path / "page.html")]
+    done = CliRunner().invoke(app, arguments)
     assert (done.exit_code, "comes from elsewhere" in done.output) == (2, True), done.output
     assert not (tmp_path / "page.html").exists()
-    assert CliRunner().invoke(app, [*words, "--trust"]).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments, "--trust"]).exit_code == 0
 
 
 def test_a_folder_of_seeds_says_which_folder_to_give(tmp_path: Path) -> None:
     toy_run(tmp_path / "run", seeds=2)
     with pytest.raises(ConfigError, match=r"holds 2 runs.*report .*run/seed-0"):
         bm.write_report(tmp_path / "run", tmp_path / "page.html")
-    assert "finished" in page_of(tmp_path / "run" / "seed-1", tmp_path).said
+    assert "finished" in page_of(tmp_path / "run" / "seed-1", tmp_path).text
 
 
 def test_names_are_those_of_the_draw() -> None:

@@ -28,8 +28,8 @@ PORT = 6399
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-def run(*words: str) -> None:
-    subprocess.run(words, check=True, capture_output=True)
+def run(*arguments: str) -> None:
+    subprocess.run(arguments, check=True, capture_output=True)
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 240.0) -> None:
@@ -65,12 +65,12 @@ class Spaces:
             )
             run("ip", "link", "set", f"{name}v", "master", "bmbr")
             run("ip", "link", "set", f"{name}v", "up")
-            for words in (
+            for arguments in (
                 ["ip", "addr", "add", f"10.77.0.{number + 1}/24", "dev", "eth0"],
                 ["ip", "link", "set", "eth0", "up"],
                 ["ip", "link", "set", "lo", "up"],
             ):
-                run(*self.inside(number), *words)
+                run(*self.inside(number), *arguments)
 
     def inside(self, number: int) -> list[str]:
         return ["ip", "netns", "exec", f"bm{number}"]
@@ -122,9 +122,9 @@ def test_a_partition_is_survived(parted, tmp_path):
         stack.callback(end, temporary)
         log = stack.enter_context((tmp_path / "log").open("w"))
 
-        def start(number: int, *words: str) -> subprocess.Popen[bytes]:
+        def start(number: int, *arguments: str) -> subprocess.Popen[bytes]:
             return subprocess.Popen(
-                [*spaces.inside(number), *words], env=environment, stdout=log, stderr=log
+                [*spaces.inside(number), *arguments], env=environment, stdout=log, stderr=log
             )
 
         options = ["start", "--block", "--num-gpus=0", "--object-store-memory=100000000"]
@@ -135,8 +135,10 @@ def test_a_partition_is_survived(parted, tmp_path):
                 else [f"--address=10.77.0.1:{PORT}", "--num-cpus=1"]
             )
             own = temporary / str(number)
-            words = [*where, f"--node-ip-address=10.77.0.{number + 1}"]
-            start(number, RAY, *options, *words, *([f"--temp-dir={own}"] if number == 0 else []))
+            arguments = [*where, f"--node-ip-address=10.77.0.{number + 1}"]
+            start(
+                number, RAY, *options, *arguments, *([f"--temp-dir={own}"] if number == 0 else [])
+            )
             if number == 0:
                 wait_for(lambda: "Ray runtime started" in (tmp_path / "log").read_text())
         training = start(

@@ -209,7 +209,7 @@ def test_the_module_and_y_of_a_new_task(result: Result) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "said"),
+    ("images", "labels", "message"),
     [
         (torch.zeros(2, 1, 16, 16), [0], "2 images and y 1 labels"),
         (torch.zeros(2, 1, 16, 16), [0, None], "label 1 is None"),
@@ -221,8 +221,10 @@ def test_the_module_and_y_of_a_new_task(result: Result) -> None:
         ([], [], "no images"),
     ],
 )
-def test_what_cannot_be_fitted_is_said(result: Result, images: Any, labels: Any, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_what_cannot_be_fitted_is_said(
+    result: Result, images: Any, labels: Any, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
         result.classifier().fit(images, labels)
 
 
@@ -235,8 +237,8 @@ def test_from_folders_of_photographs_on_the_command_line(result: Result, tmp_pat
             array[:, :: number + 2] += 150
             Image.fromarray(array).save(tmp_path / "photos" / name / f"{i}.jpg")
     runner, clf = CliRunner(), str(tmp_path / "clf")
-    words = ["fit", str(result.run_dir), str(tmp_path / "photos"), "--out", clf]
-    done = runner.invoke(app, words)
+    arguments = ["fit", str(result.run_dir), str(tmp_path / "photos"), "--out", clf]
+    done = runner.invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "sky: 3 examples" in done.output
     asked = [str(tmp_path / "photos" / "sky"), str(tmp_path / "photos" / "grass" / "1.jpg")]

@@ -76,9 +76,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     result = trained(tmp_path)
     pixels = np.random.default_rng(0).random((4, 16, 16)).astype(np.float32)
     result.classifier().fit(pixels, [0, 0, 1, 1]).save(tmp_path / "clf")
-    for words, said in (
+    for arguments, message in (
         (["s3://bucket/x"], "s3://bucket/x: a URI is read by Ray Data: give --workers N too"),
         (["a.png", "--address", "1.2.3.4:5"], "--address: wanted together with --workers N"),
     ):
-        done = CliRunner().invoke(app, ["predict", str(tmp_path / "clf"), *words])
-        assert (done.exit_code, done.stderr.strip()) == (2, said)
+        done = CliRunner().invoke(app, ["predict", str(tmp_path / "clf"), *arguments])
+        assert (done.exit_code, done.stderr.strip()) == (2, message)

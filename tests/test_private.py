@@ -67,14 +67,14 @@ def token(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o602])
 def test_a_token_that_others_can_read_is_closed_and_that_is_said(token, mode):
     token.chmod(mode)
-    said: list[str] = []
-    private.make_token(said.append)
+    reported: list[str] = []
+    private.make_token(reported.append)
     assert mode_of(token) == 0o600
-    assert str(token) in said[0]
-    assert f"{mode:04o}" in said[0]
-    assert "secret" not in said[0]
-    private.make_token(said.append)
-    assert len(said) == 1
+    assert str(token) in reported[0]
+    assert f"{mode:04o}" in reported[0]
+    assert "secret" not in reported[0]
+    private.make_token(reported.append)
+    assert len(reported) == 1
 
 
 def test_a_token_that_cannot_be_closed_is_refused(token, monkeypatch):

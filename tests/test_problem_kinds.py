@@ -21,7 +21,7 @@ def method(self, *_):
 
 
 @pytest.mark.parametrize(
-    ("base", "name", "value", "words"),
+    ("base", "name", "value", "message"),
     [
         (Problem, "lower", "shared", r"class Mine .*: got lower = 'shared'; .*bomemeta.SharedProblem"),
         (Problem, "lower", "sharred", r"got lower = 'sharred'; .*bomemeta.SharedProblem"),
@@ -35,8 +35,8 @@ def method(self, *_):
         (SharedProblem, "milestone", method, "asked of a StreamProblem alone"),
     ],
 )  # fmt: skip
-def test_names_that_mean_nothing_are_refused(base, name, value, words):
-    with pytest.raises(ConfigError, match=words):
+def test_names_that_mean_nothing_are_refused(base, name, value, message):
+    with pytest.raises(ConfigError, match=message):
         type("Mine", (base,), {name: value})
 
 

@@ -63,7 +63,7 @@ SHARED: dict[str, Any] = {
     "steps": STEPS, "shards": 3, "dtype": "float64",
     "checkpoint": {"every_steps": 3}, "log": {"tensorboard": False},
 }  # fmt: skip
-# A stream: what it remembers of the first task is written at step 3 and replayed from step 4 on.
+# A stream: what it keeps of the first task is written at step 3 and replayed from step 4 on.
 STREAM: dict[str, Any] = {
     "imports": [MORTAL],
     "problem": {

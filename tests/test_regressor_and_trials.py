@@ -75,7 +75,7 @@ def test_a_regressor_has_scikit_learns_manners(tmp_path: Path) -> None:
     assert len(cross_val_score(regressor, x, y, cv=3)) == 3
     with pytest.raises(NotFittedError, match="call fit"):
         clone(regressor).predict(x)
-    for inputs, targets, said in (
+    for inputs, targets, message in (
         (x[:, 0], y, r"X: got \[12\]; wanted \[n, 1\]"),
         (x, np.zeros((12, 2)), r"y: got \[12, 2\]; wanted \[n, 1\] or \[n\]"),
         (x[:3], y, "X has 3 rows and y 12"),
@@ -83,7 +83,7 @@ def test_a_regressor_has_scikit_learns_manners(tmp_path: Path) -> None:
         (x[:0], y[:0], "at least one"),
         ([["a"]], [1], "X: wanted numbers"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             clone(regressor).fit(inputs, targets)
 
 
@@ -139,15 +139,15 @@ def test_trials_in_folders_in_lakes_form_and_in_an_archive(run: bm.Result, tmp_p
             arrays.setdefault(part, []).append(np.stack(pixels))
             arrays.setdefault(f"{part}_labels", []).append(["class0", "class1", "class2"])
     np.savez(tmp_path / "t.npz", **{name: np.array(value) for name, value in arrays.items()})
-    said = []
+    reported = []
     for where in (folders, lake, tmp_path / "t.npz"):
         done = CliRunner().invoke(app, ["trials", str(run.run_dir), str(where), "--json"])
         assert done.exit_code == 0, done.output
-        said.append(json.loads(done.output))
-        assert said[-1]["accuracy"] == 1.0
-    assert [each["name"] for each in said[0]["trials"]] == ["run00", "run01"]
-    assert said[0] == said[1]
-    assert said[1]["trials"][0]["predictions"] == said[2]["trials"][0]["predictions"]
+        reported.append(json.loads(done.output))
+        assert reported[-1]["accuracy"] == 1.0
+    assert [each["name"] for each in reported[0]["trials"]] == ["run00", "run01"]
+    assert reported[0] == reported[1]
+    assert reported[1]["trials"][0]["predictions"] == reported[2]["trials"][0]["predictions"]
     text = CliRunner().invoke(app, ["trials", str(run.run_dir), str(folders)]).output
     assert text.splitlines() == ["run00\t100.00 %", "run01\t100.00 %", "2 trials: 100.00 +- 0.00 %"]
 
@@ -155,7 +155,7 @@ def test_trials_in_folders_in_lakes_form_and_in_an_archive(run: bm.Result, tmp_p
 def test_what_is_wrong_with_trials_is_said(run: bm.Result, tmp_path: Path) -> None:
     episode = episodes(run)[0]
     good = (episode.support, episode.support_labels, episode.query, episode.query_labels)
-    for given, said in (
+    for given, message in (
         ([], "trials: got none"),
         ([good[:3]], "trial 0: got tuple; wanted four"),
         ([(*good[:3], [*good[3].tolist()[:-1], 9])], "trial 0: class 9 of a query is not among"),
@@ -164,7 +164,7 @@ def test_what_is_wrong_with_trials_is_said(run: bm.Result, tmp_path: Path) -> No
         (tmp_path / "none.npz", "does not exist"),
         (tmp_path, "no trials; wanted TRIAL/support/CLASS/IMAGE"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             run.classifier().evaluate_trials(given)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "class_labels.txt").write_text("one two three\n")

@@ -138,7 +138,7 @@ def test_chosen_rows_come_in_the_order_asked(source: TwentyNewsgroups) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         ("truncated", "not a readable archive"),
         ("incomplete", "test_counts"),
@@ -150,7 +150,7 @@ def test_chosen_rows_come_in_the_order_asked(source: TwentyNewsgroups) -> None:
         ("fractions", "vectors of integers"),
     ],
 )
-def test_damaged_archive_is_refused(damage: str, words: str, tmp_path: Path) -> None:
+def test_damaged_archive_is_refused(damage: str, message: str, tmp_path: Path) -> None:
     arrays, path = made_up(), tmp_path / FILE
     if damage == "incomplete":
         del arrays["test_counts"]
@@ -171,7 +171,7 @@ def test_damaged_archive_is_refused(damage: str, words: str, tmp_path: Path) -> 
     archives.write(path, arrays, compress=False)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataError, match=f"{path}.*{words}"):
+    with pytest.raises(DataError, match=f"{path}.*{message}"):
         TwentyNewsgroups(root=str(tmp_path)).prepare()
 
 
@@ -437,6 +437,6 @@ def test_real_problem_learns(real: TwentyNewsgroups) -> None:
     y = oracle.init_lower()
     for _ in range(20):
         y = tree.axpy(-100.0, oracle.lower(y).lower, y)
-    figures = oracle_of(problem, x, "test").evaluate(y)
+    metrics = oracle_of(problem, x, "test").evaluate(y)
     # Measured 0.54 after 20 steps; chance is 0.05.
-    assert float(figures["test_accuracy"]) > 0.4
+    assert float(metrics["test_accuracy"]) > 0.4

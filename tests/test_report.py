@@ -43,7 +43,7 @@ def watch(
 
 
 @pytest.mark.parametrize(
-    ("broken", "words"),
+    ("broken", "fragments"),
     [
         ({"multiplier": 0.0, "multiplier_zero_share": 1.0}, ["lambda was 0 in 100% of the last 20", "inner_steps", "eta"]),
         ({"upper_update_norm": 1e-9}, ["x has not moved", "solver.upper_lr"]),
@@ -52,11 +52,11 @@ def watch(
     ],
 )  # fmt: skip
 def test_each_silent_failure_is_said_once_with_figures_and_advice(
-    broken: dict[str, float], words: list[str]
+    broken: dict[str, float], fragments: list[str]
 ) -> None:
-    said = watch(lambda step: broken, 200)
-    assert len(said) == 1
-    assert all(word in said[0] for word in words)
+    reported = watch(lambda step: broken, 200)
+    assert len(reported) == 1
+    assert all(word in reported[0] for word in fragments)
 
 
 def test_an_oscillating_multiplier_is_said() -> None:
@@ -91,12 +91,12 @@ def test_metrics_that_are_missing_or_rare_are_no_trouble() -> None:
     monitor = HealthMonitor(window=20)
     assert [text for step in range(50) for text in monitor.update(step, {"upper_loss": 1.0})] == []
     rare = {"grad_upper_gap_norm": 1e-9, "grad_lower_gap_norm": 1.0}
-    said = [
+    reported = [
         text
         for step in range(50, 100)
         for text in monitor.update(step, rare if step % 15 == 0 else {})
     ]
-    assert len(said) == 1
+    assert len(reported) == 1
     assert monitor.summary()["multiplier_zero_share"] is None
 
 
@@ -106,9 +106,9 @@ def test_a_finding_is_said_again_after_it_cleared() -> None:
     def phases(step: int) -> dict[str, float]:
         return {"multiplier_zero_share": float(step < 60 or step >= 150)}
 
-    said = watch(phases, 220, monitor)
+    message = watch(phases, 220, monitor)
     summary = monitor.summary()
-    assert len(said) == 2
+    assert len(message) == 2
     assert [finding["step"] for finding in summary["findings"]] == [
         19,
         168,
@@ -135,7 +135,7 @@ def test_off_a_terminal_progress_is_plain_lines() -> None:
     line = "upper loss 1, lambda 2, q 0.1, validation accuracy 50.00 %, 0.25 s/step"
     assert text.splitlines() == [
         "run folder: /runs/[a]",
-        "going on at step 3 of 10",
+        "resumes at step 3 of 10",
         f"step 4/10: {line}",
         f"step 8/10: {line}",
         f"step 10/10: {line}",
@@ -199,26 +199,26 @@ def test_a_run_on_a_terminal_has_one_live_line(tmp_path: Path) -> None:
     import pty
 
     settings = ["steps=8", "workers=0", "log.tensorboard=false", f"output_dir={tmp_path / 'run'}"]
-    words = [sys.executable, "-m", "bomemeta", "train", "analytic_quadratic", *settings]
+    arguments = [sys.executable, "-m", "bomemeta", "train", "analytic_quadratic", *settings]
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110"}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=slave, env=environment) as run:
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=slave, env=environment) as run:
         os.close(slave)
-        said = b""
+        message = b""
         with contextlib.suppress(OSError):  # Linux says so when the other side is closed
             while part := os.read(master, 65536):
-                said += part
+                message += part
         assert run.stdout is not None
         result = run.stdout.read().decode()
     os.close(master)
-    assert run.returncode == 0, said
-    lines = on_screen(said.decode()).splitlines()
+    assert run.returncode == 0, message
+    lines = on_screen(message.decode()).splitlines()
     live = [line for line in lines if line.startswith("step ")]
-    assert live, said
+    assert live, message
     assert all("left" in line for line in live)
     assert "8/8" in live[-1]
     assert "loss " in live[-1]
-    assert b"\x1b[2K" in said  # it is written over
+    assert b"\x1b[2K" in message  # it is written over
     assert "upper sha256" in result
     assert "\x1b" not in result
 

@@ -136,11 +136,11 @@ def agree(cell: str, value: Any, column: str) -> bool:
 def test_experiment_writes_table_and_figure_that_agree(
     name: str, tiny: Callable[[PaperRun], PaperRun], tmp_path: Path
 ) -> None:
-    said: list[str] = []
-    folder = reproduce(name, out=tmp_path / "out", say=said.append, change=tiny)
+    reported: list[str] = []
+    folder = reproduce(name, out=tmp_path / "out", say=reported.append, change=tiny)
     runs = EXPERIMENTS[name]("short", 0).runs
-    assert len(said) == 1 + len(runs)
-    assert said[-1].endswith("all done")
+    assert len(reported) == 1 + len(runs)
+    assert reported[-1].endswith("all done")
     assert (folder / "figure.png").read_bytes().startswith(PNG)
     written = read(folder)
     assert (written["experiment"], written["length"], written["seed"], written["runs_missing"]) == (
@@ -248,11 +248,11 @@ def names_of(name: str) -> list[str]:
 def test_an_interrupted_experiment_keeps_its_runs_and_goes_on(
     tiny: Callable[[PaperRun], PaperRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
+    reported: list[str] = []
     counted(monkeypatch, stop_before=2)
     with pytest.raises(KeyboardInterrupt):
-        reproduce("bome_toys", out=tmp_path / "out", say=said.append, change=tiny)
-    assert said[-1] == "2 of 5 runs are done and kept; the same command goes on from there"
+        reproduce("bome_toys", out=tmp_path / "out", say=reported.append, change=tiny)
+    assert reported[-1] == "2 of 5 runs are done and kept; the same command resumes from there"
     assert read(tmp_path / "out")["runs_missing"] == names_of("bome_toys")[2:]
     before = [
         (tmp_path / "out" / "runs" / f"{name}.json").read_text()

@@ -173,12 +173,12 @@ def test_f1_is_of_the_labels_declared_wrong(weights: str) -> None:
             x["logits"][row].neg_()
     batch = problem.load(range(2), 0, "test")
     oracle = LocalOracle(problem, x, batch, "loop", False)
-    figures = {n: float(v.mean()) for n, v in oracle.evaluate(oracle.init_lower()).items()}
+    metrics = {n: float(v.mean()) for n, v in oracle.evaluate(oracle.init_lower()).items()}
     wrong = problem._samples.wrong
     both = int(wrong[:20].sum())
     expected = 2 * both / (20 + int(wrong.sum()))
-    assert problem.summary(figures)["f1"] == pytest.approx(expected)
-    assert problem.summary(figures)["precision"] == pytest.approx(both / 20)
+    assert problem.summary(metrics)["f1"] == pytest.approx(expected)
+    assert problem.summary(metrics)["precision"] == pytest.approx(both / 20)
 
 
 def test_weights_come_to_tell_right_labels_from_wrong_ones(tmp_path: Any) -> None:

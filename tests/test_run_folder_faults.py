@@ -195,13 +195,13 @@ def test_a_link_to_itself_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         bomemeta.train("folder.yaml")
 
 
-@pytest.mark.parametrize(("step", "said"), [(0, False), (2, True)])
-def test_a_stretched_schedule_is_said_where_steps_were_taken(step: int, said: bool) -> None:
+@pytest.mark.parametrize(("step", "noted"), [(0, False), (2, True)])
+def test_a_stretched_schedule_is_said_where_steps_were_taken(step: int, noted: bool) -> None:
     values = {**CONFIG, "solver": {**CONFIG["solver"], "upper_schedule": "cosine"}}
     settings = load_config(values)
     saved = Checkpoint(step, {}, {}, {}, settings.to_dict())
     notes = longer_notes(settings.solver, saved, 8)
-    assert bool(notes) is said
+    assert bool(notes) is noted
 
 
 def test_keys_that_an_older_version_had_not_are_no_difference() -> None:

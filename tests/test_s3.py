@@ -87,7 +87,7 @@ def test_a_run_is_gone_on_with_by_another_machine(tmp_path: Path) -> None:
     location, mark = f"{BUCKET}/run", tmp_path / "mark"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(QUADRATIC))
     armed = struck("sleep", mark)
-    words = [
+    arguments = [
         sys.executable,
         "-m",
         "bomemeta",
@@ -99,7 +99,7 @@ def test_a_run_is_gone_on_with_by_another_machine(tmp_path: Path) -> None:
     ]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     wait_for(mark.exists, process)
     process.kill()
@@ -156,10 +156,10 @@ def test_a_search_without_a_shared_disk_goes_on_after_the_death_of_its_driver(
     path.write_text(yaml.safe_dump(file))
     lines: list[str] = []
     with cluster.local(cluster.RayOptions(workers=4), print):
-        words = [sys.executable, "-m", "bomemeta", "tune", str(path), f"output_dir={location}"]
+        arguments = [sys.executable, "-m", "bomemeta", "tune", str(path), f"output_dir={location}"]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         process = subprocess.Popen(
-            words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         wait_for((tmp_path / "mark.0").exists, process)
         process.kill()
@@ -174,7 +174,7 @@ def test_a_search_without_a_shared_disk_goes_on_after_the_death_of_its_driver(
         with pytest.raises(ConfigError, match="s3://bucket/search holds this search, finished"):
             tune(file, [f"output_dir={location}"])
     assert [(row.trial, row.ended, row.steps) for row in result.rows] == [(1, "done", STEPS)], lines
-    assert any(line.startswith("trial 1/1 goes on at step 4") for line in lines), lines
+    assert any(line.startswith("trial 1/1 resumes at step 4") for line in lines), lines
     reference = plain({"solver.upper_lr": 0.03}, tmp_path / "plain")
     assert {row.upper_sha256 for row in result.rows} == {reference.upper_sha256}
     assert {row.metrics["upper_error"] for row in result.rows} == {reference.metrics["upper_error"]}

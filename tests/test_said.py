@@ -1,4 +1,4 @@
-"""What a run says where its figures are not what one would expect: a stream that was cut, a schedule
+"""What a run says where its metrics are not what one would expect: a stream that was cut, a schedule
 that was stretched, a closing examination that was cut short, data that is not sound.
 """
 
@@ -31,7 +31,7 @@ QUADRATIC: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("steps", "words"),
+    ("steps", "message"),
     [
         (3, "no metrics of the stream: it was cut after 3 of 8 steps, inside its first task, which ends after step 4"),
         (4, "cut after 4 of 8 steps: its metrics are those of the 1 of 2 tasks that were learned to their end$"),
@@ -39,16 +39,16 @@ QUADRATIC: dict[str, Any] = {
         (8, None),
     ],
 )  # fmt: skip
-def test_a_stream_that_was_cut(steps, words, tmp_path):
+def test_a_stream_that_was_cut(steps, message, tmp_path):
     run = bomemeta.train(STREAM, [f"steps={steps}", f"output_dir={tmp_path / 'run'}"])
-    said = [note for note in run.notes if "the stream" in note]
-    if words is None:
-        assert said == []
+    reported = [note for note in run.notes if "the stream" in note]
+    if message is None:
+        assert reported == []
     else:
-        assert len(said) == 1
+        assert len(reported) == 1
         import re
 
-        assert re.search(words, said[0]), said
+        assert re.search(message, reported[0]), reported
         assert json.loads((run.run_dir / "result.json").read_text())["notes"] == run.notes
     assert ("acc" in run.metrics) == (steps >= 4)
 
@@ -56,10 +56,10 @@ def test_a_stream_that_was_cut(steps, words, tmp_path):
 def test_a_cosine_schedule_that_was_stretched(tmp_path):
     bomemeta.train(QUADRATIC, [f"output_dir={tmp_path / 'run'}"])
     longer = bomemeta.resume(tmp_path / "run", ["steps=8"])
-    said = [note for note in longer.notes if "cosine" in note]
-    assert len(said) == 1
-    assert "steps was 4 and is 8" in said[0]
-    assert "at step 4 solver.upper_lr is multiplied by 0.5 and not by 0" in said[0]
+    reported = [note for note in longer.notes if "cosine" in note]
+    assert len(reported) == 1
+    assert "steps was 4 and is 8" in reported[0]
+    assert "at step 4 solver.upper_lr is multiplied by 0.5 and not by 0" in reported[0]
     constant = ["solver.upper_schedule=constant"]
     bomemeta.train(QUADRATIC, [*constant, f"output_dir={tmp_path / 'constant'}"])
     assert bomemeta.resume(tmp_path / "constant", ["steps=8"]).notes == []

@@ -118,7 +118,7 @@ def test_json_says_the_same_as_a_form(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "request_", "status", "words"),
+    ("path", "request_", "status", "message"),
     [
         ("new/predict", form([0], labels=False), 404, "there is no tenant 'new' yet"),
         ("new/add_examples", form([0]), 404, "there is no tenant 'new' yet"),
@@ -143,11 +143,11 @@ def test_json_says_the_same_as_a_form(client: TestClient) -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_answered_in_words(
-    client: TestClient, path: str, request_: dict[str, Any], status: int, words: str
+    client: TestClient, path: str, request_: dict[str, Any], status: int, message: str
 ) -> None:
     before = client.post("/tenants/one/fit", **form([0, 1])).json()
     answer = client.post(f"/tenants/{path}", **request_)
-    assert (answer.status_code, words in answer.json()["error"]) == (status, True), answer.text
+    assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
     assert client.get("/tenants/one").json() == before
     assert len(client.get("/tenants").json()["tenants"]) == 1
 
@@ -204,17 +204,17 @@ def test_a_head_is_of_its_network_alone(desk: Desk, tmp_path: Path) -> None:
 def test_what_cannot_be_served_is_said_before_anything_is_started(
     run_dir: str, tmp_path: Path
 ) -> None:
-    def said(*arguments: str) -> str:
+    def message(*arguments: str) -> str:
         outcome = CliRunner().invoke(app, ["serve", *arguments])
         assert outcome.exit_code == 2, outcome.output
         return outcome.output
 
-    assert "none" in said(str(tmp_path / "none"))
+    assert "none" in message(str(tmp_path / "none"))
     (tmp_path / "file").touch()
-    assert "cannot be made" in said(run_dir, "--tenants", str(tmp_path / "file" / "t"))
+    assert "cannot be made" in message(run_dir, "--tenants", str(tmp_path / "file" / "t"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        text = said(run_dir, "--tenants", str(tmp_path / "t"), "--port", port)
+        text = message(run_dir, "--tenants", str(tmp_path / "t"), "--port", port)
         assert f"127.0.0.1:{port} cannot be listened on" in text
 
 

@@ -224,8 +224,8 @@ def test_lancbio_synthetic_solution_is_stationary(dims):
     torch.testing.assert_close(
         eigenvalues[[0, -1]], torch.tensor([1.0, 100.0], dtype=torch.float64)
     )
-    figures = problem.evaluate({"x": 2 * problem.solution()}, {"y": y.detach()}, data)
-    assert float(figures["upper_relative_error"]) == pytest.approx(1.0)
+    metrics = problem.evaluate({"x": 2 * problem.solution()}, {"y": y.detach()}, data)
+    assert float(metrics["upper_relative_error"]) == pytest.approx(1.0)
 
 
 # The step itself

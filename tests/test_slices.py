@@ -84,7 +84,7 @@ def work(rank: int, port: int, answers: Any) -> None:
 
 @functools.cache
 def found() -> dict[tuple[int, int, Any], Any]:
-    """What each member of each group came to, by (members, rank, what)."""
+    """The result of each member of each group, by (members, rank, what)."""
     forking = multiprocessing.get_context("fork")  # torch is imported once
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers = forking.Queue()

@@ -1,4 +1,4 @@
-"""Runs at a URI: what is there is always a run to go on with, on whatever machine, and nothing is
+"""Runs at a URI: what is there is always a run that can be resumed, on whatever machine, and nothing is
 lost where it cannot be written.
 """
 
@@ -175,7 +175,7 @@ def test_seeds_have_places_of_their_own(tmp_path, scratch):
     assert list(scratch.glob("bomemeta-*")) == []
 
 
-class Said(Quiet):
+class Heard(Quiet):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -200,9 +200,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> list[str]:
 
 def test_an_upload_is_tried_again(tmp_path, monkeypatch, reference):
     tried = failing(monkeypatch, lambda name: tried.count(name) in (1, 2, 3))
-    said = Said()
-    assert go(tmp_path / "run", listener=said).upper_sha256 == reference.upper_sha256
-    assert said.notes == []
+    reported = Heard()
+    assert go(tmp_path / "run", listener=reported).upper_sha256 == reference.upper_sha256
+    assert reported.notes == []
     assert tried.count("checkpoints/step_00000008.pt") == 4
 
 
@@ -210,9 +210,9 @@ def test_a_store_that_is_away_for_a_while_is_a_note(tmp_path, scratch, monkeypat
     tried = failing(
         monkeypatch, lambda name: name.endswith("00000003.pt") and tried.count(name) <= 4
     )
-    said = Said()
-    assert go(tmp_path / "run", listener=said).upper_sha256 == reference.upper_sha256
-    (note,) = [note for note in said.notes if "cannot be written to" in note]
+    reported = Heard()
+    assert go(tmp_path / "run", listener=reported).upper_sha256 == reference.upper_sha256
+    (note,) = [note for note in reported.notes if "cannot be written to" in note]
     assert (
         "run cannot be written to (checkpoints/step_00000003.pt), in 4 tries: the bucket is away. Nothing is lost"
         in note
@@ -248,7 +248,7 @@ def test_a_store_that_stays_away_is_an_error_and_everything_is_here(
 
 def test_places_that_cannot_be_are_refused_at_once(tmp_path, scratch):
     with pytest.raises(
-        ConfigError, match=r"output_dir: 'nowhere://a' is no place that a run can be kept at"
+        ConfigError, match=r"output_dir: 'nowhere://a' is no location where a run can be kept"
     ):
         bomemeta.train(QUADRATIC, ["output_dir=nowhere://a"])
     (tmp_path / "file").touch()

@@ -41,13 +41,13 @@ def test_it_answers_as_the_runs_own_test(
         assert classifier.classes_.tolist() == ["ant", "bee", "cat", "dog"]
         for task, names in enumerate((["ant", "bee"], ["cat", "dog"])):
             of_task = np.isin(labels, names)
-            told = None if problem.get("protocol") == "class_incremental" else task
-            score = classifier.score(rows[of_task], labels[of_task], task=told)
+            given = None if problem.get("protocol") == "class_incremental" else task
+            score = classifier.score(rows[of_task], labels[of_task], task=given)
             assert score == pytest.approx(result.metrics[f"accuracy_task_{task:02d}"], abs=1e-6)
-            sums = classifier.predict_proba(rows[:3], task=told).sum(1)
+            sums = classifier.predict_proba(rows[:3], task=given).sum(1)
             assert sums == pytest.approx(1)
-            if told is not None:  # the others are not in question
-                assert set(classifier.predict(rows, task=told).tolist()) <= set(names)
+            if given is not None:  # the others are not in question
+                assert set(classifier.predict(rows, task=given).tolist()) <= set(names)
 
 
 def test_of_an_extended_stream(tmp_path: Path) -> None:

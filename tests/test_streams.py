@@ -186,7 +186,7 @@ def test_grey_levels_stay_grey_levels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "words"),
+    ("changes", "error", "message"),
     [
         (
             {"samples": 61},
@@ -216,9 +216,9 @@ def test_grey_levels_stay_grey_levels() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    changes: dict[str, Any], error: type[Exception], words: str
+    changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         stream(**changes)
 
 
@@ -345,15 +345,15 @@ def test_mini_imagenet_joins_the_three_splits(
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "message"),
     [
         (Cifar10Subset, r"cifar10_subset\.npz does not exist"),
         (Cifar100, "torchvision finds no whole CIFAR-100 in .*bomemeta data prepare cifar100"),
         (MiniImagenet, "data.trust_pickles: true"),
     ],
 )
-def test_missing_files_say_how_to_get_them(kind: Any, words: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=words):
+def test_missing_files_say_how_to_get_them(kind: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
         kind(root=str(tmp_path)).prepare()
     if kind is MiniImagenet:
         with pytest.raises(

@@ -231,10 +231,12 @@ def head() -> Iterator[Head]:
         yield started
 
 
-def run(head: Head, folder: Path, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+def run(
+    head: Head, folder: Path, *arguments: str, **changes: str
+) -> subprocess.CompletedProcess[str]:
     """A user's command in a terminal of its own; `bomemeta` and `ray` are the installed ones."""
     return subprocess.run(
-        [words[0] if words[0] == "bash" else str(Path(sys.executable).with_name(words[0])), *words[1:]],
+        [arguments[0] if arguments[0] == "bash" else str(Path(sys.executable).with_name(arguments[0])), *arguments[1:]],
         cwd=folder, env=environment_of(head, folder) | changes, text=True, capture_output=True, timeout=JOB_S, check=False,
     )  # fmt: skip
 
@@ -261,7 +263,7 @@ def logs(head: Head) -> str:
 
 def test_stopped_and_submitted_again_it_reaches_the_same_bits(head, project, reference, tmp_path):
     folder, mark = tmp_path / "run", tmp_path / "mark"
-    words = [
+    arguments = [
         "bomemeta",
         "submit",
         "job",
@@ -270,8 +272,8 @@ def test_stopped_and_submitted_again_it_reaches_the_same_bits(head, project, ref
         "cpus_per_worker=0.5",
         *struck("sleep", mark),
     ]
-    words += ["--address", head.dashboard]
-    first = run(head, project, *words, "--no-wait")
+    arguments += ["--address", head.dashboard]
+    first = run(head, project, *arguments, "--no-wait")
     assert first.returncode == 0, first.stderr
     job = first.stderr.splitlines()[0].removeprefix("submitted: ")
     assert f"run folder: {folder}" in first.stderr
@@ -291,7 +293,7 @@ def test_stopped_and_submitted_again_it_reaches_the_same_bits(head, project, ref
         "job",
         str(folder),
         "1",
-        *words[4:],
+        *arguments[4:],
     ]
     environment = {
         "BOMEMETA": f"{sys.executable} -m bomemeta",
@@ -315,7 +317,7 @@ def test_a_killed_driver_is_started_again_by_its_job_and_reaches_the_same_bits(
 ):
     """With all of the cluster's CPUs, which the dead driver's worker must have given back."""
     folder, mark = tmp_path / "run", tmp_path / "mark"
-    words = [
+    arguments = [
         "bomemeta",
         "submit",
         "job",
@@ -325,7 +327,7 @@ def test_a_killed_driver_is_started_again_by_its_job_and_reaches_the_same_bits(
         *struck("sleep", mark),
     ]
     process = subprocess.Popen(
-        [str(Path(sys.executable).with_name(words[0])), *words[1:], "--address", head.dashboard],
+        [str(Path(sys.executable).with_name(arguments[0])), *arguments[1:], "--address", head.dashboard],
         cwd=project, env=environment_of(head, project), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     wait_for(mark.exists, logs(head))
@@ -336,17 +338,17 @@ def test_a_killed_driver_is_started_again_by_its_job_and_reaches_the_same_bits(
     ]
     assert len(drivers) == 1
     os.kill(drivers[0], signal.SIGKILL)
-    output, said = process.communicate(timeout=JOB_S)
-    assert process.returncode == 0, output + said
-    note = "note: the run was killed by SIGKILL; restart 1 of 3, in 1 s, goes on from its last checkpoint"
+    output, message = process.communicate(timeout=JOB_S)
+    assert process.returncode == 0, output + message
+    note = "note: the run was killed by SIGKILL; restart 1 of 3, in 1 s, resumes from its last checkpoint"
     assert note in output.splitlines()
-    assert said.splitlines()[-1].startswith("done: raysubmit_")
+    assert message.splitlines()[-1].startswith("done: raysubmit_")
     result = json.loads((folder / "result.json").read_text())
     assert (result["upper_sha256"], result["first_step"]) == (reference.upper_sha256, 3)
 
 
 def test_a_job_that_fails_says_why_on_its_last_line(head, project, tmp_path):
-    words = [
+    arguments = [
         "bomemeta",
         "submit",
         "job",
@@ -355,7 +357,7 @@ def test_a_job_that_fails_says_why_on_its_last_line(head, project, tmp_path):
         "--address",
         head.dashboard,
     ]
-    failed = run(head, project, *words)
+    failed = run(head, project, *arguments)
     assert failed.returncode == 1
     last = [line for line in failed.stdout.splitlines() if line][-1]
     assert last.startswith("failed: 50 workers of 1 CPU"), failed.stdout
@@ -385,8 +387,8 @@ def test_by_hand(head, project, reference, tmp_path):
         "cpus_per_worker=0.5",
         "--auto-resume",
     ]
-    words = ["ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--"]
-    done = run(head, project, *words, *command)
+    arguments = ["ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--"]
+    done = run(head, project, *arguments, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
         json.loads((folder / "result.json").read_text())["upper_sha256"] == reference.upper_sha256

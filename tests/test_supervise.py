@@ -55,7 +55,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_T
 def supervised(
     folder: Path, *command: str, restarts: int = 2, pause_s: float = 0.0
 ) -> subprocess.Popen[str]:
-    words = [
+    arguments = [
         sys.executable,
         "-c",
         SUPERVISOR,
@@ -65,7 +65,7 @@ def supervised(
         *command,
     ]
     return subprocess.Popen(
-        words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        arguments, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
@@ -112,7 +112,7 @@ def test_after_n_restarts_without_a_new_checkpoint_it_gives_up(killer, hint, tmp
         f"note: the run was killed by SIG{killer}; restart 2 of 2, in 0 s, begins again",
         "begun",
         f"failed: the run was killed by SIG{killer}, 3 times in a row without a new checkpoint{hint}; "
-        "the same command goes on from its last checkpoint",
+        "the same command resumes from its last checkpoint",
     ]
     assert process.returncode == 128 + signal.Signals[f"SIG{killer}"]
 
@@ -161,7 +161,7 @@ def test_a_run_that_was_asked_to_end_is_not_started_again(number, tmp_path):
     end = f"import os, signal; signal.signal({number.value}, signal.SIG_DFL); os.kill(os.getpid(), {number.value})"
     process = supervised(tmp_path, sys.executable, "-c", end)
     assert lines_of(process) == [
-        f"interrupted: the run was ended by {number.name}; go on with the same command"
+        f"interrupted: the run was ended by {number.name}; resume with the same command"
     ]
     assert process.returncode == 128 + number
 
@@ -171,7 +171,7 @@ def test_a_stop_between_two_runs(tmp_path):
     assert process.stdout is not None
     assert "restart 1 of 2, in 60 s" in process.stdout.readline()
     process.terminate()
-    assert lines_of(process) == ["interrupted; go on with the same command"]
+    assert lines_of(process) == ["interrupted; resume with the same command"]
     assert process.returncode == 130
     assert (tmp_path / "begun").read_text() == "begun\n"
 
@@ -225,7 +225,7 @@ def test_ctrl_c_at_a_terminal_arrives_once(tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)
-        words = [
+        arguments = [
             sys.executable,
             "-c",
             SUPERVISOR,
@@ -237,7 +237,7 @@ def test_ctrl_c_at_a_terminal_arrives_once(tmp_path):
             COUNTS,
             "0.3",
         ]
-        os.execv(sys.executable, words)
+        os.execv(sys.executable, arguments)
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline
@@ -261,7 +261,7 @@ def begin(folder: Path, how: str) -> subprocess.Popen[str]:
     """A user's command, whose run is struck once, in step 4."""
     config = folder.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(QUADRATIC))
-    words = [
+    arguments = [
         "train",
         str(config),
         f"output_dir={folder}",
@@ -271,7 +271,7 @@ def begin(folder: Path, how: str) -> subprocess.Popen[str]:
         "1",
     ]
     return subprocess.Popen(
-        [sys.executable, "-m", "bomemeta", *words],
+        [sys.executable, "-m", "bomemeta", *arguments],
         env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -284,8 +284,8 @@ def child_of(process: subprocess.Popen[str]) -> int:
 def test_a_killed_run_goes_on_by_itself_to_the_same_bits(reference, tmp_path):
     folder = tmp_path / "run"
     process = begin(folder, "SIGKILL")
-    output, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    output, message = process.communicate(timeout=120)
+    assert process.returncode == 0, message
     assert reference.upper_sha256 in output
     result = json.loads((folder / "result.json").read_text())
     assert (result["upper_sha256"], result["metrics"]) == (
@@ -294,10 +294,10 @@ def test_a_killed_run_goes_on_by_itself_to_the_same_bits(reference, tmp_path):
     )
     assert result["first_step"] == 3
     assert (
-        "note: the run was killed by SIGKILL; restart 1 of 1, in 1 s, goes on from its last checkpoint"
-        in said.splitlines()
+        "note: the run was killed by SIGKILL; restart 1 of 1, in 1 s, resumes from its last checkpoint"
+        in message.splitlines()
     )
-    assert said.splitlines()[-1] == f"done after 8 steps; run folder: {folder}"
+    assert message.splitlines()[-1] == f"done after 8 steps; run folder: {folder}"
 
 
 def test_a_stopped_run_leaves_a_checkpoint_and_its_exit_code(tmp_path):
@@ -306,9 +306,9 @@ def test_a_stopped_run_leaves_a_checkpoint_and_its_exit_code(tmp_path):
     wait_for(lambda: folder.with_suffix(".mark").exists(), process)
     process.terminate()
     os.kill(child_of(process), signal.SIGCONT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert said.splitlines()[-1] == "interrupted after 5 steps; go on with the same command"
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130, message
+    assert message.splitlines()[-1] == "interrupted after 5 steps; resume with the same command"
     assert checkpoint.load_latest(folder / "checkpoints").checkpoint.step == 5
 
 
@@ -340,7 +340,7 @@ def test_what_is_wrong_is_said_once(tmp_path):
     assert refused.exit_code == 2
     assert (
         refused.stderr
-        == "--restarts 3: a run that is started again goes on where it was; give --auto-resume too\n"
+        == "--restarts 3: a run that is started again resumes where it was; give --auto-resume too\n"
     )
     gone = CliRunner().invoke(
         app, ["train", str(tmp_path / "nothing"), "--auto-resume", "--restarts", "3"]

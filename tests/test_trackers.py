@@ -1,5 +1,5 @@
 """`log.to`: the numbers of metrics.jsonl at MLflow and at W&B, one line where that cannot be, and a
-run that goes on without a tracker that fails.
+run that continues without a tracker that fails.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_a_tracker_that_fails_on_the_way_costs_no_run(tmp_path, monkeypatch):
     monkeypatch.setitem(trackers._KINDS, "mlflow", Failing)
     result = train(tmp_path, "mlflow")
     assert result.notes == [
-        "log.to: mlflow cannot be written to any more: OSError: the server is gone. The run goes on without it; "
+        "log.to: mlflow cannot be written to any more: OSError: the server is gone. The run continues without it; "
         "metrics.jsonl has every step"
     ]
     assert result.upper_sha256 == plain.upper_sha256

@@ -184,10 +184,10 @@ def listening_addresses(pids: list[int]) -> set[str]:
         for line in Path(table).read_text().splitlines()[1:]:
             columns = line.split()
             if columns[3] == "0A" and columns[9] in sockets:  # 0A: LISTEN
-                words = np.array(
+                message = np.array(
                     [int(columns[1][at : at + 8], 16) for at in range(0, len(columns[1]) - 5, 8)]
                 )
-                addresses.add(socket.inet_ntop(family, words.astype("<u4").tobytes()))
+                addresses.add(socket.inet_ntop(family, message.astype("<u4").tobytes()))
     return addresses
 
 
@@ -390,9 +390,9 @@ def test_a_hung_worker_is_killed_and_its_late_answer_is_not_used(single, tmp_pat
 def test_a_shard_that_always_crashes_is_named(home):
     with pytest.raises(
         ClusterError, match=r"shard 1 took 3 workers down .* crashed \((Seg|SIGSEGV)"
-    ) as told:
+    ) as reported:
         home.run(X, [ShardCall(Order()), ShardCall(Order(trouble="crash"))])
-    assert not isinstance(told.value, ClusterLost)  # the same command fails again
+    assert not isinstance(reported.value, ClusterLost)  # the same command fails again
     assert len(home.run(X, [ShardCall(Order())]).replies) == 1
 
 
@@ -565,10 +565,10 @@ def test_a_full_cluster_is_waited_for_where_that_is_asked_for(home):
 
 def test_an_x_larger_than_the_store_is_noted_once(home, monkeypatch):
     monkeypatch.setattr(cluster, "store_bytes", lambda: 90 * 2**20)
-    said = len(EVENTS)
+    message = len(EVENTS)
     for size in (10, 95 * 2**20, 100 * 2**20):
         home._note_spilling(size)
-    assert [line[:50] for line in EVENTS[said:]] == [
+    assert [line[:50] for line in EVENTS[message:]] == [
         "x has 0.09 GiB and the object store of this node 0"
     ]
     monkeypatch.undo()

@@ -509,7 +509,7 @@ def test_pbt_goes_on_from_another_trial_with_other_values(
     lines: list[str] = []
     result = search(file, tmp_path / "out", lines)
     assert [row.ended for row in result.rows] == ["done", "done"], lines
-    # At each change the worse of the two goes on from the better one.
+    # At each change the worse of the two continues from the better one.
     assert max(len(row.lineage) for row in result.rows) > 1
     for row in result.rows:
         assert [part["from_step"] for part in row.lineage] == sorted(
@@ -595,7 +595,7 @@ def test_a_search_goes_on_after_ctrl_c_of_its_driver(ray_cluster: None, tmp_path
         (1, "done"),
         (2, "done"),
     ], lines
-    assert any(line.startswith("trial 2/2 goes on at step 4") for line in lines), lines
+    assert any(line.startswith("trial 2/2 resumes at step 4") for line in lines), lines
     reference = plain({"solver.upper_lr": 0.03}, tmp_path / "plain")
     assert {row.upper_sha256 for row in result.rows} == {reference.upper_sha256}
     assert {row.figure for row in result.rows} == {reference.metrics["upper_error"]}
@@ -647,17 +647,17 @@ def test_bundles_without_a_place_are_reported_at_once(ray_cluster: None, tmp_pat
     too_many = based(workers=9)
     with pytest.raises(
         ClusterError,
-        match=r"bundle 8 of 10 of a trial, of worker 7, got no place: wanted 0\.5 CPU on one node",
+        match=r"bundle 8 of 10 of a trial, of worker 7, fits nowhere: wanted 0\.5 CPU on one node",
     ):
         search(changed(too_many, driver_cpus=1.0), tmp_path / "out", [])
     with pytest.raises(
         ClusterError,
-        match=r"bundle 2 of 3 of a trial, of worker 1, got no place: wanted 0\.5 CPU and 1 GPU",
+        match=r"bundle 2 of 3 of a trial, of worker 1, fits nowhere: wanted 0\.5 CPU and 1 GPU",
     ):
         search(based(workers=2, gpus_per_worker=1.0), tmp_path / "out", [])
     with pytest.raises(
         ClusterError,
-        match=r"bundle 1 of 2 of a trial, of the trial itself, got no place: wanted 64 CPU",
+        match=r"bundle 1 of 2 of a trial, of the trial itself, fits nowhere: wanted 64 CPU",
     ):
         search(changed(based(workers=1), driver_cpus=64.0), tmp_path / "out", [])
     with pytest.raises(ClusterError, match="bundle 8 of 10"):

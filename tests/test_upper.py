@@ -156,11 +156,11 @@ def test_a_projection_may_give_new_tensors_or_write_into_x() -> None:
         return {**x, "w": x["w"].clamp(max=0.1)}
 
     upper = variable("sgd")
-    said = upper.move(drawn(1, torch.float32), 0, clamped)
+    metrics = upper.move(drawn(1, torch.float32), 0, clamped)
     assert float(upper.params["b"].min()) >= 0
     assert float(upper.params["w"].max()) <= 0.1 + 1e-7
     flat = torch.cat([tensor.reshape(-1) for tensor in upper.params.values()])
-    assert said["upper_norm"] == pytest.approx(float(flat.norm()))
+    assert metrics["upper_norm"] == pytest.approx(float(flat.norm()))
 
 
 # Step sizes

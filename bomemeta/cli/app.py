@@ -75,7 +75,7 @@ def run_and_show(start: Callable[[Listener], Result], again: str | None = None) 
     """Runs with progress on stderr, prints the result to stdout, and ends with a line that says how
     the run ended and where it is.
 
-    `again`: the words for how to go on after an interruption; None: `bomemeta resume`.
+    `again`: how to resume after an interruption; None: `bomemeta resume`.
     """
     from bomemeta.errors import BomemetaError
     from bomemeta.report import TerminalListener, show_result
@@ -105,7 +105,7 @@ def run_and_show(start: Callable[[Listener], Result], again: str | None = None) 
 
 def _how_to_go_on(location: Path | str | None, again: str | None) -> str:
     return (
-        f"go on with {again or f'`bomemeta resume {location}`'}"
+        f"resume with {again or f'`bomemeta resume {location}`'}"
         if location is not None
         else "no run had begun"
     )

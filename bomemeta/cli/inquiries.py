@@ -95,7 +95,7 @@ def reproduce(
     """Rerun a paper's experiment into a table and a figure.
 
     Writes table.md, table.json, figure.png and one file per run. Ctrl-C keeps the finished runs;
-    the same command goes on.
+    the same command resumes.
     """
     with reported():
         from bomemeta.reproduce import reproduce as rerun

@@ -18,7 +18,7 @@ def train(
         bool,
         typer.Option(
             "--auto-resume",
-            help="Go on with the run in output_dir, which must be given; begin it where there is none.",
+            help="Resume the run in output_dir, which must be given; begin it where there is none.",
         ),
     ] = False,
     restarts: Annotated[
@@ -34,7 +34,7 @@ def train(
 
     The run's folder is printed first: output_dir=DIR chooses it (a path, or a URI as in
     s3://BUCKET/RUN), runs/NAME is the default. Ctrl-C stops after the current step; `bomemeta
-    resume` goes on from there to the same result, and so does the same command again with
+    resume` continues from there to the same result, and so does the same command again with
     --auto-resume. With --restarts too, a run that dies (kill -9, out of memory, a crash) is started
     again by itself; what ends with an error or was stopped is not. The last line says how the run
     ended.
@@ -64,7 +64,7 @@ def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restar
 
         if not auto_resume:
             raise ConfigError(
-                f"--restarts {restarts}: a run that is started again goes on where it was; give --auto-resume too"
+                f"--restarts {restarts}: a run that is started again resumes where it was; give --auto-resume too"
             )
         location = location_of(config, overrides)
         return supervise(
@@ -78,7 +78,7 @@ def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restar
 
 @app.command()
 def resume(run_dir: RunDir, overrides: Overrides = None, trust: Trust = False) -> None:
-    """Go on with a run that was interrupted, to the same bits.
+    """Resume a run that was interrupted, to the same bits.
 
     Keys that cannot change the result may be set, such as workers=4 or log.every_steps=5.
     """
@@ -183,7 +183,7 @@ def submit(
 
     The job runs in a copy of the current folder (without .git, .venv, runs, data, and what
     .gitignore names), so the config and what it imports must be in it; output_dir must be an
-    absolute path that the cluster's machines share, or a URI. The same submission again goes on
+    absolute path that the cluster's machines share, or a URI. The same submission again resumes
     with the run. The exit code says how the job ended: 0, 1, 75 where another try is worth it,
     or 130 if stopped.
     """

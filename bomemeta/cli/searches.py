@@ -18,7 +18,7 @@ def tune(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Go on with the search in this folder, or at this URI; CONFIG is the same file.",
+            help="Resume the search in this folder, or at this URI; CONFIG is the same file.",
         ),
     ] = None,
     trust: Trust = False,
@@ -27,7 +27,7 @@ def tune(
 
     Prints the table of trials and writes it, with the best config as best.yaml, into the search's
     folder: output_dir=DIR chooses it (a path, or a URI as in s3://BUCKET/SEARCH), runs/NAME is the
-    default. Ctrl-C keeps what was reported; the line that it prints goes on.
+    default. Ctrl-C keeps what was reported; the line that it prints resumes it.
     """
     with reported():
         from bomemeta.tune import tune as search
@@ -43,7 +43,7 @@ def tune(
             again = shlex.join(
                 ["bomemeta", "tune", config, *(overrides or ()), "--resume", str(result.output_dir)]
             )
-            typer.echo(f"interrupted; go on with `{again}`", err=True)
+            typer.echo(f"interrupted; resume with `{again}`", err=True)
             raise typer.Exit(INTERRUPTED)
         typer.echo(result.table, nl=False)
         typer.echo(f"best config: {result.best_config}")

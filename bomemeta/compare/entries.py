@@ -85,7 +85,7 @@ def _record(file: Path) -> dict[str, Any]:
 
 
 # Keys that say which run it is, where it ran, and how it was watched.
-_ASIDE = {"seed", "seeds", "output_dir"}
+_RESULT_NEUTRAL = {"seed", "seeds", "output_dir"}
 
 
 def _check_same(
@@ -98,7 +98,7 @@ def _check_same(
     mine, theirs = result_keys(config), result_keys(first[1])
     different = [
         f"{key} ({theirs.get(key)!r}, {mine.get(key)!r})"
-        for key in sorted({*mine, *theirs} - _ASIDE)
+        for key in sorted({*mine, *theirs} - _RESULT_NEUTRAL)
         if mine.get(key) != theirs.get(key)
     ]
     if different:

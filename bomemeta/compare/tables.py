@@ -85,10 +85,10 @@ def page(found: Comparison) -> str:
         better = f"{_better(found, metric)} is better"
         table = html.table(HEADER, [(html.long(first), *rest) for first, *rest in map(cells, rows)])
         drawing = charts.intervals(metric, means, better)
-        told = f"{better.capitalize()}; differences from {found.reference}."
+        caption = f"{better.capitalize()}; differences from {found.reference}."
         parts.append(
             html.section(
-                metric, html.paragraph(told, "dim"), table, html.figure(drawing, alone=True)
+                metric, html.paragraph(caption, "dim"), table, html.figure(drawing, alone=True)
             )
         )
     entries = len(next(iter(found.rows.values())))

@@ -54,7 +54,7 @@ class Asker:
             raise
         except Exception as error:
             raise ConfigError(
-                f"{self.name}.{method}: raised {type(error).__name__}{place(error)}: {first_line(error)}"
+                f"{self.name}.{method}: raised {type(error).__name__}{location(error)}: {first_line(error)}"
             ) from error
 
     def watched(self, method: str, *given: Params) -> Any:
@@ -151,7 +151,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def place(error: Exception) -> str:
+def location(error: Exception) -> str:
     """The last line of the user's in the traceback, as ` at file:line`."""
     frames = [
         frame

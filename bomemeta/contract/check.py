@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bomemeta.contract.asking import Asker, equal, first_line, place, randomness_kept, same
+from bomemeta.contract.asking import Asker, equal, first_line, location, randomness_kept, same
 from bomemeta.core import tree
 from bomemeta.core.problem import (
     Batch,
@@ -315,13 +315,13 @@ class _Check(Asker):
         for method, function, stacks in asked[0 if problem.encodes else 1 :]:
             try:
                 with torch.no_grad():
-                    map_tasks(function, stacks, n, "vmap", lambda place: place)
+                    map_tasks(function, stacks, n, "vmap", lambda location: location)
             except BomemetaError:
                 raise
             except Exception as error:
                 raise ConfigError(
-                    f"{self.name}.{method}: fails under torch.vmap{place(error)}: {first_line(error)}. Wanted plain torch operations: no "
-                    ".item(), float() or bool() of a tensor, no branch on a tensor's value, no numpy"
+                    f"{self.name}.{method}: fails under torch.vmap{location(error)}: {first_line(error)}. Wanted plain torch operations: "
+                    "no .item(), float() or bool() of a tensor, no branch on a tensor's value, no numpy"
                 ) from error
 
     def closed_forms(self, encoded: Params, stack: Params, batch: Batch, n: int) -> None:

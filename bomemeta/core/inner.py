@@ -19,7 +19,7 @@ def gradient_steps(oracle: Oracle, start: Params, steps: int, lr: float) -> Para
 def rule_steps(
     oracle: Oracle, start: Params, steps: int, lr: float, rule: LowerRule, state: LowerGroups
 ) -> tuple[Params, LowerGroups]:
-    """The same by an optimiser that goes on from `state`; with what it keeps then."""
+    """The same by an optimiser that continues from `state`; with what it keeps then."""
     if rule.plain:
         return gradient_steps(oracle, start, steps, lr), {}
     at = start

@@ -88,7 +88,7 @@ def restarted(state: Lanczos, due: Tensor, image: Tensor, right: Tensor, length:
     A v, q_1 = (b - w) / |b - w|.
 
     Where b = w to rounding, v_bar is the solution and there is no q_1: `extended` then finds
-    nothing to go on with, and ends the epoch after its first step.
+    nothing to continue with, and ends the epoch after its first step.
     """
     residual = right - image
     known = _norm(residual) > _rounding(right) * (_norm(right) + _norm(image))

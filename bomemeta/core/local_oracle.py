@@ -250,7 +250,7 @@ class LocalOracle(Oracle):
 
     def update_memory(self, at: Params) -> Params:
         """The problem's new memory, summed over the blocks of the stack."""
-        assert isinstance(self.problem, StreamProblem), "no other remembers"
+        assert isinstance(self.problem, StreamProblem), "no other has memory"
         with torch.no_grad():
             found = self._over_tasks("update_memory", self.problem.update_memory, self.encoded, at)
         return {name: share.sum(0) for name, share in found.items()}
@@ -363,8 +363,10 @@ class LocalOracle(Oracle):
         return {name: rows.sum(0) for name, rows in stack.items()}
 
     def _seeds(self, name: str, rows: Tensor | None = None) -> Callable[[int], int]:
-        """Of a task by its place among `rows`. The same all through a step: one function of x and y."""
-        return lambda place: self._draws.seed_of(name, place if rows is None else int(rows[place]))
+        """Of a task by its position among `rows`. The same all through a step: one function of x and y."""
+        return lambda position: self._draws.seed_of(
+            name, position if rows is None else int(rows[position])
+        )
 
     def _in_x(self, cotangent: tuple[Tensor, ...]) -> Params:
         """The gradient in x from that in `_encoded_leaves`."""

@@ -231,7 +231,7 @@ class Problem(Recorded):
         return lower
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
-        """Figures of merit of one task at an adapted y, each of shape [] (accuracy, ...). Default:
+        """Metrics of one task at an adapted y, each of shape [] (accuracy, ...). Default:
         f alone, as `loss`.
         """
         return {"loss": self.upper_loss(encoded, lower, batch)}

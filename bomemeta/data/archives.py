@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from bomemeta.boundary import refusing
 from bomemeta.errors import DataError
-from bomemeta.limits import available_memory, said
+from bomemeta.limits import available_memory, size_text
 from bomemeta.paths import SHARED_DATA, absolute
 
 MAPPED_BYTES = 2**20  # smaller arrays are read into memory all the same
@@ -151,12 +151,12 @@ def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
         there_are = entry.file_size - file.tell()
         if size != there_are:
             raise _Member(
-                f"{name} says that it is {dtype} {list(shape)}, {said(size)}, and {there_are} bytes follow"
+                f"{name} says that it is {dtype} {list(shape)}, {size_text(size)}, and {there_are} bytes follow"
             )
         memory = available_memory()
         if memory is not None and size > memory:
             raise _Member(
-                f"{name} is {dtype} {list(shape)}, {said(size)}; this machine has {said(memory)} free"
+                f"{name} is {dtype} {list(shape)}, {size_text(size)}; this machine has {size_text(memory)} free"
             )
         content = bytearray(
             file.read(size + 1)

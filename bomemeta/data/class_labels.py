@@ -51,16 +51,16 @@ def numbered(
     # As Python's numbers: numpy would compare int64 with uint64 as floats.
     number = {name: c for c, name in enumerate(names)}
     tested, inverse = np.unique(theirs, return_inverse=True)
-    places = np.array([number.get(name, -1) for name in tested.tolist()], np.int64)
-    codes = places[inverse]
+    positions = np.array([number.get(name, -1) for name in tested.tolist()], np.int64)
+    codes = positions[inverse]
     known = codes >= 0
     if known.all():
         return Classes(tuple(names), labels.astype(np.int64), codes, None)
     counts = np.bincount(inverse)
     missing = [
         f"{_shown([name])} ({count} rows)"
-        for name, place, count in zip(tested.tolist(), places, counts, strict=True)
-        if place < 0
+        for name, position, count in zip(tested.tolist(), positions, counts, strict=True)
+        if position < 0
     ]
     text = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
     if unknown == "refuse" or not known.any():

@@ -106,7 +106,7 @@ def check_same_data(before: Mapping[str, str], now: Mapping[str, Any], step: int
         raise CheckpointError(
             f"the data is not what the run was trained on up to step {step}:\n"
             + "\n".join(f"  {line}" for line in differing)
-            + "\nPut the earlier data back to go on, or start a new run with `bomemeta train`"
+            + "\nPut the earlier data back to resume, or start a new run with `bomemeta train`"
         )
 
 

@@ -20,7 +20,7 @@ from bomemeta.data.image_files import DEFAULT_SHARES, SPLITS, drawn_splits, show
 from bomemeta.data.image_folder import ImageEpisodes, Table
 from bomemeta.data.preprocessing import Preprocessing
 from bomemeta.errors import ConfigError, DataError
-from bomemeta.limits import available_memory, said
+from bomemeta.limits import available_memory, size_text
 
 
 @runtime_checkable
@@ -104,8 +104,8 @@ class EpisodesFrom(ImageEpisodes):
         wanted, memory = count * math.prod(self.image_shape), available_memory()
         if memory is not None and wanted > memory:
             raise DataError(
-                f"EpisodesFrom: {count} images of {self.channels} x {self.size} x {self.size} take {said(wanted)}; this "
-                f"machine has {said(memory)} free. Lower size, or keep the images in files: data set image_folder"
+                f"EpisodesFrom: {count} images of {self.channels} x {self.size} x {self.size} take {size_text(wanted)}; this "
+                f"machine has {size_text(memory)} free. Lower size, or keep the images in files: data set image_folder"
             )
         pixels = np.empty((count, *self.image_shape), np.uint8)
         labels: list[Hashable] = []

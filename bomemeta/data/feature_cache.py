@@ -1,7 +1,7 @@
 """Features of a frozen network, computed once per image and kept on the disk.
 
 FOLDER/features/KEY/features.npy      [n, d], row by row those of the data set's images
-FOLDER/features/KEY.STEP/START.npy    a run of rows, until all are there: an interrupted run goes on here
+FOLDER/features/KEY.STEP/START.npy    a run of rows, until all are there: an interrupted run resumes here
 """
 
 from __future__ import annotations

@@ -299,9 +299,9 @@ def split_of(code_point: int) -> Split:
     follows what it stands for.
     """
     characters = chr(code_point) + unicodedata.normalize("NFKD", chr(code_point))
-    words = " ".join(unicodedata.name(c, "") for c in characters).replace("-", " ").split()
+    parts = " ".join(unicodedata.name(c, "") for c in characters).replace("-", " ").split()
     for script, split in SPLIT_OF_SCRIPT.items():
-        if script in words:
+        if script in parts:
             return split
     return "train"
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bomemeta.boundary import refusing
 from bomemeta.errors import DataError
-from bomemeta.limits import available_memory, said
+from bomemeta.limits import available_memory, size_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,8 +53,8 @@ def decode(data: bytes, size: Size, channels: int, resize: Resize) -> Pixels:
         memory = available_memory() if wanted > LARGE else None
         if memory is not None and wanted > memory:
             raise UnreadableImage(
-                f"it says that it is {image.width} x {image.height} pixels, which takes {said(wanted)}; this "
-                f"machine has {said(memory)} free"
+                f"it says that it is {image.width} x {image.height} pixels, which takes {size_text(wanted)}; this "
+                f"machine has {size_text(memory)} free"
             )
         return pixels_of(image, size, channels, resize)
 

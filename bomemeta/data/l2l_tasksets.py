@@ -207,12 +207,12 @@ def global_random_states(key: tuple[int, ...]) -> Iterator[None]:
     afterwards they are what they were.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(key).generate_state(8)
+    seeds = np.random.SeedSequence(key).generate_state(8)
     try:
-        random.seed(int.from_bytes(words.astype("<u4").tobytes(), "little"))
-        np.random.seed(words)
+        random.seed(int.from_bytes(seeds.astype("<u4").tobytes(), "little"))
+        np.random.seed(seeds)
         # Not torch.manual_seed: that would reseed the accelerators too.
-        torch.default_generator.manual_seed(int(words[0]) << 32 | int(words[1]))
+        torch.default_generator.manual_seed(int(seeds[0]) << 32 | int(seeds[1]))
         yield
     finally:
         random.setstate(before[0])

@@ -213,15 +213,15 @@ def check_tasks(
                 for part, one, other, shape in zip(
                     RegressionTask._fields, drawn, again, shapes, strict=True
                 ):
-                    said = f"{where}: {part.replace('_', ' ')}"
+                    location = f"{where}: {part.replace('_', ' ')}"
                     got = f"{one.dtype} {list(one.shape)}"
                     if tuple(one.shape) != shape or not one.is_floating_point():
-                        raise _refused(said, f"got {got}; wanted floats {list(shape)}")
+                        raise _refused(location, f"got {got}; wanted floats {list(shape)}")
                     if not one.isfinite().all():
-                        raise _refused(said, "NaN or infinite numbers; wanted finite ones")
+                        raise _refused(location, "NaN or infinite numbers; wanted finite ones")
                     if not torch.equal(one, other):
                         raise _refused(
-                            said, "two draws with one key differ; wanted the same bits for it"
+                            location, "two draws with one key differ; wanted the same bits for it"
                         )
                     bits.update(one.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         content[f"first {split} tasks"] = bits.hexdigest()

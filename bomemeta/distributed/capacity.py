@@ -43,7 +43,7 @@ def check_capacity(options: RayOptions, say: Callable[[str], None] = lambda line
         options.wait_for_room_s,
     )
     deadline = time.monotonic() + patience
-    told = False
+    reported = False
     while (capacity := _capacity(options)).now < workers:
         if (capacity.at_all < workers and not waits) or time.monotonic() > deadline:
             if (missing := unmatched(options.worker_labels)) is not None:
@@ -54,9 +54,9 @@ def check_capacity(options: RayOptions, say: Callable[[str], None] = lambda line
                 f"{capacity.where}, room for {capacity.now} workers. Use fewer workers=, a smaller cpus_per_worker= or "
                 f"gpus_per_worker=, or end what else runs there{hint}"
             )
-        if not told and waits:
+        if not reported and waits:
             say(f"waiting for room for {workers} workers, {patience:g} s at most: {capacity.where}")
-            told = True
+            reported = True
         time.sleep(0.2)
 
 
@@ -68,11 +68,11 @@ def _capacity(options: RayOptions) -> _Capacity:
         nodes = [node["Resources"] for node in chosen]
         where, free = f"the cluster ({len(nodes)} nodes)", ray.available_resources()
         if labels:
-            where = f"the part of the cluster with worker_labels {said(labels)} ({len(nodes)} of {len(alive)} nodes)"
+            where = f"the part of the cluster with worker_labels {labels_text(labels)} ({len(nodes)} of {len(alive)} nodes)"
             free = free_on(chosen)
     elif labels:
         raise ClusterError(
-            f"worker_labels: got {said(labels)} in a placement group, as of a trial of Ray Tune: the group says where the "
+            f"worker_labels: got {labels_text(labels)} in a placement group, as of a trial of Ray Tune: the group says where the "
             "workers are. Take worker_labels out"
         )
     else:
@@ -109,7 +109,7 @@ def free_on(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: _sum(there, name) for name in ("CPU", "GPU")}
 
 
-def said(labels: Mapping[str, str]) -> str:
+def labels_text(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in labels.items())
 
 
@@ -132,7 +132,7 @@ def unmatched(selector: Mapping[str, str]) -> str | None:
         else f"none has a label {', '.join(selector)}"
     )
     return (
-        f"worker_labels: got {said(selector)}, and no node of the cluster ({len(alive)} nodes) is so: {have}. Change the key, "
+        f"worker_labels: got {labels_text(selector)}, and no node of the cluster ({len(alive)} nodes) is so: {have}. Change the key, "
         "or start nodes with `ray start --labels=NAME=VALUE`"
     )
 

@@ -283,7 +283,7 @@ class Fleet(Slots):
         slot.next_job, slot.next_refs = -1, []
 
     def proceed(self, slot: Slot) -> None:
-        """The slot's answer was heard: it goes on with what was given to it beforehand, or is idle."""
+        """The slot's answer was heard: it continues with what was given to it beforehand, or is idle."""
         if not slot.next_refs:
             self.rest(slot, Phase.IDLE)
             return
@@ -364,7 +364,7 @@ class Fleet(Slots):
                 f"{self.options.start_timeout_s:g}. {LOGS}"
             )
         self._on_event(
-            f"{slot} could not be started: it {loss}; the other workers go on without it"
+            f"{slot} could not be started: it {loss}; the other workers continue without it"
         )
 
     def _kill(self, slot: Slot, hung: bool) -> None:

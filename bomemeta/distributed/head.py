@@ -50,7 +50,7 @@ class HeadWatch:
         if self.lost:
             raise HeadLost(
                 f"the head of the Ray cluster at {self._address} is gone: it has not answered for {LOST_S:g} s. The same command "
-                "goes on when there is a cluster again"
+                "resumes when there is a cluster again"
             )
 
     def end(self) -> None:

@@ -73,7 +73,7 @@ class Led(NamedTuple):
     summed: bool
 
 
-class Told(NamedTuple):
+class LeaderReport(NamedTuple):
     """A leader's reply."""
 
     replies: list[bytes]  # pickled
@@ -135,7 +135,7 @@ class Leader:
             raise type(error)(f"{where}{error}{before}") from error
         lost = self._transport.replacements - self._lost
         self._lost += lost
-        told = Told(
+        report = LeaderReport(
             [reply.reply for reply in answer.replies],
             os.getpid(),
             self._transport.worker_pids(),
@@ -144,7 +144,7 @@ class Leader:
             [where + event for event in self._events],
         )
         self._events.clear()
-        return told, *([answer.total] if request.summed else []), *moved
+        return report, *([answer.total] if request.summed else []), *moved
 
     def _computed(
         self, broadcast: np.ndarray, calls: Sequence[ShardCall]
@@ -175,21 +175,21 @@ class Leaders(Fleet):
             backup_after=None,
         )
         super().__init__(factory, own, on_event, "leader")
-        self._told: dict[int, Told] = {}  # by the leader's process
+        self._reports: dict[int, LeaderReport] = {}  # by the leader's process
 
     @property
     def alive(self) -> int:
-        return sum(len(told.members) for told in self.told())
+        return sum(len(report.members) for report in self.reports())
 
-    def told(self) -> list[Told]:
+    def reports(self) -> list[LeaderReport]:
         """What the leaders that are there said last."""
         there = (slot.process.pid for slot in self.slots if slot.process is not None)
-        return [self._told[pid] for pid in there if pid in self._told]
+        return [self._reports[pid] for pid in there if pid in self._reports]
 
-    def hear(self, told: Told) -> None:
-        self._told[told.leader] = told
-        self.replacements += told.lost
-        for event in told.events:
+    def hear(self, report: LeaderReport) -> None:
+        self._reports[report.leader] = report
+        self.replacements += report.lost
+        for event in report.events:
             self._on_event(event)
 
     def start(self, deadline: float) -> None:
@@ -231,10 +231,10 @@ class LedTransport(RayTransport):
         return super().worker_pids()
 
     def worker_pids(self) -> list[int]:
-        return [pid for told in self._fleet.told() for pid in told.members]
+        return [pid for report in self._fleet.reports() for pid in report.members]
 
     def worker_nodes(self) -> list[str]:
-        return [node for told in self._fleet.told() for node in told.nodes]
+        return [node for report in self._fleet.reports() for node in report.nodes]
 
     def run(
         self,

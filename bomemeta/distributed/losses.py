@@ -106,7 +106,7 @@ def poison(what: str, times: int, loss: WorkerLost, options: RayOptions) -> str:
 
 
 def state_lost(error: ObjectLostError) -> str:
-    return f"lower state was lost with its node ({error.object_ref_hex}); go on from the last checkpoint"
+    return f"lower state was lost with its node ({error.object_ref_hex}); resume from the last checkpoint"
 
 
 def last_line(error: BaseException) -> str:

@@ -85,7 +85,7 @@ def check_own_node() -> None:
     if dead_raylets():
         raise ClusterLost(
             "the Ray node that this run had started on this machine has died: see raylet.err in the logs of its session "
-            "directory. The same command goes on"
+            "directory. The same command resumes the run"
         )
 
 

@@ -45,18 +45,18 @@ def session_folder() -> Iterator[Path]:
 
 def _made() -> Path:
     chosen = [os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"]
-    said = []
+    reasons = []
     for base in dict.fromkeys(each for each in chosen if each):
         prefix = os.path.join(os.path.realpath(base), "bm-")
         if len(os.fsencode(prefix)) + 8 > LONGEST_FOLDER:  # mkdtemp adds 8 characters
-            said.append(f"{base} is longer than {LONGEST_FOLDER - 12} bytes")
+            reasons.append(f"{base} is longer than {LONGEST_FOLDER - 12} bytes")
             continue
         try:
             return Path(tempfile.mkdtemp(dir=os.path.dirname(prefix), prefix="bm-"))
         except OSError as error:
-            said.append(f"{base}: {error.strerror}")
+            reasons.append(f"{base}: {error.strerror}")
     raise ClusterError(
-        f"Ray's session folder cannot be made ({'; '.join(said)}): a socket's path has at most {LONGEST_SOCKET} bytes. "
+        f"Ray's session folder cannot be made ({'; '.join(reasons)}): a socket's path has at most {LONGEST_SOCKET} bytes. "
         "Set RAY_TMPDIR to a short folder that you may write to"
     )
 

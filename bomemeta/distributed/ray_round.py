@@ -90,7 +90,7 @@ class RayRound:
         self._late: Soonest[int] = Soonest()
 
     def finish(self) -> np.ndarray | None:
-        """The round's sum, or an empty array where there is nothing to add; None: it goes on."""
+        """The round's sum, or an empty array where there is nothing to add; None: it is not finished."""
         if not self.plan.finished:
             return None
         self._scheduler.fade(
@@ -210,7 +210,7 @@ class RayRound:
                 self._set_load(slot, expected + (follows or 0.0))
 
     def _proceed(self, slot: Slot) -> None:
-        """The slot goes on with what was given to it beforehand, or is idle."""
+        """The slot continues with what was given to it beforehand, or is idle."""
         self._fleet.proceed(slot)
         if slot.phase is not Phase.BUSY:
             return

@@ -112,18 +112,18 @@ class ReadyCalls:
             if not self._queue:
                 break
             slowness = self._scheduler.slowness(worker)
-            for place in (-1, 0):  # the longest call, or else the shortest
-                cost = self._cost(-self._queue[place][1])
+            for side in (-1, 0):  # the longest call, or else the shortest
+                cost = self._cost(-self._queue[side][1])
                 if cost * slowness <= load.done_in_s(now, self._work_s, cost):
-                    given.append(Given(worker, self._take(place)))
+                    given.append(Given(worker, self._take(side)))
                     load.set(worker, now + cost * slowness, slowness)
                     break
             else:
                 break
         return given
 
-    def _take(self, place: int) -> int:
-        number = -self._queue.pop(place)[1]
+    def _take(self, side: int) -> int:
+        number = -self._queue.pop(side)[1]
         self._work_s -= self._cost(number)
         return number
 

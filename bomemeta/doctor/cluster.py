@@ -64,12 +64,12 @@ def ask(config: Config, patience_s: float = PATIENCE_S) -> Machines:
     try:
         answer = json.loads(lines[-1])
     except (IndexError, ValueError):
-        said = done.stderr.decode(errors="replace").strip().splitlines()
+        message = done.stderr.decode(errors="replace").strip().splitlines()
         return Machines(
             "cluster",
             [],
             {},
-            f"the process that asks {address} ended with {done.returncode}: {(said or ['no word'])[-1][:300]}",
+            f"the process that asks {address} ended with {done.returncode}: {(message or ['no word'])[-1][:300]}",
         )
     if answer.get("config_error"):
         raise ConfigError(answer["config_error"])
@@ -134,9 +134,9 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         free = capacity.free_on(alive) if labels else ray.available_resources()
         asked = {node["NodeID"]: started(machine.facts, node) for node in alive}
         facts = {
-            name: said
-            for name, said in answers(asked, min(deadline, time.monotonic() + ANSWER_S)).items()
-            if isinstance(said, dict)
+            name: message
+            for name, message in answers(asked, min(deadline, time.monotonic() + ANSWER_S)).items()
+            if isinstance(message, dict)
         }
         wanted = {
             name: amount

@@ -92,7 +92,7 @@ def batch_norm(problem: Problem) -> list[Finding]:
         )
         text = (
             f"transductive, in training and in testing: the statistics of {whose} normalise the queries, so they see each other. "
-            "Published figures may be of either kind; result.json has both (test_accuracy, test_accuracy_inductive)"
+            "Published values may be of either kind; result.json has both (test_accuracy, test_accuracy_inductive)"
         )
         found.append(
             Finding(

@@ -65,7 +65,7 @@ def line_through(points: Sequence[tuple[int, float]]) -> Line:
 
 
 class Dry(NamedTuple):
-    """What steps on so many tasks, all in one shard, came to."""
+    """The result of steps on so many tasks, all in one shard."""
 
     tasks: int
     worker_bytes: int  # most at any time, in the worker; on a GPU: allocated there
@@ -86,7 +86,7 @@ class Dry(NamedTuple):
 
 
 class Still(NamedTuple):
-    """What a step in which x stands still came to, on as many tasks as a `Dry`."""
+    """The result of a step in which x stands still, on as many tasks as a `Dry`."""
 
     reduces: int
     bytes_reduced: int  # from one shard

@@ -143,8 +143,8 @@ def short_inner_loop(solver: Solver, known: Reference) -> str:
     return (
         f"solver.inner_steps = {keys['inner_steps']} of solver.inner_lr = {keys['inner_lr']:.3g} see {100 * share:.2g} % of the slowest "
         f"direction, 1 - (1 - alpha mu)^T. For {100 * SEEN:.0f} % set solver.inner_steps={needed(keys['inner_lr'], known.smallest)}, "
-        f"or solver.inner_steps={needed(alpha, known.smallest)} with solver.inner_lr={alpha:.2g}; less may do for solvers whose y goes on "
-        "from step to step and that do not get v from these steps"
+        f"or solver.inner_steps={needed(alpha, known.smallest)} with solver.inner_lr={alpha:.2g}; less may do for solvers whose y "
+        "continues from step to step and that do not get v from these steps"
     )
 
 

@@ -80,27 +80,35 @@ def check(
     """
     settings = load_config(config, [*overrides, *OWN_KEYS])
     with trainer_of(settings, say) as trainer:
-        cut = _cut(trainer, tasks, run_dir, at_step, say)
-        return _report(trainer, cut, settle_steps, directions, say)
+        subproblem = _subproblem(trainer, tasks, run_dir, at_step, say)
+        return _report(trainer, subproblem, settle_steps, directions, say)
 
 
 def _report(
-    trainer: Trainer, cut: Subproblem, settle_steps: int, directions: int, say: Say
+    trainer: Trainer, subproblem: Subproblem, settle_steps: int, directions: int, say: Say
 ) -> Report:
     solver, seed = trainer.solver.unpaced(), mixed_seed(trainer.config.seed)
     say(f"the direction of {label(trainer.solver)} at a fixed x")
-    settled = settle(solver, cut.upper, cut.whole, settle_steps)
+    settled = settle(solver, subproblem.upper, subproblem.whole, settle_steps)
     say("the reference: y*, A v = grad_y f, eigenvalues of A")
     reasons = [settled.failure] if settled.failure else []
     known, found, trials, now = None, [], [], None
     try:
         adapts = trainer.problem.num_tasks is None and not settled.failure
         known = reference(
-            solver, cut.upper, settled.lower, cut.parts, advice.inner_loop(solver), adapts, seed
+            solver,
+            subproblem.upper,
+            settled.lower,
+            subproblem.parts,
+            advice.inner_loop(solver),
+            adapts,
+            seed,
         )
         reasons += undecidable(known)
         if not reasons:
-            found = differences(solver, cut.upper, cut.parts, known, directions, seed, say)
+            found = differences(
+                solver, subproblem.upper, subproblem.parts, known, directions, seed, say
+            )
             reasons += [text for text in (disagreement(known, found), stationary(known)) if text][
                 :1
             ]
@@ -122,7 +130,7 @@ def _report(
     if known is not None and (
         settled.failure or (now is not None and not reasons and now.word != "OK")
     ):
-        trials = _trials(solver, cut, known, settled, settle_steps, say)
+        trials = _trials(solver, subproblem, known, settled, settle_steps, say)
         notes = (
             advice.explain(solver, settled, known, now)
             if now is not None
@@ -139,8 +147,8 @@ def _report(
         notes.append(
             "finite differences are too rough here to confirm the reference: a loss has kinks, as networks with ReLU do"
         )
-    rows = _rows(trainer, cut, settled, known, found, now, trials)
-    numbers = _numbers(settled, known, found, now, trials, cut)
+    rows = _rows(trainer, subproblem, settled, known, found, now, trials)
+    numbers = _numbers(settled, known, found, now, trials, subproblem)
     notes = [note for note in notes if note]
     if reasons or now is None:
         cure = advice.cure(trials, None) if settled.failure else None
@@ -156,7 +164,12 @@ def _report(
 
 
 def _trials(
-    solver: Solver, cut: Subproblem, known: Reference, settled: Settled, settle_steps: int, say: Say
+    solver: Solver,
+    subproblem: Subproblem,
+    known: Reference,
+    settled: Settled,
+    settle_steps: int,
+    say: Say,
 ) -> list[Trial]:
     """The solver again with other keys, until one is OK; keys that change nothing at all are left
     out.
@@ -172,7 +185,7 @@ def _trials(
         except (ConfigError, ValueError):  # what the class itself refuses
             continue
         say(f"once more with {trial.keys}")
-        again = settle(other, cut.upper, cut.whole, settle_steps)
+        again = settle(other, subproblem.upper, subproblem.whole, settle_steps)
         if again.direction is None:
             trials.append(trial)
         elif settled.direction is None or not torch.equal(again.direction, settled.direction):
@@ -197,7 +210,7 @@ def _headline(now: Comparison, trials: Sequence[Trial], penalty: bool) -> str:
     return f"{text}. More work or another step size does not help: see whether the formula is right"
 
 
-def _cut(
+def _subproblem(
     trainer: Trainer, tasks: int, run_dir: str | Path | None, at_step: int | None, say: Say
 ) -> Subproblem:
     if tasks < 1:
@@ -245,7 +258,7 @@ def _cut(
 
 def _rows(
     trainer: Trainer,
-    cut: Subproblem,
+    subproblem: Subproblem,
     settled: Settled,
     known: Reference | None,
     found: Sequence[FiniteDifference],
@@ -253,13 +266,14 @@ def _rows(
     trials: Sequence[Trial],
 ) -> list[tuple[str, str]]:
     what = ("block" if isinstance(trainer.problem, SharedProblem) else "task") + (
-        "s" if cut.tasks > 1 else ""
+        "s" if subproblem.tasks > 1 else ""
     )
-    numbers = sum(tensor.numel() for tensor in cut.upper.values())
+    numbers = sum(tensor.numel() for tensor in subproblem.upper.values())
     rows = [
         (
             "checked",
-            f"{label(trainer.solver)} on {label(trainer.problem)}: {cut.tasks} {what}, {numbers} numbers in x, step {cut.step}",
+            f"{label(trainer.solver)} on {label(trainer.problem)}: {subproblem.tasks} {what}, "
+            f"{numbers} numbers in x, step {subproblem.step}",
         )
     ]
     if settled.direction is not None:
@@ -312,7 +326,7 @@ def _numbers(
     found: Sequence[FiniteDifference],
     now: Comparison | None,
     trials: Sequence[Trial],
-    cut: Subproblem,
+    subproblem: Subproblem,
 ) -> dict[str, Any]:
     """Everything for `--json`."""
     values = (
@@ -321,8 +335,8 @@ def _numbers(
         else {}
     )
     return {
-        "tasks": cut.tasks,
-        "step": cut.step,
+        "tasks": subproblem.tasks,
+        "step": subproblem.step,
         "relative_error": now and now.error,
         "cosine": now and now.cosine,
         "length": now and now.length,

@@ -43,7 +43,7 @@ class _Block(NamedTuple):
     mean: Tensor
     inverse_deviation: Tensor
     pooled: Tensor  # after the ReLU
-    chosen: Tensor  # the maxima's places
+    chosen: Tensor  # the maxima's positions
 
 
 class _FirstBlock(NamedTuple):

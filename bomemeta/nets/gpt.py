@@ -87,8 +87,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        hidden = self.tokens(tokens) + self.positions(places)
+        indices = torch.arange(tokens.shape[1], device=tokens.device)
+        hidden = self.tokens(tokens) + self.positions(indices)
         for block in self.blocks:
             again = self.recompute and torch.is_grad_enabled()
             hidden = _recomputed(block, hidden) if again else block(hidden)

@@ -15,7 +15,7 @@ from bomemeta.errors import ConfigError
 @dataclass
 class Statistics:
     """What the norms of one network look at: the number of first rows that make the statistics, for
-    the call that is going on. None: all rows.
+    the current call. None: all rows.
     """
 
     rows: int | None = None

@@ -64,8 +64,10 @@ def lines(
                 axes.fill_between(steps, (mean - width) * scale, (mean + width) * scale, color=colour(0), alpha=0.18)  # fmt: skip
         if found and min(found) > 0 and max(found) > 100 * min(found) and not per_cent:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")  # not as mathematics
-            axes.yaxis.set_minor_formatter(lambda value, place: "")
+            axes.yaxis.set_major_formatter(
+                lambda value, position: f"{value:g}"
+            )  # not as mathematics
+            axes.yaxis.set_minor_formatter(lambda value, position: "")
         axes.set_xlabel("step")
         if per_cent:
             axes.set_ylabel("%")

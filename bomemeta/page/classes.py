@@ -28,20 +28,20 @@ def by_class(found: Examination) -> Html:
     """Accuracy of every class, and which is taken for which."""
     counts = found.confusion()
     if counts is None:
-        words = (
+        message = (
             "The data set does not say which classes its episodes have (a method `class_names`), and a label "
             "means another class in each episode: there is nothing to count."
         )
-        return html.section("Accuracy per class", html.paragraph(words))
+        return html.section("Accuracy per class", html.paragraph(message))
     rows = _accuracies(counts)
     header = ("class", "samples", "accuracy", "")
     if len(rows) <= 2 * LISTED:
         lists = html.table(header, rows, "bars")
     else:
-        told = f"{len(rows)} classes came up. The {LISTED} with the lowest accuracy, then the {LISTED} with the highest."
+        caption = f"{len(rows)} classes came up. The {LISTED} with the lowest accuracy, then the {LISTED} with the highest."
         lists = html.joined(
             [
-                html.paragraph(told, "dim"),
+                html.paragraph(caption, "dim"),
                 html.table(header, rows[:LISTED], "bars"),
                 Html("<h3>Highest</h3>"),
                 html.table(header, rows[-LISTED:], "bars"),
@@ -62,7 +62,7 @@ def episodes(found: Examination) -> Html:
         if not found.episodes:
             why = "There are no episodes: one y is tested on the whole test part."
         return html.section("Worst and best test episodes", html.paragraph(why))
-    told = (
+    caption = (
         f"Of {found.episodes} episodes. First the support images of a class, then its queries, wrong ones first and with a dashed "
         f"frame. At most {WAYS} classes, {SUPPORT} support images and {QUERIES} queries of each are shown."
     )
@@ -73,15 +73,15 @@ def episodes(found: Examination) -> Html:
         if one.task in found.pictures
     ]
     grid = Html(f"<div class=episodes>{html.joined(boxes)}</div>")
-    return html.section("Worst and best test episodes", html.paragraph(told, "dim"), grid)
+    return html.section("Worst and best test episodes", html.paragraph(caption, "dim"), grid)
 
 
 def embedding(found: Examination) -> Html:
     """The features of one test episode's classes, in two dimensions."""
     title = "Test classes in two dimensions"
     if found.embedding is None:
-        words = "Features are shown of few-shot image classification alone."
-        return html.section(title, html.paragraph(words))
+        message = "Features are shown of few-shot image classification alone."
+        return html.section(title, html.paragraph(message))
     features, labels, names = found.embedding
     few = min(len(names), len(LIGHT))
     chosen = [row for row, label in enumerate(labels) if label < few]
@@ -89,12 +89,12 @@ def embedding(found: Examination) -> Html:
     drawing = charts.scatter(
         "Features of test episode 0", points.numpy(), [labels[row] for row in chosen], names[:few]
     )
-    told = (
+    caption = (
         f"Principal components (PCA, torch.linalg.svd) of what the head sees of {len(chosen)} images of "
         f"{few} test classes, support and queries, {features.shape[1]} numbers each. The two components "
         f"hold {100 * share:.0f} % of the variance."
     )
-    return html.section(title, html.figure(drawing, told, True))
+    return html.section(title, html.figure(drawing, caption, True))
 
 
 def components(features: Tensor) -> tuple[Tensor, float]:
@@ -126,24 +126,26 @@ def _accuracies(counts: Counter[tuple[str, str]]) -> list[Sequence[str | Html]]:
 
 def _matrix(counts: Counter[tuple[str, str]]) -> Html:
     classes = _sorted({name for pair in counts for name in pair})
-    told = "A row is the true class, a column what it was taken for; shades are shares of the row."
+    caption = (
+        "A row is the true class, a column what it was taken for; shades are shares of the row."
+    )
     chosen = classes
     if len(classes) > IN_MATRIX:
         pairs = [name for pair, _ in _wrong(counts).most_common() for name in pair]
         chosen = list(dict.fromkeys(pairs))[:IN_MATRIX]
-        told += f" {len(chosen)} of {len(classes)} classes, those of the most frequent errors."
+        caption += f" {len(chosen)} of {len(classes)} classes, those of the most frequent errors."
         if not chosen:
             return html.paragraph("No sample was taken for another class.")
     numbered = any(len(name) > SHORT for name in chosen)  # else the table would be too wide
     rows = []
-    for place, true in enumerate(chosen, 1):
+    for row_number, true in enumerate(chosen, 1):
         row = [counts[true, predicted] for predicted in chosen]
         whole = max(sum(number for (name, _), number in counts.items() if name == true), 1)
         cells = [html.heat(number / whole, str(number) if number else "") for number in row]
-        rows.append([html.long(f"{place}  {true}" if numbered else true), *cells])
-    columns = [str(place) for place in range(1, len(chosen) + 1)] if numbered else chosen
+        rows.append([html.long(f"{row_number}  {true}" if numbered else true), *cells])
+    columns = [str(row_number) for row_number in range(1, len(chosen) + 1)] if numbered else chosen
     table = html.table(["true \\ predicted", *columns], rows, "heat")
-    return html.joined([html.paragraph(told, "dim"), table])
+    return html.joined([html.paragraph(caption, "dim"), table])
 
 
 def _wrong(counts: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:

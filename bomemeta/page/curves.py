@@ -56,8 +56,8 @@ def learning(curves: Mapping[str, Curve]) -> Html:
 def barrier(curves: Mapping[str, Curve]) -> Html:
     """lambda, q, and the gradients of q."""
     if "multiplier" not in curves and "gap" not in curves:
-        words = "The solver has no lambda and no q: it follows the hypergradient in another way."
-        return html.section("Lambda and q", html.paragraph(words))
+        message = "The solver has no lambda and no q: it follows the hypergradient in another way."
+        return html.section("Lambda and q", html.paragraph(message))
     drawn = _chart("Lambda", {"lambda": "multiplier"}, curves)
     drawn += _chart("q, the lower problem's gap", {"q": "gap"}, curves)
     zero = curves.get("multiplier_zero_share")
@@ -118,10 +118,10 @@ def time(curves: Mapping[str, Curve]) -> Html:
         for label, curve in parts.items()
     ]
     rows.append(("whole step", f"{statistics.median(whole.values):.3g} s", "", ""))
-    told = f"{len(whole.values)} steps took {duration(total)} together, without validations and checkpoints."
+    caption = f"{len(whole.values)} steps took {duration(total)} together, without validations and checkpoints."
     return html.section(
         "Time per step",
-        html.paragraph(told, "dim"),
+        html.paragraph(caption, "dim"),
         html.joined(drawn),
         html.table(("part", "median", "share", ""), rows, "bars"),
     )

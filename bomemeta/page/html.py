@@ -87,9 +87,9 @@ def joined(parts: Iterable[str], between: str = "") -> Html:
     return Html(between.join(parts))
 
 
-def paragraph(words: str, kind: str = "") -> Html:
+def paragraph(message: str, kind: str = "") -> Html:
     """A paragraph of plain text."""
-    return Html(f"<p{_class(kind)}>{text(words)}</p>")
+    return Html(f"<p{_class(kind)}>{text(message)}</p>")
 
 
 def section(title: str, *parts: Html) -> Html:
@@ -134,8 +134,8 @@ def long(value: object) -> Html:
 
 def figure(drawing: Html, caption: str = "", alone: bool = False) -> Html:
     """A drawing with the words under it."""
-    words = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
-    return Html(f"<figure{_class('alone' if alone else '')}>{drawing}{words}</figure>\n")
+    below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
+    return Html(f"<figure{_class('alone' if alone else '')}>{drawing}{below}</figure>\n")
 
 
 def figures(drawings: Sequence[Html]) -> Html:

@@ -88,8 +88,8 @@ def _examined(source: Source, episodes: int | None, say: Callable[[str], None]) 
 def _of_classes(found: Examination) -> list[Html]:
     if not found.tested:
         why = found.why.rstrip(".")
-        words = f"{why}. Accuracy per class, confusions, episodes and features are left out."
-        return [html.section("Classes", html.paragraph(words))]
+        message = f"{why}. Accuracy per class, confusions, episodes and features are left out."
+        return [html.section("Classes", html.paragraph(message))]
     return [classes.by_class(found), classes.episodes(found), classes.embedding(found)]
 
 
@@ -134,28 +134,28 @@ def _with_interval(source: Source, name: str) -> str:
 
 def _health(source: Source) -> Html:
     """The findings, from the log: result.json has those of the last process alone."""
-    monitor, said = HealthMonitor(), []
+    monitor, reported = HealthMonitor(), []
     for line in source.log:
         step = int(line["step"])
         numbers = {name: value for name, value in line.items() if name != "step"}
-        said += [f"step {step}: {finding}" for finding in monitor.update(step, numbers)]
+        reported += [f"step {step}: {finding}" for finding in monitor.update(step, numbers)]
     if len(source.log) < 50:
-        told = f"The health monitor looks at 50 steps at a time, and the log has {len(source.log)}: it has nothing to say yet."
-    elif said:
-        told = "The health monitor found:"
+        caption = f"The health monitor looks at 50 steps at a time, and the log has {len(source.log)}: it has nothing to say yet."
+    elif reported:
+        caption = "The health monitor found:"
     else:
-        told = "The health monitor found nothing wrong."
-    findings = {finding.partition(": ")[2] for finding in said}
+        caption = "The health monitor found nothing wrong."
+    findings = {finding.partition(": ")[2] for finding in reported}
     noted = source.result.get("notes") if source.result is not None else []
     notes = [note for note in texts(noted) if note not in findings]
     more = [Html("<h3>Notes of the run</h3>"), html.listing(notes)] if notes else []
-    return html.section("Health", html.paragraph(told), html.listing(said), *more)
+    return html.section("Health", html.paragraph(caption), html.listing(reported), *more)
 
 
 def _metrics(source: Source) -> Html:
     if source.result is None:
-        words = "The run has not ended: there are no final metrics yet."
-        return html.section("Final metrics", html.paragraph(words))
+        message = "The run has not ended: there are no final metrics yet."
+        return html.section("Final metrics", html.paragraph(message))
     rows = [(html.long(name), f"{value:.6g}") for name, value in source.metrics.items()]
     return html.section("Final metrics", html.table(("metric", "value"), rows))
 
@@ -163,9 +163,9 @@ def _metrics(source: Source) -> Html:
 def _record(source: Source) -> Html:
     there = source.result.get("versions") if source.result is not None else None
     if isinstance(there, Mapping):
-        told, found = "The versions of the run's last process.", dict(there)
+        caption, found = "The versions of the run's last process.", dict(there)
     else:
-        told = "The versions that made this page: a run writes down its own at its end."
+        caption = "The versions that made this page: a run writes down its own at its end."
         found = {"python": platform.python_version(), **versions(*PACKAGES)}
     rows = [
         ("SHA-256 of x", html.long(source.sha256 or "there is no checkpoint")),
@@ -176,7 +176,7 @@ def _record(source: Source) -> Html:
     config = Html(f"<pre>{html.text(dump(source.settings.to_dict()))}</pre>")
     return html.joined(
         [
-            html.section("What it was made with", html.paragraph(told, "dim"), html.table(("", ""), rows)),
+            html.section("What it was made with", html.paragraph(caption, "dim"), html.table(("", ""), rows)),
             html.section("Config", html.folded("every key with its value", config)),
         ]
     )  # fmt: skip

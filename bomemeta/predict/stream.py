@@ -81,8 +81,8 @@ class StreamClassifier:
         return float((self.predict(X, task) == np.asarray(y)).mean())
 
     def _in_question(self, task: int | None) -> Tensor:
-        told = self._problem.protocol == "task_incremental"
-        if task is None and told and self._problem.stream == "split":
+        needs_task = self._problem.protocol == "task_incremental"
+        if task is None and needs_task and self._problem.stream == "split":
             raise ConfigError(
                 f"task: missing; protocol task_incremental tells the task. Give its number, 0 to {self.tasks - 1}"
             )

@@ -171,13 +171,13 @@ def _of_pairs(folder: Path) -> Trial:
         raise DataError(f"{folder / PAIRS} cannot be read: {error}") from error
     query, labels, support = [], [], {}
     for number, line in enumerate(lines, start=1):
-        if not (words := line.split()):
+        if not (entries := line.split()):
             continue
-        if len(words) != 2:
+        if len(entries) != 2:
             raise DataError(
                 f"{folder / PAIRS}:{number}: got {line!r}; wanted a query image and its class's image"
             )
-        test, training = (folder.parent / word for word in words)
+        test, training = (folder.parent / word for word in entries)
         query.append(test)
         labels.append(training.stem)
         support[training.stem] = training

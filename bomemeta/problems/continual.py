@@ -197,8 +197,8 @@ class Continual(StreamProblem):
         }
 
     def _start(self) -> Params:
-        words = np.random.SeedSequence((self.seed, NETWORK)).generate_state(1, np.uint64)
-        start = self._network.initial(torch.Generator().manual_seed(int(words[0]) >> 1))
+        seeds = np.random.SeedSequence((self.seed, NETWORK)).generate_state(1, np.uint64)
+        start = self._network.initial(torch.Generator().manual_seed(int(seeds[0]) >> 1))
         return {name: tensor.to(self.dtype) for name, tensor in start.items()}
 
     # The samples of a step
@@ -299,11 +299,11 @@ class Continual(StreamProblem):
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """The accuracy on every task, also on those that have not come yet."""
-        figures = {}
+        metrics = {}
         for t in range(self._tasks):
             hits = self._predicted(encoded, lower, batch, t) == batch["test_labels"][t]
-            figures[report.figure_name(t)] = (batch["test_weight"][t] * hits).sum()
-        return figures
+            metrics[report.metric_name(t)] = (batch["test_weight"][t] * hits).sum()
+        return metrics
 
     def classified(self, encoded: Encoded, lower: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         found = torch.stack([self._predicted(encoded, lower, batch, t) for t in range(self._tasks)])

@@ -1,4 +1,4 @@
-"""A stream that goes on with other files' data: what was appended, and the stream as a whole."""
+"""A stream that continues with other files' data: what was appended, and the stream as a whole."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Whole(NamedTuple):
 
 
 def whole_stream(data: LabelledArrays, spec: StreamSpec, appended: Sequence[AppendedData]) -> Whole:
-    """`spec` is of the data set's own tasks. Raises DataError where an appended file does not go on with
+    """`spec` is of the data set's own tasks. Raises DataError where an appended file does not continue
     it.
     """
     names = names_of(data)
@@ -123,19 +123,19 @@ def _numbers(names: list[Any], more: LabelledArray, kind: Kind, path: str) -> Te
     if kind == "split":
         if there:
             raise DataError(
-                f"{path}: the stream has {_said(there)} already. A task of a split stream has classes of its "
+                f"{path}: the stream has {_listed(there)} already. A task of a split stream has classes of its "
                 "own: give new classes other labels"
             )
         names += theirs
     elif len(there) < len(theirs):
         unknown = [name for name in theirs if name not in names]
         raise DataError(
-            f"{path}: the stream has no {_said(unknown)}; it has {_said(names)}. With stream: {kind} all "
+            f"{path}: the stream has no {_listed(unknown)}; it has {_listed(names)}. With stream: {kind} all "
             "tasks have the same classes"
         )
     return torch.tensor([names.index(name) for name in theirs])
 
 
-def _said(names: Sequence[Any]) -> str:
+def _listed(names: Sequence[Any]) -> str:
     shown = ", ".join(map(str, names[:SHOWN]))
     return f"class{'es' if len(names) > 1 else ''} {shown}{', ...' if len(names) > SHOWN else ''}"

@@ -50,9 +50,9 @@ class Memory:
                 self.slots[first:last] = order[number % capacity] if capacity else NONE
             else:
                 drawn = draw.integers(0, number + 1)
-                place = np.where(number < capacity, number, drawn)
+                location = np.where(number < capacity, number, drawn)
                 self.slots[first:last] = (
-                    np.where(place < capacity, order[np.minimum(place, capacity - 1)], NONE)
+                    np.where(location < capacity, order[np.minimum(location, capacity - 1)], NONE)
                     if capacity
                     else NONE
                 )
@@ -66,9 +66,9 @@ class Memory:
         content = np.full(self._shape, NONE, np.int64)
         evicted = np.full(len(self.slots), NONE, np.int64)
         for row in np.flatnonzero(self.slots != NONE):
-            place = self.tasks[row], self.slots[row]
-            evicted[row] = content[place]
-            content[place] = row
+            location = self.tasks[row], self.slots[row]
+            evicted[row] = content[location]
+            content[location] = row
         return evicted
 
     def _begin(self) -> None:

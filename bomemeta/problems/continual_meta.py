@@ -233,7 +233,7 @@ class ContinualMeta(Problem):
         pass has seen. `accuracy` and `loss` at the longest length, and `baseline_accuracy` of the
         nearest class mean in raw pixels there.
         """
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         labels, query_labels = batch["labels"], batch["query_labels"]
         longest = self.lengths[-1]
         for length, head in zip(self.lengths, encoded["heads"], strict=True):
@@ -243,15 +243,15 @@ class ContinualMeta(Problem):
             ):
                 rows = len(wanted) // longest * length
                 hits = (inputs[:rows] @ head[:, :length]).argmax(1) == wanted[:rows]
-                figures[f"{name}{report.figure_name(length)}"] = hits.to(head.dtype).mean()
+                metrics[f"{name}{report.metric_name(length)}"] = hits.to(head.dtype).mean()
         pixels = batch["images"].flatten(1)
         means = pixels[: len(labels)].reshape(longest, -1, pixels.shape[1]).mean(1)
         nearest = torch.cdist(pixels[len(labels) :], means).argmin(1)
         return {
-            "accuracy": figures[report.figure_name(longest)],
+            "accuracy": metrics[report.metric_name(longest)],
             "loss": self.upper_loss(encoded, lower, batch),
             "baseline_accuracy": (nearest == query_labels).to(pixels.dtype).mean(),
-            **figures,
+            **metrics,
         }
 
     def evaluation_variants(self) -> Mapping[str, Mapping[str, Any]]:

@@ -10,18 +10,18 @@ from bomemeta.problems.continual_report import new_figure, png_of
 
 PREFIX = "accuracy_classes_"
 # What is reported at every number of classes, by the name that the engine gives it, and how the
-# figure calls it.
+# image calls it.
 CURVES = {"test_": "held-out images", "test_trajectory_": "images of the trajectory"}
 
 
-def figure_name(classes: int) -> str:
+def metric_name(classes: int) -> str:
     return f"{PREFIX}{classes:03d}"
 
 
 def files(
     metrics: Mapping[str, float], about: Mapping[str, Any], ceiling: str | None
 ) -> dict[str, bytes]:
-    """`accuracy_classes.json` and `accuracy_classes.png` from a run's final figures; nothing where
+    """`accuracy_classes.json` and `accuracy_classes.png` from a run's final metrics; nothing where
     these are not there.
 
     `ceiling`: the metric of the i.i.d. pass over the longest trajectories.

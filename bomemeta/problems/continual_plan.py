@@ -62,7 +62,7 @@ def check(problem: Continual) -> None:
     check_rows(data, problem.dtype)
     if objective == "joint" and problem.appended:
         raise ConfigError(
-            "problem.appended: objective joint draws from all tasks at once, which a stream that goes on later does not have. "
+            "problem.appended: objective joint draws from all tasks at once, which a stream that is continued later does not have. "
             "Train anew on everything"
         )
     if problem.method == "ctn" and problem.protocol == "class_incremental":

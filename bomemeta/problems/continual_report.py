@@ -16,7 +16,7 @@ Matrix = NDArray[np.float64]
 PREFIX = "accuracy_task_"
 
 
-def figure_name(task: int) -> str:
+def metric_name(task: int) -> str:
     return f"{PREFIX}{task:02d}"
 
 
@@ -26,11 +26,11 @@ def matrix_of(history: Sequence[Mapping[str, float]]) -> Matrix:
         (name for name in history[-1] if name.startswith(PREFIX)),
         key=lambda name: int(name.removeprefix(PREFIX)),
     )
-    return np.array([[figures.get(name, np.nan) for name in names] for figures in history])
+    return np.array([[metrics.get(name, np.nan) for name in names] for metrics in history])
 
 
 def scores(matrix: Matrix, chance: Sequence[float]) -> dict[str, float]:
-    """The field's figures, over the T tasks learned so far; those that compare tasks want T of 2 or
+    """The field's metrics, over the T tasks learned so far; those that compare tasks want T of 2 or
     more.
 
     acc = mean_j a[T-1, j],  ft = mean_j a[j, j],  nbt = mean_j (a[j, j] - a[T-1, j]):  ft = acc +
@@ -48,9 +48,9 @@ def scores(matrix: Matrix, chance: Sequence[float]) -> dict[str, float]:
             "fm": (np.nanmax(learned[:-1, :-1], 0) - last[:-1]).mean(),
             "bwt": (last - own)[:-1].mean(),
         }
-        ahead = learned.diagonal(1) - np.asarray(chance)[1:t]
-        if not np.isnan(ahead).all():
-            found["fwt"] = np.nanmean(ahead)
+        next_task = learned.diagonal(1) - np.asarray(chance)[1:t]
+        if not np.isnan(next_task).all():
+            found["fwt"] = np.nanmean(next_task)
     return {name: float(value) for name, value in found.items()}
 
 

@@ -63,7 +63,7 @@ class Samples:
             self._draw(ORDER).permutation(starts[-1]) if plan.shuffled else np.arange(starts[-1])
         )
         tasks = [(0, starts[-1])] if plan.shuffled else list(itertools.pairwise(starts))
-        # First and last place in `_order` of every incoming batch; a task's last batch may be
+        # First and last position in `_order` of every incoming batch; a task's last batch may be
         # smaller.
         self._batches = [
             (i, min(i + plan.batch, last))

@@ -153,13 +153,13 @@ def svm_dual(kernel: Tensor, targets: Tensor, bound: float) -> Tensor:
     with torch.no_grad():
         # The largest row sum bounds the largest eigenvalue.
         rate = 1 / kernel.abs().sum(-1).amax(-1)[..., None, None]
-        beta = ahead = torch.full_like(targets, bound / ways)
+        beta = extrapolated = torch.full_like(targets, bound / ways)
         momentum = 1.0
         for _ in range(DUAL_STEPS):  # Beck and Teboulle, 2009
-            grad = targets - kernel @ (bound * targets - ahead)
-            moved = on_simplex(ahead - rate * grad, bound)
+            grad = targets - kernel @ (bound * targets - extrapolated)
+            moved = on_simplex(extrapolated - rate * grad, bound)
             following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-            ahead = moved + (momentum - 1) / following * (moved - beta)
+            extrapolated = moved + (momentum - 1) / following * (moved - beta)
             beta, momentum = moved, following
         free = (beta > ACTIVE * bound).to(kernel.dtype)
     # On the free beta: K beta + nu = bound K E - E, sum_c beta_nc = bound; the others stay 0.

@@ -119,10 +119,10 @@ def softmax_regression(inputs: Tensor, weights: Tensor, labels: Tensor) -> Regre
     """
     logits = inputs @ weights
     log_probabilities = functional.log_softmax(logits, dim=2)
-    places = labels[:, :, None]
+    indices = labels[:, :, None]
     residual = log_probabilities.exp().scatter_add_(
-        2, places, log_probabilities.new_full((), -1.0).expand_as(places)
+        2, indices, log_probabilities.new_full((), -1.0).expand_as(indices)
     )
     return Regression(
-        -log_probabilities.gather(2, places).mean((1, 2)), residual.div_(labels.shape[1]), logits
+        -log_probabilities.gather(2, indices).mean((1, 2)), residual.div_(labels.shape[1]), logits
     )

@@ -27,7 +27,7 @@ from bomemeta.data.pictures import Picture, picture_of
 from bomemeta.errors import ConfigError
 from bomemeta.nets.small import SmallConv, mlp
 from bomemeta.problems.blocks import block_rows
-from bomemeta.problems.reweighting_samples import Cut, samples
+from bomemeta.problems.reweighting_samples import Selection, samples
 from bomemeta.registry import problems
 
 Size = Annotated[int, Field(ge=1)]
@@ -104,8 +104,10 @@ class Reweighting(SharedProblem):
         part = self.data.examples("train")
         self._picture = _picture(self.data)
         self._shape = (self.data.features,) if self._picture is None else self._picture.shape
-        cut = Cut(self.train, self.clean, self.labels, self.noise, self.imbalance, self.seed)
-        self._samples = samples(self.data, cut)
+        selection = Selection(
+            self.train, self.clean, self.labels, self.noise, self.imbalance, self.seed
+        )
+        self._samples = samples(self.data, selection)
         self._moments = part.moments()
         self._net = self.build().to(self.dtype)
         self._tests: dict[int, Batch] = {}

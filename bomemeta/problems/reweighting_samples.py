@@ -34,7 +34,7 @@ class Samples(NamedTuple):
     clean: NDArray[np.int64]
 
 
-class Cut(NamedTuple):
+class Selection(NamedTuple):
     """How they are chosen."""
 
     train: int | None  # None: all that are left
@@ -45,33 +45,33 @@ class Cut(NamedTuple):
     seed: int
 
 
-def samples(data: LabelledArrays, cut: Cut) -> Samples:
+def samples(data: LabelledArrays, selection: Selection) -> Samples:
     """The clean samples are drawn first, as many of each class as can be; then the training ones from
     the rest, cut to a long tail where `imbalance` is above 1: class c of C keeps its first
     imbalance^(-c / (C - 1)). Then the share `noise` of the labels is changed to another class.
     """
     true = data.examples("train").labels.numpy()
     classes = data.classes
-    order = np.random.default_rng((cut.seed, ORDER)).permutation(len(true))
-    each = cut.clean // classes
+    order = np.random.default_rng((selection.seed, ORDER)).permutation(len(true))
+    each = selection.clean // classes
     clean = np.sort(np.concatenate([order[true[order] == c][:each] for c in range(classes)]))
     if len(clean) < each * classes or each < 1:
         raise DataError(
-            f"problem.clean: got {cut.clean}; it wants {max(each, 1)} samples of each of the {classes} classes, which the data set does "
-            "not have. Give a multiple of the number of classes that each has samples for"
+            f"problem.clean: got {selection.clean}; it wants {max(each, 1)} samples of each of the {classes} classes, which the data set "
+            "does not have. Give a multiple of the number of classes that each has samples for"
         )
     rest = order[~np.isin(order, clean)]
-    kept = [_tail(rest[true[rest] == c], c, classes, cut.imbalance) for c in range(classes)]
+    kept = [_tail(rest[true[rest] == c], c, classes, selection.imbalance) for c in range(classes)]
     rest = rest[np.isin(rest, np.concatenate(kept))]
-    if cut.train is not None and cut.train > len(rest):
+    if selection.train is not None and selection.train > len(rest):
         raise DataError(
-            f"problem.train: got {cut.train}; {len(rest)} samples are left beside the clean ones and after the cut to "
-            f"imbalance {cut.imbalance:g}: make it smaller"
+            f"problem.train: got {selection.train}; {len(rest)} samples are left beside the clean ones and after the cut to "
+            f"imbalance {selection.imbalance:g}: make it smaller"
         )
-    train = rest[: cut.train]
-    given = _labels(data, cut.labels)[train].copy()
-    draw = np.random.default_rng((cut.seed, NOISE))
-    changed = draw.permutation(len(train))[: round(cut.noise * len(train))]
+    train = rest[: selection.train]
+    given = _labels(data, selection.labels)[train].copy()
+    draw = np.random.default_rng((selection.seed, NOISE))
+    changed = draw.permutation(len(train))[: round(selection.noise * len(train))]
     shift = draw.integers(1, classes, len(changed))
     given[changed] = (given[changed] + shift) % classes
     return Samples(train, given, given != true[train], clean)

@@ -182,12 +182,12 @@ def _tables(records: Records, data: DataName, amount: int) -> list[Table]:
     rows: list[list[Cell]] = []
     for name, record in methods.items():
         equal, timed = record.at("gradients", amount), record.at("seconds", seconds)
-        figures = [equal.get(figure) for figure in ("test_accuracy", "f1", "test_loss")]
+        values = [equal.get(figure) for figure in ("test_accuracy", "f1", "test_loss")]
         rows.append(
             [
                 METHODS[name][0],
                 equal["step"],
-                *figures,
+                *values,
                 timed.get("test_accuracy"),
                 timed.get("f1"),
                 record.last["seconds"],
@@ -202,14 +202,14 @@ def _tables(records: Records, data: DataName, amount: int) -> list[Table]:
         rows=rows,
     )  # fmt: skip
     lines: list[list[Cell]] = []
-    for name, words in REFERENCES.items():
+    for name, description in REFERENCES.items():
         found = records.get(f"reference_{name}")
-        figures = (
+        values = (
             [found.last.get("test_accuracy"), found.last.get("test_loss")]
             if found is not None
             else [None, None]
         )
-        lines.append([words, *figures, PUBLISHED[data][name]])
+        lines.append([description, *values, PUBLISHED[data][name]])
     columns = [
         Column("trained on"),
         Column("accuracy, %", ".2%"),
@@ -231,8 +231,8 @@ def _draw(figure: Any, records: Records) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     labels = {name: label for name, (label, _) in METHODS.items()}
     levels = {
-        f"trained on {words}": records[f"reference_{name}"].last["test_accuracy"]
-        for name, words in REFERENCES.items()
+        f"trained on {description}": records[f"reference_{name}"].last["test_accuracy"]
+        for name, description in REFERENCES.items()
         if f"reference_{name}" in records
     }
     draw_curves(panels[0], records, labels, "gradients", "test_accuracy")

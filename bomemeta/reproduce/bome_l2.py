@@ -77,7 +77,7 @@ def make(length: Length, seed: int) -> Experiment:
             "BOME's y takes steps on the validation loss too: what it gains at its own y over the train half alone is to be "
             "read against the control, a plain classifier that is trained on both halves and has no x. `solved` does not settle "
             "it: it starts at BOME's y, and g is so flat that these steps do not forget the validation rows, as the control's "
-            "own solved figure shows. What settles it is `change of x`, the root mean square over its numbers: a log-decay that "
+            "own solved value shows. What settles it is `change of x`, the root mean square over its numbers: a log-decay that "
             "changes by c changes its penalty by the share c. In a step with lambda = 0 x does not move at all.",
         ],
     )
@@ -87,11 +87,11 @@ def _tables(records: Records) -> list[Table]:
     rows: list[list[Cell]] = []
     for name, record in records.items():
         final = record.final
-        figures = [final.get(f"{figure}{end}") for end in ("", "_solved") for figure in PUBLISHED]
+        values = [final.get(f"{figure}{end}") for end in ("", "_solved") for figure in PUBLISHED]
         change = record.last["upper_change"] if name == "bome" else None
         zero = record.last.get("multiplier_zero_steps")
         rows.append(
-            [LABELS[name], record.last["step"], *figures, change, zero, record.last["seconds"]]
+            [LABELS[name], record.last["step"], *values, change, zero, record.last["seconds"]]
         )
     rows.append(
         ["published, unregularised", None, *PUBLISHED.values(), None, None, None, None, None]
@@ -107,9 +107,9 @@ def _tables(records: Records) -> list[Table]:
 def _draw(figure: Any, records: Records) -> None:
     figure.set_size_inches(10, 4.5)
     panels = figure.subplots(1, 2)
-    for axes, name, words in zip(panels, PUBLISHED, ("test accuracy", "test loss"), strict=True):
+    for axes, name, title in zip(panels, PUBLISHED, ("test accuracy", "test loss"), strict=True):
         draw_curves(axes, records, LABELS, "gradients", name)
-        axes.set_title(f"{words} at the run's own y")
+        axes.set_title(f"{title} at the run's own y")
         mark(axes, {"published, unregularised": PUBLISHED[name]})
     if (
         "bome" in records

@@ -37,7 +37,7 @@ def draw_curves(
     *,
     log: bool = False,
 ) -> None:
-    """One curve per run of `labels` that is done and has the figure; a run's colour is its place in
+    """One curve per run of `labels` that is done and has the figure; a run's colour is its position in
     `labels`.
     """
     drawn = False

@@ -12,7 +12,7 @@ from bomemeta.reproduce.plain import PlainDescent
 
 Length = Literal["short", "full"]
 # What a run's length can be measured in. `gradients`: evaluations of a gradient, a Hessian product
-# counting as two. `seconds`: CPU time of the steps, without figures taken on the way.
+# counting as two. `seconds`: CPU time of the steps, without metrics taken on the way.
 Cost = Literal["step", "gradients", "hessian_products", "seconds"]
 Point = dict[str, Any]
 
@@ -32,7 +32,7 @@ class PaperRun:
     label: str  # in tables and legends
     config: Mapping[str, Any]
     budget: Budget | None = None  # the run ends with the step that spends it
-    points: int = 25  # how often figures are taken, evenly over the steps or the budget
+    points: int = 25  # how often metrics are taken, evenly over the steps or the budget
     variables: bool = False  # keep x and y at each point: small problems
     plain: PlainDescent | None = None  # trains y alone, in place of the config's solver
 
@@ -54,7 +54,7 @@ class PaperRun:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What a run left. A point of `curve` has the costs so far, the last step's metrics, and the
-    problem's figures at that y.
+    problem's metrics at that y.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Record:
     diverged: str | None = None
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
-    wall_s: float = 0.0  # all of it, figures and loading included
+    wall_s: float = 0.0  # all of it, metrics and loading included
 
     @property
     def last(self) -> Point:
@@ -97,7 +97,7 @@ Cell = str | float | int | None
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A None in a row is a figure that there is not: a dash."""
+    """A None in a row is a value that there is not: a dash."""
 
     title: str
     columns: Sequence[Column]

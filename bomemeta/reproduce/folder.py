@@ -51,7 +51,7 @@ class Folder:
         found = _read(marker)
         if found != dict(identity):
             raise ConfigError(
-                f"--out: {self.path} holds another experiment, {_words(found)}; this one is {_words(identity)}. Choose another "
+                f"--out: {self.path} holds another experiment, {_described(found)}; this one is {_described(identity)}. Choose another "
                 "--out"
             )
 
@@ -93,7 +93,7 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _words(identity: Mapping[str, Any]) -> str:
+def _described(identity: Mapping[str, Any]) -> str:
     return (
         ", ".join(f"{key} {value}" for key, value in identity.items())
         or "whose marker cannot be read"

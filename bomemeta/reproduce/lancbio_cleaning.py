@@ -124,7 +124,7 @@ def make(data: DataName, length: Length, seed: int) -> Experiment:
             "steps of 0.1 in y, x's step 500 (AmIGO-CG on Fashion-MNIST: 100). Every method ends with the step that spends "
             f"{products:,} Hessian products or with step {steps:,}: one that takes more products per step takes fewer steps. The cross "
             "product, one per step for every method but F2SA, is not counted. Equal time is the CPU time (one thread, steps alone) of "
-            "the fastest run. I and Q are the authors' scripts'; F2SA's settings are first choices. Published figures are read off the "
+            "the fastest run. I and Q are the authors' scripts'; F2SA's settings are first choices. Published values are read off the "
             "paper's plots (accuracies +- 0.3 points), after 3,000 steps of LancBiO.",
         ],
     )
@@ -153,11 +153,11 @@ def _tables(records: Records, data: DataName, products: int) -> list[Table]:
 
 def _row(name: str, record: Record, data: DataName, seconds: float) -> list[Cell]:
     last, timed = record.last, record.at("seconds", seconds)
-    figures = [
+    values = [
         last.get(figure) for figure in ("test_accuracy", "f1", "hypergradient_norm", "residual")
     ]
     return [
-        METHODS[name][0], last["step"], last["hessian_products"] or None, *figures, timed.get("test_accuracy"), timed.get("residual"),
+        METHODS[name][0], last["step"], last["hessian_products"] or None, *values, timed.get("test_accuracy"), timed.get("residual"),
         last["seconds"], PUBLISHED[data][name], PUBLISHED_RESIDUAL.get(name) if data == "mnist" else None,
     ]  # fmt: skip
 
@@ -168,9 +168,9 @@ def _draw(figure: Any, records: Records, data: DataName) -> None:
     labels = {name: label for name, (label, _) in METHODS.items()}
     costs: tuple[Cost, ...] = ("hessian_products", "seconds")
     for line, cost in zip(panels, costs, strict=True):
-        for axes, (name, words) in zip(line, FIGURES.items(), strict=True):
+        for axes, (name, title) in zip(line, FIGURES.items(), strict=True):
             draw_curves(axes, records, labels, cost, name, log=name != "test_accuracy")
-            axes.set_title(words)
+            axes.set_title(title)
         mark(line[0], {"LancBiO, published, 3,000 steps": PUBLISHED[data]["lancbio"]})
     panels[0, 0].set_ylim(PUBLISHED[data]["lancbio"] - 0.25, PUBLISHED[data]["lancbio"] + 0.03)
     legend(figure, panels.flat)

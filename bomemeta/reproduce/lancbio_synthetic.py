@@ -114,7 +114,7 @@ def _draw(figure: Any, records: Records) -> None:
     labels = {name: label for name, (label, _) in METHODS.items()}
     costs: tuple[Cost, ...] = ("step", "hessian_products")
     for line, cost in zip(panels, costs, strict=True):
-        for axes, (name, words) in zip(line, FIGURES.items(), strict=True):
+        for axes, (name, title) in zip(line, FIGURES.items(), strict=True):
             draw_curves(axes, records, labels, cost, name, log=True)
-            axes.set_title(words)
+            axes.set_title(title)
     legend(figure, panels.flat)

@@ -1,4 +1,4 @@
-"""One run of an experiment, in this process: the engine's steps in stretches, with figures in
+"""One run of an experiment, in this process: the engine's steps in stretches, with metrics in
 between that no clock sees.
 """
 
@@ -19,7 +19,7 @@ from bomemeta.reproduce.experiment import Cost, PaperRun, Point, Record
 
 # What a Hessian product costs in gradient evaluations: a double backward pass is about two of them.
 PRODUCT_COST = 2
-# Of a step's metrics what says how long it took or what was sent is no figure.
+# Of a step's metrics what says how long it took or what was sent is not counted.
 _NOT_FIGURES = ("_s", "reduces", "bytes_reduced", "gradient_evaluations", "hessian_products")
 
 
@@ -110,15 +110,15 @@ class _Loop:
 
     def _take_point(self) -> None:
         moved = _change(self._start, self._state.upper.params)
-        told = {
+        reported = {
             name: value for name, value in self._metrics.items() if not name.endswith(_NOT_FIGURES)
         }
         point: Point = {
             name: self._spent(name) for name in ("step", "gradients", "hessian_products", "seconds")
         }
         point |= {"wall_s": self._wall_s, "upper_change": moved}
-        point |= _finite(told | own_metrics(self._trainer))
-        if "multiplier_zero_share" in told:
+        point |= _finite(reported | own_metrics(self._trainer))
+        if "multiplier_zero_share" in reported:
             point["multiplier_zero_steps"] = self._zero_steps
         if self._run.variables:
             point["variables"] = final_variables(self._trainer)
@@ -131,9 +131,9 @@ def _change(before: Params, after: Params) -> float:
     return math.sqrt(squares / sum(tensor.numel() for tensor in before.values()))
 
 
-def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has neither NaN nor infinite numbers."""
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _ignore(state: State) -> None:

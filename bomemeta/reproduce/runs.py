@@ -82,7 +82,7 @@ def reproduce(
             )
     except KeyboardInterrupt:
         say(
-            f"{len(records)} of {len(runs)} runs are done and kept; the same command goes on from there"
+            f"{len(records)} of {len(runs)} runs are done and kept; the same command resumes from there"
         )
         tables.write(folder, experiment, records, identity)
         raise

@@ -47,8 +47,8 @@ def markdown(result: dict[str, Any], tables: Sequence[Table]) -> str:
     ]
     for table in tables:
         lines += ["", f"**{table.title}**", "", *table_lines(table)]
-    for run, words in result["diverged"].items():
-        lines += ["", f"`{run}` diverged ({words}): its rows stand where it did."]
+    for run, reason in result["diverged"].items():
+        lines += ["", f"`{run}` diverged ({reason}): its rows stand where it did."]
     if result["runs_missing"]:
         lines += ["", f"Not done yet, and missing above: {', '.join(result['runs_missing'])}."]
     lines += [line for note in result["notes"] for line in ("", note)]

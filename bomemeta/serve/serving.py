@@ -138,7 +138,7 @@ def run(
                 stack.callback(serve.shutdown)
             logging.getLogger("ray.serve").setLevel(
                 logging.WARNING
-            )  # what is going on is said here
+            )  # what happens is reported here
             serve.start(http_options={"host": host, "port": port})
             heads = deployments[0].options(num_replicas=replicas).bind(source, folder)
             serve.run(deployments[1].bind(folder, heads, most_bytes), name=APP, route_prefix="/")

@@ -90,7 +90,7 @@ def web(tenants: Tenants, desks: Desks, most_bytes: int) -> ASGIApp:
         exception_handlers={
             UnknownTenant: _refused(404),
             BomemetaError: _refused(422),
-            HTTPException: _said,
+            HTTPException: _http_error,
         },
     )
     return _Guard(app, most_bytes)
@@ -100,7 +100,7 @@ def _refused(status: int) -> Callable[[Request, Exception], Response]:
     return lambda request, error: JSONResponse({"error": str(error)}, status)
 
 
-def _said(request: Request, error: Exception) -> Response:
+def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code)
 
@@ -132,19 +132,19 @@ class _Guard:
             message = await receive()
             seen += len(message.get("body", b""))
             if self._too_large(seen) is not None:
-                raise HTTPException(413, self._words)
+                raise HTTPException(413, self._message)
             return message
 
         await self._app(scope, counted, send)
 
     @property
-    def _words(self) -> str:
+    def _message(self) -> str:
         return (
             f"the request is larger than {self._most / MEGABYTE:g} MB; send fewer or smaller images"
         )
 
     def _too_large(self, size: int) -> Response | None:
-        return JSONResponse({"error": self._words}, 413) if size > self._most else None
+        return JSONResponse({"error": self._message}, 413) if size > self._most else None
 
 
 async def _images(request: Request) -> list[Image]:

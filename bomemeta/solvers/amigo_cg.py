@@ -1,4 +1,4 @@
-"""AmIGO-CG: v by `aux_steps` steps of conjugate gradients that go on from the last outer step's v.
+"""AmIGO-CG: v by `aux_steps` steps of conjugate gradients that continue from the last outer step's v.
 
 Source: Arbel, Mairal, "Amortized Implicit Differentiation for Stochastic Bilevel Optimization",
 ICLR 2022.

@@ -1,4 +1,4 @@
-"""AmIGO-GD: v by `aux_steps` gradient steps that go on from the last outer step's v.
+"""AmIGO-GD: v by `aux_steps` gradient steps that continue from the last outer step's v.
 
 Source: Arbel, Mairal, "Amortized Implicit Differentiation for Stochastic Bilevel Optimization",
 ICLR 2022.

@@ -46,7 +46,7 @@ Steps = Annotated[int, Field(ge=1)]
 @dataclass(frozen=True, kw_only=True)
 class ImplicitSolver(LowerOptions, PacedOptions):
     """A solver with an implicit hypergradient. A subclass defines `solve`, and `warm`: whether v
-    goes on from the last step's.
+    continues from the last step's.
     """
 
     warm: ClassVar[bool] = True

@@ -38,7 +38,7 @@ class ITD(PacedOptions):
 
     inner_steps: Annotated[int, Field(ge=1)] = 10  # T
     inner_lr: Annotated[float, Field(gt=0)] = 0.1
-    # a y that persists goes on from the last step's end; off: from its start at every step
+    # a y that persists continues from the last step's end; off: from its start at every step
     warm_start: bool = True
 
     def __post_init__(self) -> None:

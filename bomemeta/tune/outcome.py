@@ -25,7 +25,7 @@ class Row:
     trial: int
     ended: str
     steps: int
-    figure: float | None  # the metric at its last report
+    metric: float | None  # the metric at its last report
     values: dict[str, Any]
     metrics: dict[str, float]
     upper_sha256: str | None
@@ -67,7 +67,7 @@ def rows_of(results: Iterable[Any], search: Search, interrupted: bool) -> list[R
         key=lambda row: (
             row.ended != "done",
             0 if row.ended == "done" else -row.steps,
-            _order(row.figure, sign),
+            _order(row.metric, sign),
             row.trial,
         ),
     )
@@ -77,12 +77,12 @@ def write_outcome(output_dir: Path | str, search: Search, rows: list[Row]) -> Se
     """Writes best.yaml, results.md and, last, results.json, which says that the search is finished.
 
     Raises ConfigError where a trial found the search to be wrong; then nothing is written, so that
-    it can go on when it is put right.
+    it can resume when it is put right.
     """
     for row in rows:
         if row.ended == "wrong":
             raise ConfigError(f"trial {row.trial}: {row.reason}")
-    best = rows[0] if rows and rows[0].ended == "done" and rows[0].figure is not None else None
+    best = rows[0] if rows and rows[0].ended == "done" and rows[0].metric is not None else None
     folder = Store.at(output_dir)
     if best is not None:
         folder.put("best.yaml", _best_text(search, best).encode())
@@ -117,13 +117,13 @@ def _row(result: Any, search: Search, interrupted: bool) -> Row:
     ended = metrics.get("ended")
     if ended is None:
         ended = "lost" if result.error is not None else "unfinished" if interrupted else "stopped"
-    figure = metrics.get(search.settings.metric)
+    metric = metrics.get(search.settings.metric)
     lineage = json.loads(metrics.get("lineage", "[]"))
     return Row(
         trial=int(name.rpartition("-")[2]),
         ended=ended,
         steps=int(metrics.get("steps", 0)),
-        figure=figure if isinstance(figure, float) and math.isfinite(figure) else None,
+        metric=metric if isinstance(metric, float) and math.isfinite(metric) else None,
         values=dict(result.config or {}),
         metrics=_metrics(result.checkpoint),
         upper_sha256=metrics.get("upper_sha256"),
@@ -147,14 +147,14 @@ def _metrics(checkpoint: Any) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _order(figure: float | None, sign: int) -> float:
-    return sign * figure if figure is not None else math.inf
+def _order(metric: float | None, sign: int) -> float:
+    return sign * metric if metric is not None else math.inf
 
 
 def _best_text(search: Search, best: Row) -> str:
     config = search.trial_config(best.values).to_dict() | {"output_dir": None}
     lines = [
-        f"# The best of {search.name}: trial {best.trial}, {search.settings.metric} {best.figure:.6g} after {best.steps} steps.",
+        f"# The best of {search.name}: trial {best.trial}, {search.settings.metric} {best.metric:.6g} after {best.steps} steps.",
         "# `bomemeta train` with this file repeats it to the same bits."
         if len(best.lineage) == 1
         else "# Its values changed on the way:",
@@ -180,13 +180,13 @@ def _heading(search: Search) -> str:
 
 def _table(rows: list[Row]) -> str:
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
-    head = ["trial", "ended", "steps", "figure", *keys, "seconds"]
+    head = ["trial", "ended", "steps", "metric", *keys, "seconds"]
     lines = [
         [
             str(row.trial),
             row.ended,
             str(row.steps),
-            _short(row.figure),
+            _short(row.metric),
             *(_short(row.values.get(key)) for key in keys),
             f"{row.seconds:.1f}",
         ]

@@ -49,9 +49,9 @@ def check_placement(bundles: Sequence[Mapping[str, float]]) -> None:
     number = 1 + max(placed) + 1 if placed else 1
     bundle = workers[0] if placed else own
     role = f"of worker {number - 1}" if placed else "of the trial itself"
-    rooms = "; ".join(_said(node) for node in nodes) or "none"
+    rooms = "; ".join(_resources_text(node) for node in nodes) or "none"
     raise ClusterError(
-        f"bundle {number} of {len(bundles)} of a trial, {role}, got no place: wanted {_said(bundle)} on one node"
+        f"bundle {number} of {len(bundles)} of a trial, {role}, fits nowhere: wanted {_resources_text(bundle)} on one node"
         + (f" beside the {number - 1} before it" if placed else "")
         + f"; the nodes have {rooms}. Use fewer workers, a smaller cpus_per_worker, gpus_per_worker or driver_cpus, or address of a larger "
         "cluster"
@@ -83,7 +83,7 @@ def _times(node: Mapping[str, float], bundle: Mapping[str, float]) -> int:
     return min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items())
 
 
-def _said(resources: Mapping[str, float]) -> str:
+def _resources_text(resources: Mapping[str, float]) -> str:
     return " and ".join(
         f"{resources.get(name, 0.0):g} {name}"
         for name in ("CPU", "GPU")

@@ -29,7 +29,7 @@ class _Live:
         self.say: Callable[[str], None] = lambda text: None
         self.interrupted = False
         self.idle_since = time.monotonic()
-        self.told = False
+        self.reported = False
         self.notes: dict[int, list[str]] = {}  # of each trial's process, as far as they were said
 
 
@@ -50,7 +50,7 @@ def spoken(say: Callable[[str], None]) -> Iterator[_Live]:
         if _live.interrupted:
             raise KeyboardInterrupt
         _live.interrupted = True
-        say("stopping; each trial goes on from its last report (once more to stop at once)")
+        say("stopping; each trial resumes from its last report (once more to stop at once)")
 
     if threading.current_thread() is threading.main_thread():
         handlers = {
@@ -90,9 +90,9 @@ class Progress(tune.Callback):  # type: ignore[misc]
                 signal.SIGUSR1
             )  # the one signal at which Tune ends a search that is resumed later
         if any(trial.status == "RUNNING" for trial in trials):
-            _live.idle_since, _live.told = time.monotonic(), False
-        elif not _live.told and time.monotonic() - _live.idle_since > WAITING_S:
-            _live.told = True
+            _live.idle_since, _live.reported = time.monotonic(), False
+        elif not _live.reported and time.monotonic() - _live.idle_since > WAITING_S:
+            _live.reported = True
             _live.say(
                 f"no trial runs since {WAITING_S:g} s: waiting for room in the cluster, which others use"
             )
@@ -102,14 +102,17 @@ class Progress(tune.Callback):  # type: ignore[misc]
         if steps == 0:  # what a killed driver had not noted of the trial is in its run folder
             steps = saved_step(run_of(trial))
         _live.say(
-            f"{self._name(trial)} {f'goes on at step {steps}' if steps else 'begins'}: {said_values(trial.config)}"
+            f"{self._name(trial)} {f'resumes at step {steps}' if steps else 'begins'}: {values_text(trial.config)}"
         )
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        said, notes = _live.notes.get(trial_number(trial), []), result.get("notes", "").splitlines()
-        for note in notes[len(said) if notes[: len(said)] == said else 0 :]:
+        reported, notes = (
+            _live.notes.get(trial_number(trial), []),
+            result.get("notes", "").splitlines(),
+        )
+        for note in notes[len(reported) if notes[: len(reported)] == reported else 0 :]:
             _live.say(f"{self._name(trial)} note: {note}")
         _live.notes[trial_number(trial)] = notes
         ended = result.get("ended")
@@ -130,7 +133,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         _live.say(
-            f"{self._name(trial)} was lost ({_last_line(trial)}) and goes on from its last report"
+            f"{self._name(trial)} was lost ({_last_line(trial)}) and resumes from its last report"
         )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -156,7 +159,7 @@ class Ends(tune.Stopper):  # type: ignore[misc]
         return self._wrong
 
 
-def said_values(values: Mapping[str, Any]) -> str:
+def values_text(values: Mapping[str, Any]) -> str:
     """`solver.upper_lr 0.0123, solver.inner_steps 5`."""
     return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
@@ -180,7 +183,7 @@ def tune_settings() -> Iterator[None]:
         "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a table on stdout whatever its verbosity
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean to `train`
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a trial's end is one of our lines
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours says how to go on
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours says how to resume
         # what a killed driver forgets; trials keep more themselves
         "TUNE_GLOBAL_CHECKPOINT_S": "5",
     }

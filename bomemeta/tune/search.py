@@ -32,14 +32,14 @@ from bomemeta.trust import ask, entry_of_search, record
 from bomemeta.tune.locations import TRIALS
 from bomemeta.tune.outcome import SearchResult, check_any, rows_of, write_outcome
 from bomemeta.tune.placement import bundles_of, check_placement
-from bomemeta.tune.progress import Ends, Progress, said_values, spoken, trial_folder, tune_settings
+from bomemeta.tune.progress import Ends, Progress, spoken, trial_folder, tune_settings, values_text
 from bomemeta.tune.schedulers import Halving, population
 from bomemeta.tune.space import Domain, flat
 from bomemeta.tune.spec import RESULT_NEUTRAL, Search, load_search, written
 from bomemeta.tune.trial import make_trainable
 from bomemeta.yaml_text import parse
 
-# PBT takes checkpoints of trials that go on meanwhile; else the one before the last is for a last
+# PBT takes checkpoints of trials that continue meanwhile; else the one before the last is for a last
 # one that was cut short.
 KEPT = {"pbt": 4, "asha": 2, "none": 2}
 
@@ -68,7 +68,7 @@ def tune(
     values = sampled(search)
     _check_trials(search, values)
     folder = _Folder.of(search, resume)
-    if folder.goes_on and folder.location is not None:
+    if folder.resumes and folder.location is not None:
         ask([entry_of_search(folder.location)], folder.location, trust=trust)
     bundles = bundles_of(search.config, search.settings.driver_cpus)
     with _cluster(search, bundles, len(values), say) as concurrent:
@@ -142,7 +142,7 @@ def _check_trials(search: Search, values: Sequence[Mapping[str, Any]]) -> None:
             search.trial_config(drawn)
         except ConfigError as error:
             raise ConfigError(
-                f"trial {number} ({said_values(drawn)}) would have no valid config:\n{error}"
+                f"trial {number} ({values_text(drawn)}) would have no valid config:\n{error}"
             ) from error
 
 
@@ -203,11 +203,11 @@ def _begun(notes: Store) -> bool:
 
 class _Folder(NamedTuple):
     """The search's folder, not yet made: a location that must be free, the first free of runs/NAME,
-    ..., or one to go on in.
+    ..., or one to resume in.
     """
 
     location: Path | str | None
-    goes_on: bool
+    resumes: bool
 
     @classmethod
     def of(cls, search: Search, resume: str | Path | None) -> _Folder:
@@ -234,7 +234,7 @@ class _Folder(NamedTuple):
         )
         if changed:
             raise ConfigError(
-                f"{location} holds another search, with other {', '.join(changed)}. Set these back to go on, or choose another output_dir"
+                f"{location} holds another search, with other {', '.join(changed)}. Set these back to resume, or choose another output_dir"
             )
         if store.read("results.json") is not None:
             raise ConfigError(
@@ -254,7 +254,7 @@ class _Folder(NamedTuple):
             raise ConfigError(
                 f"output_dir: {error.filename} cannot be written: {error.strerror}"
             ) from error
-        if not self.goes_on:
+        if not self.resumes:
             record([entry_of_search(location)])
             Store.at(location).put("search.yaml", written(search).encode())
         return location

@@ -44,7 +44,7 @@ class _Record(BaseModel):
 
 class Asha(_Record):
     """Successive halving: at `grace_steps` and every `reduction` times as far, the best 1 /
-    `reduction` of the trials go on.
+    `reduction` of the trials continue.
     """
 
     grace_steps: _Positive | None = None
@@ -52,7 +52,7 @@ class Asha(_Record):
 
 
 class Pbt(_Record):
-    """Population-based training: every `every_steps` the worst `quantile` of the trials go on from
+    """Population-based training: every `every_steps` the worst `quantile` of the trials continue from
     one of the best, with other values.
     """
 

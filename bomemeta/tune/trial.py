@@ -1,5 +1,5 @@
 """One trial of a search: a bomemeta run in a folder of its own, whose every report carries all that
-it takes to go on.
+it takes to resume.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def run_trial(plan: TrialSpec, config: Mapping[str, Any]) -> None:
                 reporter.take_over(_take_checkpoint(Path(directory), folder, settings))
         folder.write_config(settings)
         # A folder without a checkpoint begins at step 0, one whose process was killed before its
-        # first report goes on.
+        # first report continues.
         reporter.finish(resume_one(settings, folder, reporter))
     except Exception as error:
         final = isinstance(error, DivergenceError | SearchError) or not isinstance(
@@ -306,7 +306,7 @@ class _Reporter(Quiet):
         checkpoint = self.folder.checkpoints
         record = {"metrics": self.metrics, "lineage": self.lineage}
         (checkpoint / REPORT_FILE).write_text(json.dumps(record), encoding="utf-8")
-        told = {"notes": "\n".join(self.notes)} if self.notes else {}
+        notes = {"notes": "\n".join(self.notes)} if self.notes else {}
         tune.report(
             # timesteps_total is where Tune's TensorBoard files have their x axis.
             {
@@ -314,7 +314,7 @@ class _Reporter(Quiet):
                 "steps": self.done,
                 "timesteps_total": self.done,
                 "lineage": json.dumps(self.lineage),
-                **told,
+                **notes,
                 **more,
             },
             checkpoint=tune.Checkpoint.from_directory(str(checkpoint)),

@@ -1,4 +1,4 @@
-"""Run folders: checkpoints, edited or damaged, and the files beside them. A run goes on to the same
+"""Run folders: checkpoints, edited or damaged, and the files beside them. A run continues to the same
 bits and figures, or says why not.
 """
 
@@ -42,7 +42,7 @@ def _run() -> tuple[Path, str]:
 
 
 def checkpoint(rng: random.Random, folder: Path) -> None:
-    """The newest checkpoint is changed; the run goes on from it."""
+    """The newest checkpoint is changed; the run resumes from it."""
     from bomemeta import api
     from bomemeta.checkpoint import Checkpoint, load_latest
 
@@ -146,15 +146,15 @@ def run_folder(rng: random.Random, folder: Path) -> None:
     if rng.random() < 0.5:
         result = api.train({**CONFIG, "output_dir": str(run)}, auto_resume=True)
         if result.upper_sha256 != before["upper_sha256"]:
-            raise Silent(f"--auto-resume over a changed {name} came to another x")
-        figures = {k: v for k, v in before["metrics"].items() if not k.endswith("_s")}
+            raise Silent(f"--auto-resume over a changed {name} gave another x")
+        values = {k: v for k, v in before["metrics"].items() if not k.endswith("_s")}
         got = {k: v for k, v in result.metrics.items() if not k.endswith("_s")}
-        if got != figures:
-            raise Silent(f"--auto-resume over a changed {name} came to other figures")
+        if got != values:
+            raise Silent(f"--auto-resume over a changed {name} gave other metrics")
     else:
         result = api.resume(run, [f"steps={LENGTH}"])
         if result.upper_sha256 != sha:
-            raise Silent(f"resume over a changed {name} came to another x")
+            raise Silent(f"resume over a changed {name} gave another x")
         if _lines(run)[:4] != _lines(source) and not result.notes:
             raise Silent(f"resume over a changed {name} kept a changed metrics.jsonl")
 

@@ -31,7 +31,7 @@ Target = Callable[[random.Random, Path], None]
 
 @dataclass
 class Counts:
-    """Of one kind of input: how many came to what, and an example of everything that is wrong."""
+    """Of one kind of input: how many had which result, and an example of everything that is wrong."""
 
     of: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
