@@ -149,7 +149,7 @@ def test_same_bits_with_a_leader_killed_in_a_round(reference, ray_cluster, trans
 
     def strike() -> None:
         until(mark.exists)
-        reported = [each for transport in transports for each in transport._fleet.reported()]
+        reported = [each for transport in transports for each in transport._fleet.reports()]
         leader_of = {member: each.leader for each in reported for member in each.members}
         stopped = until(lambda: [pid for pid in leader_of if status(pid) == "T"])
         os.kill(leader_of[stopped[0]], signal.SIGKILL)
