@@ -19,7 +19,7 @@ from bomemeta.core.solver import Solver
 from bomemeta.errors import ConfigError
 from bomemeta.keys import RunKeys, with_keys
 from bomemeta.recorded import loaded
-from bomemeta.report import Listener, Quiet
+from bomemeta.report import Listener, heard
 from bomemeta.result import Result
 from bomemeta.run_folder import RunFolder
 from bomemeta.trust import config_of
@@ -56,7 +56,7 @@ def train(
     """
     settings = settings_of(config, solver, data, overrides, keys)
     return _raised(
-        runs.train_config(settings, None, auto_resume, listener or Quiet()), settings.output_dir
+        runs.train_config(settings, None, auto_resume, heard(listener)), settings.output_dir
     )
 
 
@@ -85,7 +85,9 @@ def resume(
     """
     given = objects_of(problem, solver, data)
     return _raised(
-        runs.resume(run_dir, overrides, keys=given | dict(keys), trust=trust, listener=listener),
+        runs.resume(
+            run_dir, overrides, keys=given | dict(keys), trust=trust, listener=heard(listener)
+        ),
         str(run_dir),
     )
 
@@ -116,7 +118,13 @@ def extend(
     given = objects_of(problem, solver, None)
     return _raised(
         runs.extend(
-            run_dir, data, tasks, overrides, keys=given | dict(keys), trust=trust, listener=listener
+            run_dir,
+            data,
+            tasks,
+            overrides,
+            keys=given | dict(keys),
+            trust=trust,
+            listener=heard(listener),
         ),
         str(run_dir),
     )
@@ -142,7 +150,9 @@ def evaluate(
     """
     given = objects_of(problem, solver, data)
     return _raised(
-        runs.evaluate(run_dir, overrides, keys=given | dict(keys), trust=trust, listener=listener),
+        runs.evaluate(
+            run_dir, overrides, keys=given | dict(keys), trust=trust, listener=heard(listener)
+        ),
         str(run_dir),
     )
 

@@ -94,7 +94,8 @@ def looked_at(config: Config, problem: Problem) -> dict[str, Any]:
 def build_solver(config: Config, problem: Problem) -> Solver:
     """The config's solver. Raises ConfigError where it cannot solve that problem."""
     solver: Solver = config.solver
-    solver.check(problem)
+    with _naming(f"problem {label(problem)}", ConfigError):  # its properties are asked
+        solver.check(problem)
     return solver
 
 

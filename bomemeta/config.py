@@ -27,7 +27,7 @@ from bomemeta.imports import is_file_entry, load_imports
 from bomemeta.sections import (
     CLASS,
     SECTIONS,
-    Given,
+    GivenObject,
     forget_other_classes_keys,
     plain,
     read_section,
@@ -271,7 +271,9 @@ def _retire(document: Document) -> None:
             )
 
 
-def _with_keys(document: Document, keys: Mapping[str, Any]) -> tuple[Document, dict[str, Given]]:
+def _with_keys(
+    document: Document, keys: Mapping[str, Any]
+) -> tuple[Document, dict[str, GivenObject]]:
     """The document with Python values set over it, and the objects among them."""
     document = apply_overrides(document, ())  # a copy
     data = document.data

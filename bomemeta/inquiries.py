@@ -17,8 +17,8 @@ from bomemeta.keys import RunKeys, with_keys
 from bomemeta.sections import SECTIONS
 
 if TYPE_CHECKING:
-    from bomemeta.doctor import Report as Examination
-    from bomemeta.hypercheck import Report
+    from bomemeta.doctor import DoctorReport
+    from bomemeta.hypercheck import CheckReport
     from bomemeta.profile import Profile
     from bomemeta.tune import SearchResult
 
@@ -43,7 +43,7 @@ def check(
     at_step: int | None = None,
     say: Say = nothing,
     **keys: Unpack[RunKeys],
-) -> Report:
+) -> CheckReport:
     """Compares the solver's hypergradient with the implicit one and with finite differences, in
     float64 on a small cut of the problem; writes nothing.
 
@@ -73,7 +73,7 @@ def doctor(
     overrides: Sequence[str] = (),
     say: Say = nothing,
     **keys: Unpack[RunKeys],
-) -> Examination:
+) -> DoctorReport:
     """Says what a run will need against what is there: memory, data, workers, time and disk, from a
     few dry steps in this process; writes nothing.
 

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from bomemeta.errors import ConfigError
 from bomemeta.health import HealthMonitor
 
 __all__ = [
@@ -95,6 +96,19 @@ class Quiet:
     def note(self, text: str) -> None: ...
 
     def close(self) -> None: ...
+
+
+def heard(listener: Listener | None) -> Listener:
+    """The listener, or one that hears nothing. Raises ConfigError where it is none."""
+    if listener is None:
+        return Quiet()
+    calls = [name for name in vars(Quiet) if not name.startswith("_")]
+    if missing := [name for name in calls if not callable(getattr(listener, name, None))]:
+        raise ConfigError(
+            f"listener: got an object of {type(listener).__name__} without {', '.join(missing)}; "
+            "wanted one with these methods: derive its class from bomemeta.report.Quiet"
+        )
+    return listener
 
 
 class TerminalListener:

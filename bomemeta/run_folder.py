@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bomemeta.checkpoint import load_latest
 from bomemeta.config import Config
 from bomemeta.document import read_document
@@ -285,7 +287,11 @@ class RunFolder:
 
 
 def finite(value: Any) -> Any:
-    """A value as JSON can have it: None in the place of NaN and infinite numbers, at any depth."""
+    """A value as JSON can have it: None in the place of NaN and infinite numbers, at any depth.
+    A numpy number, as a user may have given for a field, is Python's.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

@@ -84,7 +84,7 @@ def resume(
         raise ConfigError(
             f"output_dir: a run resumes in its own folder, {folder.location}; leave the override out"
         )
-    return _go_on(settings, folder, listener or Quiet())
+    return _resumed(settings, folder, listener or Quiet())
 
 
 def extend(
@@ -163,12 +163,12 @@ def _continued(settings: Config, listener: Listener) -> Result | None:
     check_continues(settings, folder)
     result = finished(settings, folder)
     if result is None:
-        return _go_on(settings, folder, listener, notes)
+        return _resumed(settings, folder, listener, notes)
     listener.note(f"run folder: {folder.location}, where this run is finished")
     return result
 
 
-def _go_on(
+def _resumed(
     settings: Config, folder: RunFolder, listener: Listener, reported: Sequence[str] = ()
 ) -> Result:
     with hearing(listener.note):

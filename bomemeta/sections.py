@@ -16,14 +16,25 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, Required
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Required,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.errors import PydanticUserError
 from typing_extensions import TypedDict  # pydantic does not take typing's before Python 3.12
 
 from bomemeta.boundary import reason
-from bomemeta.core.arguments import MISSING, fields_of, replaced, values_of
+from bomemeta.core.arguments import MISSING, fields_of, replaced, taken_by, values_of
 from bomemeta.document import Document, KeyPath, describe
 from bomemeta.errors import ConfigError
 from bomemeta.registry import Registry, datasets, problems, solvers
@@ -67,19 +78,19 @@ def section_of(key: str, made: object) -> dict[str, Any]:
     return {**head, **{field: plain(value) for field, value in values_of(made).items()}}
 
 
-class Given(NamedTuple):
+class GivenObject(NamedTuple):
     """An object that was given in a section's place, and the section that it is."""
 
     made: Any
     section: dict[str, Any]
 
 
-def take_objects(data: dict[str, Any]) -> dict[str, Given]:
+def take_objects(data: dict[str, Any]) -> dict[str, GivenObject]:
     """Puts a section in the place of every object in a config's values; returns the objects by key.
 
     Raises ConfigError where a class stands in an object's place.
     """
-    found: dict[str, Given] = {}
+    found: dict[str, GivenObject] = {}
     for key in SECTIONS:
         value = data.get(key)
         if isinstance(value, type):
@@ -88,13 +99,13 @@ def take_objects(data: dict[str, Any]) -> dict[str, Given]:
             )
         if value is None or isinstance(value, dict | list | str | int | float):
             continue
-        found[key] = Given(value, section_of(key, value))
+        found[key] = GivenObject(value, section_of(key, value))
         data[key] = dict(found[key].section)
     return found
 
 
 def read_section(
-    key: str, document: Document, given: Mapping[str, Given], found: list[ConfigIssue]
+    key: str, document: Document, given: Mapping[str, GivenObject], found: list[ConfigIssue]
 ) -> Any:
     """The section's object; None, after adding to `found`, where something is wrong with it.
 
@@ -131,8 +142,25 @@ def read_section(
     except ConfigError as error:
         found.append(ConfigIssue((key,), f"{key}: {error}"))
         return None
-    names = [field.name for field in fields_of(cls)]
+    hints = {field.name: field.hint for field in fields_of(cls)}
+    names = list(hints)
+    if made is not None and kind.registry.name_of(cls) is not None:
+        for name, value in fields.items():
+            if _is_object(value) and _is_of_numbers(hints.get(name)):
+                text = f"{key}.{name}: got an object of {value[OBJECT]}, wanted a number"
+                found.append(ConfigIssue((key, name), text))
+    by_position = taken_by(cls, "*")
+    if made is None and by_position in fields:
+        found.append(
+            ConfigIssue(
+                (key, str(by_position)),
+                f"{key}.{by_position} was given by position, which a config cannot hold; give the {key} again, "
+                f"as in resume(DIR, {key}=...)",
+            )
+        )
     json_values = {name: value for name, value in fields.items() if not _is_object(value)}
+    if made is not None:  # what `*` and `**` of its constructor took
+        json_values = {n: v for n, v in json_values.items() if n in hints or n in changed}
     checked = check(schema, json_values, (key,), [kind.key, *names], found)
     if len(found) > count:
         return None
@@ -214,8 +242,9 @@ def schema_of(cls: type[Any], kind: SectionKind, partial: bool = False) -> TypeA
         make: Any = TypedDict  # mypy knows only literal field lists
         typed = make(cls.__name__, keys)
         # A type of the user's own is as good as any: a config cannot give such a field, Python can.
+        extra: Literal["forbid", "allow"] = "forbid" if taken_by(cls, "**") is None else "allow"
         typed.__pydantic_config__ = ConfigDict(
-            extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+            extra=extra, strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
         )
         return TypeAdapter(typed)
     except (NameError, TypeError, PydanticUserError) as error:
@@ -255,8 +284,21 @@ def find_class(path: str, key: str) -> type[Any]:
     return found
 
 
+def _is_of_numbers(hint: Any) -> bool:
+    """Whether a field takes numbers alone, or None."""
+    if get_origin(hint) is Annotated:
+        return _is_of_numbers(get_args(hint)[0])
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if len(parts) > 1:
+        return all(part is NoneType or _is_of_numbers(part) for part in parts)
+    return parts[0] in (int, float)
+
+
 def plain(value: Any) -> Any:
     """A field's value as JSON has it; see `section_of` for what JSON does not have."""
+    numpy = sys.modules.get("numpy")  # what was not imported cannot have made the value
+    if numpy is not None and isinstance(value, numpy.generic):  # some are Python numbers too
+        return plain(value.item())
     if value is None or isinstance(value, str | bool | int | float):
         return value.value if isinstance(value, Enum) else value
     if isinstance(value, Path):
@@ -268,9 +310,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | AbstractSet):
         items = sorted(value, key=repr) if isinstance(value, AbstractSet) else value
         return [plain(item) for item in items]
-    numpy = sys.modules.get("numpy")  # what was not imported cannot have made the value
-    if numpy is not None and isinstance(value, numpy.generic):
-        return plain(value.item())
     known = getattr(value, "__qualname__", None) or type(value).__qualname__
     module = getattr(value, "__module__", None) or type(value).__module__
     record: dict[str, Any] = {OBJECT: f"{module}:{known}"}

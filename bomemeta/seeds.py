@@ -41,7 +41,7 @@ class SeedRequest(NamedTuple):
     evaluates: bool
 
 
-class Answer(NamedTuple):
+class SeedAnswer(NamedTuple):
     seed: int
     steps: int
     metrics: dict[str, float]
@@ -76,7 +76,7 @@ class SeedWorker:
 
     def execute(
         self, request: SeedRequest, broadcast: np.ndarray, *states: np.ndarray
-    ) -> tuple[Answer]:
+    ) -> tuple[SeedAnswer]:
         own = {"seed": request.seed, "seeds": 1, "workers": 0, "output_dir": request.location}
         settings = self._config.model_copy(update=own)
         if request.evaluates:
@@ -89,7 +89,7 @@ class SeedWorker:
             result = train_one(settings, "", Quiet())
         notes = [f"seed {request.seed}: {note}" for note in result.notes]
         return (
-            Answer(
+            SeedAnswer(
                 request.seed,
                 result.steps,
                 result.metrics,
@@ -125,7 +125,7 @@ def _run(config: Config, folder: RunFolder, listener: Listener, evaluates: bool)
         SeedRequest(seed, str(below(folder.location, f"seed-{seed}")), evaluates)
         for seed in range(config.seed, config.seed + config.seeds)
     ]
-    answers: list[Answer] = []
+    answers: list[SeedAnswer] = []
     factory = BuildSeedWorker(imports_of(config), config)
     at_once = max(worker_range(config)[1], 1)
     patient = config.model_copy(update={"step_timeout_s": NEVER_S})

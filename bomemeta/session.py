@@ -202,8 +202,9 @@ class _Session:
         location = self._folder.location if self._folder.kept else None
         self._listener.start(location, first_step, steps, self._config.log.every_steps)
         for made in (problem.data, problem):  # what they left out, in sentences
-            for text in getattr(made, "notes", ()):
-                self.note(text)
+            notes = getattr(made, "notes", ())  # a user's class may mean something else by it
+            for text in notes if isinstance(notes, list | tuple) else ():
+                self.note(str(text))
         record = self._config.to_dict()
         self._trackers = Trackers(self._config.log.to, self._folder, record, self.note)
         with (

@@ -25,7 +25,7 @@ from bomemeta.core.problem import LossGradient, Problem
 from bomemeta.core.solver import LowerStates, StepResult
 from bomemeta.core.upper import UpperVariable
 from bomemeta.errors import CheckpointError, ConfigError
-from bomemeta.hypercheck import Report, check, kernels
+from bomemeta.hypercheck import CheckReport, check, kernels
 from bomemeta.hypercheck.frozen import FrozenUpper, settle
 from bomemeta.problems.analytic import Analytic
 from bomemeta.registry import problems, solvers
@@ -46,14 +46,14 @@ def quadratic(**fields: object) -> dict[str, object]:
     return {"name": "analytic", "case": "quadratic", "condition": 4.0, **fields}
 
 
-def run(problem: dict[str, object], solver: dict[str, object], **options: object) -> Report:
+def run(problem: dict[str, object], solver: dict[str, object], **options: object) -> CheckReport:
     config = {"problem": problem, "solver": solver, "steps": 10}
     if problem["name"] == "few_shot":
         config["data"] = {"dataset": "toy"}
     return check(config, **{"directions": 1, **options})
 
 
-def message(report: Report) -> str:
+def message(report: CheckReport) -> str:
     return "\n".join([report.headline, *report.notes])
 
 

@@ -29,7 +29,7 @@ from bomemeta.cli import app
 from bomemeta.config import load_config
 from bomemeta.data.class_images import check_size
 from bomemeta.data.episodes import EpisodeSpec
-from bomemeta.doctor import Finding, Report, bundles, doctor, examine, machine
+from bomemeta.doctor import DoctorReport, Finding, bundles, doctor, examine, machine
 from bomemeta.doctor.dry import DryRun, TaskCounts, line_through
 from bomemeta.doctor.nodes import Machines, Node, Workers, spread
 from bomemeta.metrics import read_metrics
@@ -82,13 +82,13 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def of(report: Report, topic: str) -> list[Finding]:
+def of(report: DoctorReport, topic: str) -> list[Finding]:
     found = [finding for finding in report.findings if finding.topic == topic]
     assert found, f"nothing on {topic}: {report.lines()}"
     return found
 
 
-def levels(report: Report, topic: str) -> set[str]:
+def levels(report: DoctorReport, topic: str) -> set[str]:
     return {finding.level for finding in of(report, topic)}
 
 

@@ -43,7 +43,7 @@ class Asker:
 
     def call(self, method: str, *given: Any, **named: Any) -> Any:
         """The method's answer. What it raises is said with the user's own file and line."""
-        function = getattr(self.problem, method)
+        function = self.attribute(method)
         try:
             if method not in DRAW:
                 return function(*given, **named)
@@ -53,9 +53,21 @@ class Asker:
         except BomemetaError:
             raise
         except Exception as error:
-            raise ConfigError(
-                f"{self.name}.{method}: raised {type(error).__name__}{location(error)}: {first_line(error)}"
-            ) from error
+            raise self._raised(method, error) from error
+
+    def attribute(self, name: str) -> Any:
+        """The attribute, which may be a property that raises."""
+        try:
+            return getattr(self.problem, name)
+        except BomemetaError:
+            raise
+        except Exception as error:
+            raise self._raised(name, error) from error
+
+    def _raised(self, name: str, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"{self.name}.{name}: raised {type(error).__name__}{location(error)}: {first_line(error)}"
+        )
 
     def watched(self, method: str, *given: Params) -> Any:
         """`call`, and whether it changed what it was given or drew global random numbers."""

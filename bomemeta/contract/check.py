@@ -123,7 +123,7 @@ class _Check(Asker):
 
     def task_ids(self) -> list[int]:
         name = "num_blocks" if self.shared else "num_tasks"
-        count = getattr(self.problem, name)
+        count = self.attribute(name)
         if callable(count):
             self.wrong(name, "a method", "a property", f"write @property above def {name}")
         whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1

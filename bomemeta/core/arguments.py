@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self, TypeVar, get_type_hints
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_type_hints
 
 T = TypeVar("T")
 
@@ -73,15 +73,13 @@ def values_of(made: object) -> dict[str, Any]:
     """
     cls = type(made)
     names = [field.name for field in fields_of(cls)]
-    if _is_dataclass(cls) or _KEPT not in vars(made):
+    if (bound := _bound(made)) is None:
         return {name: getattr(made, name) for name in names if hasattr(made, name)}
-    args, kwargs = vars(made)[_KEPT]
-    bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
-    bound.apply_defaults()
     given = {name: value for name, value in bound.arguments.items() if name in names}
-    for parameter in inspect.signature(cls.__init__).parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given |= bound.arguments.get(parameter.name, {})
+    if (star := taken_by(cls, "*")) is not None and bound.arguments[star]:
+        given[star] = bound.arguments[star]
+    if (others := taken_by(cls, "**")) is not None:
+        given |= bound.arguments[others]
     return given
 
 
@@ -89,7 +87,34 @@ def replaced(made: T, changes: Mapping[str, Any]) -> T:
     """A new object of the same class with these fields changed."""
     if _is_dataclass(type(made)):
         return dataclasses.replace(made, **changes)  # type: ignore[type-var]
-    return type(made)(**{**values_of(made), **changes})
+    if (bound := _bound(made)) is None:
+        return type(made)(**{**values_of(made), **changes})
+    others = taken_by(type(made), "**")
+    for name, value in changes.items():
+        (bound.arguments if others is None or name in bound.arguments else bound.arguments[others])[
+            name
+        ] = value
+    return type(made)(*bound.args[1:], **bound.kwargs)
+
+
+def taken_by(cls: type[Any], sign: Literal["*", "**"]) -> str | None:
+    """The name of the `*` or `**` parameter of a plain class's constructor; None without one."""
+    if _is_dataclass(cls) or cls.__init__ is object.__init__:
+        return None
+    many = {"*": inspect.Parameter.VAR_POSITIONAL, "**": inspect.Parameter.VAR_KEYWORD}
+    found = inspect.signature(cls.__init__).parameters.values()
+    return next((each.name for each in found if each.kind is many[sign]), None)
+
+
+def _bound(made: object) -> inspect.BoundArguments | None:
+    """What the constructor of a plain `Recorded` class was called with, defaults included."""
+    kept = getattr(made, "__dict__", {}).get(_KEPT)
+    if kept is None or _is_dataclass(type(made)):
+        return None
+    args, kwargs = kept
+    bound = inspect.signature(type(made).__init__).bind(made, *args, **kwargs)
+    bound.apply_defaults()
+    return bound
 
 
 def _is_dataclass(cls: type[Any]) -> bool:

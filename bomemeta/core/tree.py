@@ -14,7 +14,7 @@ from torch import Tensor
 Params = dict[str, Tensor]
 
 
-class Entry(NamedTuple):
+class LayoutEntry(NamedTuple):
     """One tensor in a flat array."""
 
     group: str
@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Layout(tuple[Entry, ...]):
+class Layout(tuple[LayoutEntry, ...]):
     """What lies in a flat array, in order: x, a task's y with what is kept beside it, a round's sums."""
 
     __slots__ = ()
@@ -33,13 +33,14 @@ class Layout(tuple[Entry, ...]):
         (1 for a stack).
         """
         return cls(
-            Entry(group, name, tuple(tensor.shape[axes:])) for group, name, tensor in _each(values)
+            LayoutEntry(group, name, tuple(tensor.shape[axes:]))
+            for group, name, tensor in _each(values)
         )
 
     @classmethod
     def read(cls, entries: Any) -> Layout:
         """Of plain tuples or lists, as a checkpoint has them."""
-        return cls(Entry(group, name, tuple(shape)) for group, name, shape in entries)
+        return cls(LayoutEntry(group, name, tuple(shape)) for group, name, shape in entries)
 
     def plain(self) -> tuple[tuple[Any, ...], ...]:
         """The inverse of `read`: plain tuples (group, name, shape)."""

@@ -28,7 +28,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 from bomemeta.distributed import cluster
 from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.losses import WorkerLost, WorkerUnavailable, poison
-from bomemeta.distributed.process_group import GroupBroken, Member
+from bomemeta.distributed.process_group import GroupBroken, GroupMember
 from bomemeta.distributed.resident import GONE, Resident, Residents
 from bomemeta.distributed.slots import Phase, Slot
 from bomemeta.distributed.transport import JointRequest
@@ -134,7 +134,7 @@ class Collective:
     ) -> tuple[Any, WorkerLost | None]:
         options = self._fleet.options
         for rank, slot in enumerate(slots):
-            member = Member(
+            member = GroupMember(
                 self._epoch, rank, len(slots), self._host, self._port, options.step_timeout_s
             )
             slot.job, slot.begun = -1, time.monotonic()

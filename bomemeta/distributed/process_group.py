@@ -21,7 +21,7 @@ class GroupBroken(Exception):
     """A member of the process group died or hangs. Message only, so that it arrives with its type."""
 
 
-class Member(NamedTuple):
+class GroupMember(NamedTuple):
     """A worker's place in a process group."""
 
     epoch: int
@@ -39,10 +39,10 @@ class ProcessGroup:
 
     def __init__(self) -> None:
         self.sent_bytes = 0
-        self._member: Member | None = None
+        self._member: GroupMember | None = None
         self._group: Any = None
 
-    def join(self, member: Member) -> None:
+    def join(self, member: GroupMember) -> None:
         """Forms the member's group where it is a new one. Raises GroupBroken."""
         if member == self._member:
             return
@@ -75,7 +75,7 @@ class ProcessGroup:
             raise GroupBroken(f"epoch {epoch}: {error}") from error
 
 
-def _formed(member: Member) -> Any:
+def _formed(member: GroupMember) -> Any:
     try:
         store = dist.TCPStore(
             member.host, member.port, is_master=False, timeout=timedelta(seconds=FORM_TIMEOUT_S)

@@ -43,7 +43,7 @@ class Load:
         return max(together, first[0] - now + call_s)
 
 
-class Given(NamedTuple):
+class Assignment(NamedTuple):
     """A call that a worker is to begin now, or after the one that it has."""
 
     worker: int
@@ -79,7 +79,7 @@ class ReadyCalls:
         insort(self._queue, (float("inf"), -number))
         self._work_s += self._cost(number)
 
-    def match(self, free: Sequence[int], load: Load, now: float) -> list[Given]:
+    def match(self, free: Sequence[int], load: Load, now: float) -> list[Assignment]:
         """Who of the free workers is given what: longer calls before shorter ones, each to the
         worker that had its shard last, or to the fastest.
 
@@ -93,7 +93,7 @@ class ReadyCalls:
             return self._match_unequal(free, load, now)
         chosen = [self._take(-1) for _ in range(min(len(free), len(self._queue)))]
         if len(free) == 1:
-            return [Given(free[0], number) for number in chosen]
+            return [Assignment(free[0], number) for number in chosen]
         there = set(free)
         found: dict[int, int] = {}
         for number in chosen:
@@ -103,10 +103,10 @@ class ReadyCalls:
         had = set(found.values())
         others = (worker for worker in free if worker not in found)
         rest = [number for number in chosen if number not in had]
-        given = [Given(worker, number) for worker, number in found.items()]
-        return given + [Given(*pair) for pair in zip(others, rest, strict=False)]
+        given = [Assignment(worker, number) for worker, number in found.items()]
+        return given + [Assignment(*pair) for pair in zip(others, rest, strict=False)]
 
-    def _match_unequal(self, free: Sequence[int], load: Load, now: float) -> list[Given]:
+    def _match_unequal(self, free: Sequence[int], load: Load, now: float) -> list[Assignment]:
         given = []
         for worker in free:  # the fastest first: what it leaves to others all the rest leave too
             if not self._queue:
@@ -115,7 +115,7 @@ class ReadyCalls:
             for side in (-1, 0):  # the longest call, or else the shortest
                 cost = self._cost(-self._queue[side][1])
                 if cost * slowness <= load.done_in_s(now, self._work_s, cost):
-                    given.append(Given(worker, self._take(side)))
+                    given.append(Assignment(worker, self._take(side)))
                     load.set(worker, now + cost * slowness, slowness)
                     break
             else:

@@ -7,8 +7,8 @@ findings of it; `doctor.py` does it in order.
 
 from bomemeta.callable_module import callable_as
 from bomemeta.doctor.doctor import examine
-from bomemeta.doctor.findings import Finding, Report
+from bomemeta.doctor.findings import DoctorReport, Finding
 
-__all__ = ["Finding", "Report", "examine"]
+__all__ = ["DoctorReport", "Finding", "examine"]
 
 callable_as(__name__, "doctor")

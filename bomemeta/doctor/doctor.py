@@ -29,7 +29,7 @@ from bomemeta.doctor import (
     traffic,
 )
 from bomemeta.doctor.dry import SLOW_S, Dry, DryRun, Line, TaskCounts, line_through, plan_of
-from bomemeta.doctor.findings import Finding, Report, number
+from bomemeta.doctor.findings import DoctorReport, Finding, number
 from bomemeta.doctor.memory import MemoryNeeds
 from bomemeta.doctor.nodes import Machines, Workers
 from bomemeta.errors import BomemetaError, ConfigError, DataError, DivergenceError
@@ -50,7 +50,7 @@ def examine(
     overrides: Sequence[str] = (),
     *,
     say: Say = lambda text: None,
-) -> Report:
+) -> DoctorReport:
     """What a run of this config will need against what is there. `say` hears what is being done.
 
     Raises ConfigError as `train` would. What else `train` would fail with is a PROBLEM of the
@@ -69,7 +69,7 @@ def examine(
         found += bundles.bundles(
             settings, machines, nodes.workers_of(settings, machines)
         ) + _elsewhere(settings, machines)
-        return Report(found + storage.output(settings, name, machines, None), values)
+        return DoctorReport(found + storage.output(settings, name, machines, None), values)
     with torch_threads(settings.threads):
         found += data.data(problem) + data.batch_norm(problem)
         plan = plan_of(settings, problem)
@@ -80,7 +80,7 @@ def examine(
             found += bundles.threads(settings, machines, workers)
         needs = _dry(settings, problem, plan, machines, workers, found, values, say)
     found += storage.output(settings, name, machines, needs)
-    return Report(found, values)
+    return DoctorReport(found, values)
 
 
 def _machines(config: Config, say: Say) -> Machines:

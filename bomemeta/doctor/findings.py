@@ -26,7 +26,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """All findings, in order; `values` are the numbers behind them: bytes and seconds."""
 
     findings: list[Finding]

@@ -6,6 +6,6 @@ judges, `hypercheck.py` does it in order.
 """
 
 from bomemeta.hypercheck.hypercheck import check
-from bomemeta.hypercheck.verdict import Report
+from bomemeta.hypercheck.verdict import CheckReport
 
-__all__ = ["Report", "check"]
+__all__ = ["CheckReport", "check"]

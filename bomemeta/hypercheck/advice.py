@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from bomemeta.core.solver import Solver
 from bomemeta.hypercheck.frozen import Settled
 from bomemeta.hypercheck.reference import Reference
-from bomemeta.hypercheck.verdict import OK_ERROR, Comparison, compare
+from bomemeta.hypercheck.verdict import OK_ERROR, Agreement, compare
 
 MORE = 4  # how many times as much work a trial is given
 HEAVIER = 16  # and weight, for a penalty: its error falls as one over it
@@ -32,7 +32,7 @@ class Trial(NamedTuple):
     """The solver with some keys changed."""
 
     changes: Changes
-    comparison: Comparison | None  # None: it diverged
+    comparison: Agreement | None  # None: it diverged
 
     @property
     def keys(self) -> str:
@@ -86,7 +86,7 @@ def together(solver: Solver, trials: Sequence[Trial]) -> Changes | None:
     return {name: MORE * _numbers(solver)[name] for name in keys} if len(keys) > 1 else None
 
 
-def cure(trials: Sequence[Trial], now: Comparison | None) -> Trial | None:
+def cure(trials: Sequence[Trial], now: Agreement | None) -> Trial | None:
     """The first trial that helps as much as any, but for a fifth; `now` None: the first that is
     finite. None: none helps.
 
@@ -97,7 +97,7 @@ def cure(trials: Sequence[Trial], now: Comparison | None) -> Trial | None:
     return next((one for one in helping if _error(one) <= min(map(_error, helping)) / HELPS), None)
 
 
-def explain(solver: Solver, settled: Settled, known: Reference, now: Comparison) -> list[str]:
+def explain(solver: Solver, settled: Settled, known: Reference, now: Agreement) -> list[str]:
     """Where a direction's error comes from."""
     notes = [note for note in (unstable(solver, known), short_inner_loop(solver, known)) if note]
     if is_penalty(solver, settled):
@@ -198,7 +198,7 @@ def _of_a_penalty(solver: Solver, settled: Settled, known: Reference) -> str:
     )
 
 
-def _of_y_or_v(solver: Solver, settled: Settled, known: Reference, now: Comparison) -> str:
+def _of_y_or_v(solver: Solver, settled: Settled, known: Reference, now: Agreement) -> str:
     at_y = compare(known.at_solvers_y, known.direction).error
     size = float(known.direction.norm())
     if (

@@ -29,8 +29,8 @@ from bomemeta.hypercheck.reference import FiniteDifference, Reference, differenc
 from bomemeta.hypercheck.verdict import (
     NOISE,
     SINGULAR,
-    Comparison,
-    Report,
+    Agreement,
+    CheckReport,
     compare,
     disagreement,
     stationary,
@@ -70,7 +70,7 @@ def check(
     run_dir: str | Path | None = None,
     at_step: int | None = None,
     say: Say = lambda text: None,
-) -> Report:
+) -> CheckReport:
     """Compares the config's solver with the implicit hypergradient and with finite differences;
     nothing is written.
 
@@ -86,7 +86,7 @@ def check(
 
 def _report(
     trainer: Trainer, subproblem: Subproblem, settle_steps: int, directions: int, say: Say
-) -> Report:
+) -> CheckReport:
     solver, seed = trainer.solver.unpaced(), mixed_seed(trainer.config.seed)
     say(f"the direction of {label(trainer.solver)} at a fixed x")
     settled = settle(solver, subproblem.upper, subproblem.whole, settle_steps)
@@ -157,8 +157,8 @@ def _report(
             if cure is not None
             else []
         )
-        return Report("UNDECIDED", reasons[0], [*reasons[1:], *hint, *notes], rows, numbers)
-    return Report(
+        return CheckReport("UNDECIDED", reasons[0], [*reasons[1:], *hint, *notes], rows, numbers)
+    return CheckReport(
         now.word, _headline(now, trials, advice.is_penalty(solver, settled)), notes, rows, numbers
     )
 
@@ -196,7 +196,7 @@ def _trials(
     return trials
 
 
-def _headline(now: Comparison, trials: Sequence[Trial], penalty: bool) -> str:
+def _headline(now: Agreement, trials: Sequence[Trial], penalty: bool) -> str:
     text = f"relative error {now.error:.2g}, cosine {now.cosine:.3f}"
     if now.word == "OK":
         return text
@@ -262,7 +262,7 @@ def _rows(
     settled: Settled,
     known: Reference | None,
     found: Sequence[FiniteDifference],
-    now: Comparison | None,
+    now: Agreement | None,
     trials: Sequence[Trial],
 ) -> list[tuple[str, str]]:
     what = ("block" if isinstance(trainer.problem, SharedProblem) else "task") + (
@@ -324,7 +324,7 @@ def _numbers(
     settled: Settled,
     known: Reference | None,
     found: Sequence[FiniteDifference],
-    now: Comparison | None,
+    now: Agreement | None,
     trials: Sequence[Trial],
     subproblem: Subproblem,
 ) -> dict[str, Any]:

@@ -32,7 +32,7 @@ NOISE = 0.05  # error of finite differences over |reference| from which on they 
 DISAGREE = 1e-2
 
 
-class Comparison(NamedTuple):
+class Agreement(NamedTuple):
     """A direction h against the reference h*."""
 
     error: float  # |h - h*| / |h*|
@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """The result of a check. `numbers` is all of it, ready for JSON but for numbers that are not
     finite.
     """
@@ -88,15 +88,15 @@ class Report:
             raise ConfigError(f"--json: {file} cannot be written: {error.strerror}") from error
 
 
-def compare(direction: Tensor, exact: Tensor) -> Comparison:
+def compare(direction: Tensor, exact: Tensor) -> Agreement:
     size, length = float(exact.norm()), float(direction.norm())
     if size == 0 or length == 0:
-        return Comparison(
+        return Agreement(
             1.0 if size > 0 else math.inf if length > 0 else 0.0,
             0.0,
             math.inf if size == 0 else 0.0,
         )
-    return Comparison(
+    return Agreement(
         float((direction - exact).norm()) / size,
         float(direction.dot(exact)) / (size * length),
         length / size,

@@ -15,7 +15,13 @@ from sklearn.exceptions import NotFittedError
 
 from bomemeta.data.episode_check import checked
 from bomemeta.errors import ConfigError, DataError
-from bomemeta.predict.inputs import Examples, class_array, examples_of, pixels_of, sorted_by_class
+from bomemeta.predict.inputs import (
+    ClassExamples,
+    class_array,
+    examples_of,
+    pixels_of,
+    sorted_by_class,
+)
 from bomemeta.predict.model import TrainedModel, validation_source
 from bomemeta.predict.task import Task, few_shot, fitted, images_of, together
 from bomemeta.predict.trials import TrialsResult, evaluate_trials, trials_of
@@ -197,7 +203,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         assert preprocessing is not None, "few_shot is about images"
         return preprocessing
 
-    def _fit(self, examples: Examples) -> FewShotClassifier:
+    def _fit(self, examples: ClassExamples) -> FewShotClassifier:
         if len(examples.classes) < 2:
             raise DataError(
                 f"y has one class, {examples.classes.tolist()[0]!r}; wanted two or more to tell apart"
@@ -210,9 +216,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.n_examples_ = np.bincount(examples.labels.numpy())
         return self
 
-    def examples(self) -> Examples:
+    def examples(self) -> ClassExamples:
         """The examples of `fit`. Raises DataError where they were not kept."""
-        kept: Examples | None = self.__dict__.get("_kept")
+        kept: ClassExamples | None = self.__dict__.get("_kept")
         if kept is None:
             self._check_fitted()
             raise DataError(
@@ -221,7 +227,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return kept
 
     def restored(
-        self, task: Task, classes: NDArray[Any], sizes: list[int], kept: Examples | None
+        self, task: Task, classes: NDArray[Any], sizes: list[int], kept: ClassExamples | None
     ) -> FewShotClassifier:
         """This classifier as it was when it was saved."""
         self._fitted = task

@@ -17,7 +17,7 @@ from bomemeta.data.preprocessing import Preprocessing
 from bomemeta.errors import DataError
 
 
-class Examples(NamedTuple):
+class ClassExamples(NamedTuple):
     """Labelled images, sorted by class: `pixels` uint8, or float32 in [0, 1], `[n, C, H, W]`;
     `labels` int64 `[n]` in 0..len(classes)-1.
     """
@@ -80,7 +80,7 @@ def labelled_files(folder: str | os.PathLike[str]) -> list[tuple[Path, str]]:
     return found
 
 
-def examples_of(images: Any, labels: Any, preprocessing: Preprocessing) -> Examples:
+def examples_of(images: Any, labels: Any, preprocessing: Preprocessing) -> ClassExamples:
     """Images with their labels, sorted by class; the order within a class is kept.
 
     `images` may be a folder of class folders, with `labels` None. Raises DataError where the numbers
@@ -103,7 +103,7 @@ def examples_of(images: Any, labels: Any, preprocessing: Preprocessing) -> Examp
     return sorted_by_class(pixels, given)
 
 
-def sorted_by_class(pixels: Tensor, labels: Sequence[Hashable]) -> Examples:
+def sorted_by_class(pixels: Tensor, labels: Sequence[Hashable]) -> ClassExamples:
     """The same images, class after class. Raises DataError where there is no image or a label is
     None or NaN.
     """
@@ -120,7 +120,7 @@ def sorted_by_class(pixels: Tensor, labels: Sequence[Hashable]) -> Examples:
     number_of = {name: number for number, name in enumerate(names)}
     numbers = torch.tensor([number_of[label] for label in labels])
     order = torch.argsort(numbers, stable=True)
-    return Examples(pixels[order], numbers[order], class_array(names))
+    return ClassExamples(pixels[order], numbers[order], class_array(names))
 
 
 def class_array(names: Sequence[Hashable]) -> NDArray[Any]:

@@ -26,7 +26,7 @@ from bomemeta.core.tree import Params
 from bomemeta.data.preprocessing import Preprocessing
 from bomemeta.errors import ConfigError
 from bomemeta.files import written_whole
-from bomemeta.predict.inputs import Examples, class_array
+from bomemeta.predict.inputs import ClassExamples, class_array
 from bomemeta.predict.model import TrainedModel
 from bomemeta.predict.norms import Moments
 from bomemeta.predict.task import Head, Task, few_shot
@@ -138,7 +138,7 @@ def load(
     classes = class_array(names)
     kept = None
     if EXAMPLES in stored:
-        kept = Examples(stored[EXAMPLES]["pixels"], stored[EXAMPLES]["labels"], classes)
+        kept = ClassExamples(stored[EXAMPLES]["pixels"], stored[EXAMPLES]["labels"], classes)
     return FewShotClassifier(model, **options).restored(task, classes, sizes, kept)
 
 

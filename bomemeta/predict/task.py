@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bomemeta.core.problem import Batch
 from bomemeta.core.tree import Params
 from bomemeta.errors import ConfigError
-from bomemeta.predict.inputs import Examples
+from bomemeta.predict.inputs import ClassExamples
 from bomemeta.predict.model import Adapted, TrainedModel
 from bomemeta.predict.norms import Moments, fixed_at, moments_of
 from bomemeta.problems.few_shot import FewShot
@@ -72,7 +72,7 @@ def few_shot(model: TrainedModel) -> FewShot:
     return model.problem
 
 
-def fitted(model: TrainedModel, examples: Examples, steps: int | None) -> Task:
+def fitted(model: TrainedModel, examples: ClassExamples, steps: int | None) -> Task:
     """Fits a task to its examples with the run's own lower problem and solver."""
     problem = for_classes(few_shot(model), torch.bincount(examples.labels).tolist())
     support = images_of(model, examples.pixels)
@@ -94,7 +94,9 @@ def fitted(model: TrainedModel, examples: Examples, steps: int | None) -> Task:
     return Task(model, problem, head)
 
 
-def together(model: TrainedModel, examples: Examples, images: Tensor, steps: int | None) -> Tensor:
+def together(
+    model: TrainedModel, examples: ClassExamples, images: Tensor, steps: int | None
+) -> Tensor:
     """Logits `[n, ways]` with the transductive policy: all images are normalised together, so each
     depends on the others. It is what the run's own evaluation computes.
     """

@@ -23,7 +23,7 @@ from bomemeta.storage import is_uri
 PART = 64  # images of one call
 
 
-class Answer(NamedTuple):
+class ServedRow(NamedTuple):
     """One image: the probabilities of all classes, or why it has none."""
 
     path: str
@@ -86,7 +86,7 @@ def predictions(
     address: str | None,
     trust: bool,
     say: Callable[[str], None],
-) -> Iterator[tuple[list[str], int, Iterator[Answer]]]:
+) -> Iterator[tuple[list[str], int, Iterator[ServedRow]]]:
     """The classes' names, how many images there are, and an answer for each, in the order of the paths. Each is a file, a
     folder of images, or a URI as in s3://BUCKET/FOLDER.
 
@@ -131,7 +131,7 @@ def _images(path: str) -> list[str]:
     return found
 
 
-def _answers(images: Sequence[str], files: dict[str, bytes], workers: int) -> Iterator[Answer]:
+def _answers(images: Sequence[str], files: dict[str, bytes], workers: int) -> Iterator[ServedRow]:
     blocks = -(-len(images) // PART)
     rows = ray.data.from_items([{"path": path} for path in images], override_num_blocks=blocks)
     found = rows.map_batches(
@@ -145,6 +145,6 @@ def _answers(images: Sequence[str], files: dict[str, bytes], workers: int) -> It
         for row in found.iter_rows():
             reason = str(row["reason"])
             known = None if reason else row["probabilities"].tolist()
-            yield Answer(str(row["path"]), known, reason)
+            yield ServedRow(str(row["path"]), known, reason)
     except ray.exceptions.RayError as error:
         raise ClusterError(f"the workers could not predict: {error}") from error

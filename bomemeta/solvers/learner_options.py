@@ -33,7 +33,7 @@ Positive = Annotated[float, Field(gt=0)]
 Steps = Annotated[int, Field(ge=1)]
 
 
-class Adapted(NamedTuple):
+class AdaptedTree(NamedTuple):
     """One task's y after its steps."""
 
     lower: Params
@@ -131,7 +131,7 @@ class LearnerOptions(UpperOptions):
         batch: Batch,
         steps: int,
         sizes: dict[str, float | Tensor],
-    ) -> Adapted:
+    ) -> AdaptedTree:
         """One task's y after `steps` steps from `lower`; differentiable in all that it is made of."""
         part = {name: lower[name] for name in self.adapts(problem, lower)}
         loss = problem.adaptation(encoded, lower, batch, tuple(part))
@@ -147,7 +147,7 @@ class LearnerOptions(UpperOptions):
             with torch.no_grad():
                 return loss(part)
 
-        return Adapted({**lower, **part}, reached)
+        return AdaptedTree({**lower, **part}, reached)
 
     def direction(self, oracle: LocalOracle, encoded: Encoded, batch: Batch) -> Direction:
         """One task's d_i: the gradient in x of f after adaptation."""
