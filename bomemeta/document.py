@@ -190,6 +190,12 @@ def _put(data: dict[str, Any], path: tuple[str, ...], location: str) -> None:
 
 def describe(value: Any) -> str:
     """`'ten' (str)`: a value and its type, short enough for one line."""
+    if (
+        isinstance(value, dict)
+        and "object" in value
+        and set(value) <= {"object", "sha256", "fields"}
+    ):
+        return f"an object of {value['object']}"  # as `sections.plain` records it
     try:
         text = repr(value)
     except (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,9 +20,10 @@ import bomemeta
 from bomemeta.distributed import cluster
 from bomemeta.distributed.cluster import RayOptions
 from bomemeta.distributed.leaders import LedTransport, group_sizes, subtree
+from bomemeta.distributed.ray_transport import RayTransport
 from bomemeta.distributed.summation import TreeSum
 from bomemeta.distributed.transport import ShardCall
-from bomemeta.errors import DivergenceError
+from bomemeta.errors import ClusterError, DivergenceError
 
 WORKERS = 4
 # Lower variables that persist; two leaders, of eight shards and three.
@@ -65,6 +68,14 @@ class Echo:
     def execute(self, order: str, broadcast: np.ndarray, *states: np.ndarray) -> tuple[Any, ...]:
         if order == "diverge":
             raise DivergenceError("step 3: the loss is nan")
+        if order == "foreign":
+            there = sys.modules["only_there"] = types.ModuleType("only_there")
+            exec("class Odd(Exception): pass", vars(there))
+            raise there.Odd("step 3 has no loss")
+        if order == "locked":
+            locked = ValueError("step 4 has no loss")
+            locked.lock = threading.Lock()  # type: ignore[attr-defined]
+            raise locked
         return f"{order} done", *(state + broadcast[0] for state in states)
 
 
@@ -127,6 +138,19 @@ def test_states_replies_and_errors_pass_through(ray_cluster):
         assert len(leaders) == 2
         assert len({*members, *leaders}) == WORKERS + 2
     until(lambda: not any(map(status, [*members, *leaders])))
+
+
+@pytest.mark.parametrize("made", [RayTransport, LedTransport])
+def test_an_exception_that_cannot_come_here_is_reported_by_its_text(ray_cluster, made):
+    """Of a module that the driver has not, and one that cannot be pickled: with leaders as without."""
+    options = RayOptions(workers=2, cpus_per_worker=0.1, start_timeout_s=900.0)
+    texts = {"foreign": "only_there.Odd: step 3 has no loss", "locked": "step 4 has no loss"}
+    with closing(made(Echo, options)) as transport:
+        for order, text in texts.items():
+            with pytest.raises(
+                ClusterError, match=f"a worker raised .*{text}; the exception itself"
+            ):
+                transport.run(np.ones(1, np.float32), [ShardCall(order)])
 
 
 def test_same_bits_with_a_member_killed(reference, ray_cluster, transports, tmp_path):

@@ -23,6 +23,7 @@ from ray.exceptions import (
     RayActorError,
     RayError,
     RayTaskError,
+    UnserializableException,
     WorkerCrashedError,
 )
 
@@ -44,6 +45,7 @@ from bomemeta.distributed.losses import (
     WorkerUnavailable,
     WorkerUnplaced,
     loss_of,
+    not_brought_here,
 )
 from bomemeta.distributed.slots import Phase, Slot, Slots
 from bomemeta.distributed.transport import WorkerFactory
@@ -197,7 +199,11 @@ class Fleet(Slots):
         try:
             return ray.get(slot.refs[0], timeout=self.options.step_timeout_s)
         except RayTaskError as error:
+            if type(error.cause) is RayError:  # what Ray puts there where it cannot pickle it
+                raise not_brought_here(error) from error
             raise error.cause from error
+        except UnserializableException as error:
+            raise not_brought_here(error) from error
         except ObjectLostError:
             raise
         except GetTimeoutError as error:

@@ -14,6 +14,7 @@ from ray.exceptions import (
 )
 
 from bomemeta.distributed.cluster import RayOptions
+from bomemeta.errors import ClusterError
 
 # A shard that crashed this many workers in a row, or a worker that died this often by itself while
 # it started, is to blame itself.
@@ -102,6 +103,16 @@ def poison(what: str, times: int, loss: WorkerLost, options: RayOptions) -> str:
         "so that each is smaller, or fewer workers. If it was a time-out: raise step_timeout_s "
         f"(now {options.step_timeout_s:g}). If it crashed (segmentation fault): workers=0 runs it here, where a debugger "
         f"can see it. {LOGS}"
+    )
+
+
+def not_brought_here(error: RayError) -> ClusterError:
+    """A worker's exception of which only the text has come: its class cannot be pickled, or its
+    module is not installed in this process. The traceback over there is the `__cause__`.
+    """
+    return ClusterError(
+        f"a worker raised {last_line(error)}; the exception itself cannot be brought here: its class cannot be "
+        "pickled, or is of a module that is not installed where the run's driver is"
     )
 
 
