@@ -95,7 +95,7 @@ def test_who_comes_new_gets_y_from_the_others(ray_cluster):
 def test_a_step_costs_the_driver_x_and_not_y(ray_cluster):
     config = load_config(JOB, ["workers=2", *RAY])
     report = examine(config)
-    told = report.values["together"]
+    together = report.values["together"]
     with trainer_of(config) as trainer:
         metrics = [trainer.step() for _ in range(2)][-1]
         y = trainer.checkpoint().lower[0].numel() // 2  # half of it is the velocity
@@ -106,10 +106,14 @@ def test_a_step_costs_the_driver_x_and_not_y(ray_cluster):
     sent = 4 * (y + 1) + 2 * (X_NUMBERS + y) + 3
     assert metrics["exchanged_bytes"] == pytest.approx(8 * sent, abs=8 * 5 + 8)
     # And that is what doctor says before.
-    assert (told["to_driver"], told["kernels"], told["members"]) == (metrics["driver_bytes"], 2, 2)
-    assert told["exchanged"] == pytest.approx(metrics["exchanged_bytes"], abs=8 * 5 + 40)
-    assert told["down"] == 2 * 8 * X_NUMBERS  # x, for each kernel
-    assert told["member"] > 5 * 8 * y  # two of y with its velocity, and what is added
+    assert (together["to_driver"], together["kernels"], together["members"]) == (
+        metrics["driver_bytes"],
+        2,
+        2,
+    )
+    assert together["exchanged"] == pytest.approx(metrics["exchanged_bytes"], abs=8 * 5 + 40)
+    assert together["down"] == 2 * 8 * X_NUMBERS  # x, for each kernel
+    assert together["member"] > 5 * 8 * y  # two of y with its velocity, and what is added
     (line,) = (each.text for each in report.findings if each.topic == "bytes per step")
     assert "y stays with 2 members" in line
     assert "2 |y| (W - 1) / W in each reduce of W = 2" in line

@@ -365,9 +365,9 @@ def test_a_job_that_fails_says_why_on_its_last_line(head, project, tmp_path):
 
 
 def test_a_client_without_a_token_is_refused(head, project, tmp_path):
-    words = ["bomemeta", "submit", "job", f"output_dir={tmp_path / 'run'}"]
-    words += ["--address", head.dashboard]
-    refused = run(head, project, *words, RAY_AUTH_MODE="disabled")
+    arguments = ["bomemeta", "submit", "job", f"output_dir={tmp_path / 'run'}"]
+    arguments += ["--address", head.dashboard]
+    refused = run(head, project, *arguments, RAY_AUTH_MODE="disabled")
     assert refused.returncode == 1
     assert "RAY_AUTH_MODE and the token" in refused.stderr
 
