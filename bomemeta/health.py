@@ -112,6 +112,8 @@ def _no_multiplier(monitor: HealthMonitor) -> str | None:
     share = monitor.mean("multiplier_zero_share")
     if share is None or share < _NEARLY_ALL:
         return None
+    if monitor.mean("gap") == 0 and monitor.mean("grad_lower_gap_norm") == 0:
+        return None  # y is the solution, as with few-shot's heads that have one: nothing is missing
     count = len(monitor.values("multiplier_zero_share"))
     return (
         f"lambda was 0 in {share:.0%} of the last {count} steps ({_values_text(monitor)}). The bilevel problem is not being "

@@ -37,8 +37,14 @@ def test_nearest_centroids() -> None:
         [[[1.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 1.0]]]
     )  # means (2, 0), (0, 1)
     query = torch.tensor([[[0.6, 0.3], [9.0, 1.0], [0.4, 0.6], [0.0, 5.0]]])
-    assert right("cosine", support, query, 2).tolist() == [1.0]
-    assert right("euclidean", support, query, 2).tolist() == [0.75]  # (.6, .3) is nearer to (0, 1)
+    mean = torch.zeros(2)
+    assert right("cosine", support, query, 2, mean).tolist() == [1.0]
+    assert right("unit", support, query, 2, mean).tolist() == [1.0]
+    # (.6, .3) is nearer to (0, 1)
+    assert right("euclidean", support, query, 2, mean).tolist() == [0.75]
+    assert right("centred", support, query, 2, mean).tolist() == [1.0]
+    # from (0.95, 0), close to (1, 0), the first two lie in the direction of (0, 1)
+    assert right("centred", support, query, 2, torch.tensor([0.95, 0.0])).tolist() == [0.5]
 
 
 def test_runs_beside_centroids(tmp_path: Path) -> None:
@@ -59,9 +65,14 @@ def test_runs_beside_centroids(tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == result
     for run, found in zip(runs, result["runs"], strict=True):
         assert found["run"][0] == pytest.approx(run.metrics["test_accuracy"])
-        difference = found["run"][0] - found["cosine"][0]
-        assert found["difference"][0] == pytest.approx(difference)
-    assert "| 3-way 1-shot | all, over seeds |" in centroids.table(result["runs"])
+        for control, (mean, _) in found["difference"].items():
+            assert mean == pytest.approx(found["run"][0] - found[control][0])
+    chosen = result["runs"]
+    for run in chosen:
+        run["validation"] = {"cosine": 0.5, "euclidean": 0.5, "unit": 0.9, "centred": 0.5}
+    lines = centroids.table(chosen).splitlines()
+    assert lines[-1].startswith("| 3-way 1-shot | all, over seeds |")
+    assert all(line.endswith("(unit) |") for line in lines[2:])
 
 
 def net() -> torch.nn.Module:

@@ -59,6 +59,11 @@ def test_each_silent_failure_is_said_once_with_figures_and_advice(
     assert all(word in reported[0] for word in fragments)
 
 
+def test_a_solved_lower_problem_has_no_multiplier_and_hears_nothing() -> None:
+    solved = {"gap": 0.0, "grad_lower_gap_norm": 0.0, "grad_upper_gap_norm": 0.0}
+    assert watch(lambda step: {"multiplier": 0.0, "multiplier_zero_share": 1.0, **solved}, 40) == []
+
+
 def test_an_oscillating_multiplier_is_said() -> None:
     assert "lambda oscillates" in watch(lambda step: {"multiplier": 1.0 + (step % 2)}, 40)[0]
     assert (
