@@ -147,7 +147,7 @@ def test_more_than_once_and_on_workers(files: dict[str, str], tmp_path: Path) ->
     config = source({"first": texts[0]}, BOME)
     bm.train(config, output_dir=str(tmp_path / "run"))
     bm.extend(tmp_path / "run", texts[1])
-    result = bm.extend(tmp_path / "run", later, workers=2)
+    result = bm.extend(tmp_path / "run", later, workers=1)
     config["problem"]["appended"] = [{"path": path, "tasks": 1} for path in (texts[1], later)]
     assert result.upper_sha256 == bm.train(config).upper_sha256
     assert result.steps == 4 * STEPS

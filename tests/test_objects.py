@@ -116,7 +116,7 @@ except KeyboardInterrupt:
     print("interrupted")
 """,
     "import ray; assert not ray.is_initialized()",  # no actors, and no cluster, are left over
-    "again = bm.train(Mine(tasks=16), bm.BOME(inner_steps=20, upper_lr=0.3), steps=3, workers=1)",
+    "again = bm.train(Mine(tasks=16), bm.BOME(inner_steps=20, upper_lr=0.3), steps=3, workers=0)",
     "print(again.upper_sha256)",
 ]
 

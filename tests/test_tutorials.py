@@ -10,9 +10,8 @@ import pytest
 import torch
 
 TUTORIALS = sorted((Path(__file__).parents[1] / "docs" / "tutorials").glob("[0-9]*.md"))
-SLOW = pytest.mark.slow(reason="trains for about half a minute; 02 and 07 need an extra and Ray")
-# What CI runs each time.
-QUICK = ("04_your_own_problem", "05_cleaning_labels")
+SLOW = pytest.mark.slow(reason="half a minute; CI runs all eight as it builds the site (.ci/run)")
+QUICK = ("04_your_own_problem",)
 
 
 @pytest.fixture(autouse=True)
