@@ -15,8 +15,10 @@ solver, and its honest controls, at equal steps of the network.
 Every run of a seed has the same samples and starts at the same y. `last_*` is at the end (of `stopped`: where it
 stopped), `best_*` is the best along the way, which no user can have: it is there because papers report it. `f1` is of
 the labels declared wrong: by their weights, and in the runs that have none by their losses, as many of the largest as
-there are wrong ones, a number that a user would have to guess. Differences are taken seed by seed from `learned`, by
-`bomemeta compare`'s statistics. The histogram is of the weights of `learned` at its end.
+there are wrong ones, a number that a user would have to guess. A second table gives every run that number: the F1 of
+the samples that stand first by loss, by the mean of their losses over the run's points, by weight (the least), by the
+mean of their weights, and by loss times 2 - weight. Differences are taken seed by seed from `learned`, by `bomemeta
+compare`'s statistics. The histogram is of the weights of `learned` at its end.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ CONFIG = "configs/reweighting_cifar10n.yaml"
 # Meta-Weight-Net's own optimiser of its net (Shu et al., NeurIPS 2019).
 MWN = ("solver.upper_optimizer=adam", "solver.upper_lr=0.001")
 FIGURES = ("test_accuracy", "test_loss", "f1")
+SIGNALS = ("loss", "mean_loss", "weight", "mean_weight", "product")
 TENTHS = 10  # bars of the histogram
 Point = dict[str, float]
 
@@ -71,13 +74,20 @@ class CleanAlone(Reweighting):
 
 def walked(trainer: Trainer, steps: int, every: int, weighted: bool = False) -> list[Point]:
     """The problem's figures at every so many steps and at the end; `f1` by the samples' losses where
-    they are not weighted.
+    they are not weighted. The last point has the `SIGNALS`.
     """
     points: list[Point] = []
+    losses, weights = torch.zeros(()), torch.zeros(())
     while trainer.state.step < steps:
         trainer.advance(min(every, steps - trainer.state.step))
-        found = own_metrics(trainer) | ({} if weighted else by_loss(trainer))
+        loss, weight, wrong = of_samples(trainer)
+        losses, weights = losses + loss, weights + weight
+        found = own_metrics(trainer) | ({} if weighted else {"f1": first_wrong(loss, wrong)})
         points.append({"step": float(trainer.state.step), **found})
+    by = {"loss": loss, "mean_loss": losses}
+    if weighted:
+        by |= {"weight": -weight, "mean_weight": -weights, "product": loss * (2 - weight)}
+    points[-1] |= {f"f1_{name}": first_wrong(scores, wrong) for name, scores in by.items()}
     return points
 
 
@@ -105,11 +115,24 @@ def of_samples(trainer: Trainer) -> tuple[Tensor, Tensor, Tensor]:
     return losses, weights, wrong
 
 
-def by_loss(trainer: Trainer) -> Point:
-    """F1 of the largest losses, as many as there are wrong labels (so precision is recall is F1)."""
-    losses, _, wrong = of_samples(trainer)
+def first_wrong(scores: Tensor, wrong: Tensor) -> float:
+    """F1 of the largest scores, as many as there are wrong labels (so precision is recall is F1)."""
     count = int(wrong.sum())
-    return {"f1": float(wrong[losses.topk(count).indices].double().mean()) if count else 0.0}
+    return float(wrong[scores.topk(count).indices].double().mean()) if count else 0.0
+
+
+def signals_table(seeds: Sequence[Mapping[str, Sequence[Point]]]) -> str:
+    """F1 with the true share given, the mean over the seeds and every seed's."""
+    lines = ["| run | F1 with the true share, by | mean | each seed |", "|---|---|---|---|"]
+    for name in seeds[0]:
+        for signal in SIGNALS:
+            values = [runs[name][-1].get(f"f1_{signal}") for runs in seeds]
+            there = [value for value in values if value is not None]
+            if there:
+                each = ", ".join(f"{value:.3f}" for value in there)
+                cells = (name, signal.replace("_", " "), f"{sum(there) / len(there):.3f}", each)
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n"
 
 
 def histogram(trainer: Trainer) -> Point:
@@ -234,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     table = compared(seeds, load_config(options.config, options.set).to_dict())
     where = environment()
     weights = histogram_table([runs["learned"][-1] for runs in curves.values()])
-    text = f"{markdown(table)}\n{weights}* {options.steps} steps, {fine} of fine-tuning; {environment_line(where)}\n"
+    signals = signals_table(list(curves.values()))
+    text = f"{markdown(table)}\n{signals}{weights}* {options.steps} steps, {fine} of fine-tuning; {environment_line(where)}\n"
     (options.out / "table.md").write_text(text)
     result = {"comparison": json.loads(as_json(table)), "seeds": seeds, "environment": where}
     (options.out / "table.json").write_text(json.dumps(result, indent=1) + "\n")

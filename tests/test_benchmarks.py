@@ -446,18 +446,35 @@ def test_mixing_compares_learned_weights_with_fixed_ones(tmp_path: Path) -> None
     out = tmp_path / "mixing.json"
     small = [
         "problem.width=8", "problem.layers=1", "problem.heads=2", "problem.context=8", "problem.blocks=1", "problem.test_sequences=4",
-        "data.domain_bytes=5000", "shards=1",
+        "data.domain_bytes=5000", "shards=1", "solver.warm_start_steps=1", "solver.upper_every=1",
     ]  # fmt: skip
-    sizes = ("--seeds", "2", "--steps", "2", "--mixtures", "1", "--json", str(out), "--set", *small)
-    result = run("mixing", *sizes)
+    sizes = (
+        "--seeds",
+        "2",
+        "--steps",
+        "8",
+        "--mixtures",
+        "2",
+        "--larger",
+        "problem.layers=2",
+        "--json",
+        str(out),
+    )
+    result = run("mixing", *sizes, "--set", *small)
     assert json.loads(out.read_text()) == result
     rows = result["comparison"]["rows"]["test_loss"]
+    larger = {"larger, learned", "larger, uniform", "larger, proportional"}
     assert {row["label"] for row in rows if row["difference"]} == {
-        "uniform", "proportional", "retrained", "mixture0",
+        "learned", "uniform", "proportional", "target_only", "mixture1", *larger,
     }  # fmt: skip
-    first = result["runs"][0]
+    first, second = result["runs"]["0"], result["runs"]["1"]
     assert first["uniform"]["weights"]["shuffled"] == pytest.approx(0.25)
-    assert first["retrained"]["weights"] == pytest.approx(first["learned"]["weights"], rel=1e-5)
+    assert first["target_only"]["weights"]["english"] == pytest.approx(1, abs=1e-4)
+    assert first["retrained"]["weights"] == pytest.approx(first["learned"]["weights"], rel=1e-4)
+    assert first["learned"]["gradients"] > first["uniform"]["gradients"] == 8
+    assert not {"mixture1", *larger} & {*second}
+    # Nothing is run again.
+    assert run("mixing", *sizes, "--set", *small)["runs"] == result["runs"]
 
 
 def test_continual_methods_side_by_side(tmp_path: Path) -> None:

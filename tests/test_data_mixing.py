@@ -154,8 +154,31 @@ def test_draws_are_by_key_and_blocks_and_inner_steps_have_their_own() -> None:
     assert all(not torch.equal(first, other) for other in tokens[1:])
 
 
-def test_parts_of_a_batch_add_up_to_it() -> None:
-    problem = made(sequences=3, target_sequences=5)
+def test_a_sampled_mixture_draws_its_domains_and_has_the_weighted_loss_as_mean() -> None:
+    shares = {"english": 0.5, "python": 0.25, "licences": 0.15, "shuffled": 0.1}
+    problem = made(sampled=True, mixture=shares, sequences=200)
+    batch = {name: tensor[0] for name, tensor in problem.load([0], 0, "train").items()}
+    x = problem.init_upper(torch.Generator().manual_seed(0))
+    encoded = problem.encode(x, batch)
+    assert torch.allclose(encoded["weights"], torch.full((4, 200), 1 / 800, dtype=torch.float64))
+    drawn = batch["domains"].flatten().bincount(minlength=4) / 800
+    # Four standard deviations of a share of 800 draws are 0.07 at most.
+    assert torch.allclose(drawn.double(), torch.tensor([*shares.values()]).double(), atol=0.07)
+    for d, text in enumerate(problem._texts):
+        own = batch["tokens"].flatten(0, 1)[batch["domains"].flatten() == d]
+        assert bytes(own[0].tolist()) in text.tobytes()
+    # At other weights: each domain's own, in expectation.
+    x = {"logits": torch.tensor([0.0, 1.0, -1.0, 0.5], dtype=torch.float64)}
+    weights = problem.encode(x, batch)["weights"].flatten()
+    sums = torch.zeros(4, dtype=torch.float64).index_add(0, batch["domains"].flatten(), weights)
+    assert torch.allclose(sums, x["logits"].softmax(0), atol=0.15)
+    with pytest.raises(ConfigError, match=r"problem\.sampled"):
+        made(sampled=True, weights="rater")
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_parts_of_a_batch_add_up_to_it(sampled: bool) -> None:
+    problem = made(sequences=3, target_sequences=5, sampled=sampled)
     whole = problem.load(range(2), 0, "train")
     x = problem.init_upper(torch.Generator().manual_seed(0))
 

@@ -199,7 +199,10 @@ def names_in_backquotes(text: str) -> set[str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_for_two_steps(path: Path, tmp_path: Path) -> None:
     overrides = ["steps=2", "workers=0", "evaluation.episodes=2", f"output_dir={tmp_path / 'run'}"]
-    if load_config(path).tasks_per_step:
+    config = load_config(path)
+    if getattr(config.solver, "warm_start_steps", 0):
+        overrides += ["solver.warm_start_steps=1", "solver.upper_every=1"]
+    if config.tasks_per_step:
         overrides += ["tasks_per_step=2", "shards=2"]
     try:
         result = bomemeta.train(path, overrides)

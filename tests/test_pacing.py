@@ -265,14 +265,15 @@ def ray_cluster() -> Iterator[None]:
 def test_the_bits_are_those_of_ray_and_of_a_resumed_run(
     name: str, ray_cluster: None, tmp_path: Path
 ) -> None:
-    solver = [f"solver.name={name}", "solver.inner_lr=0.5", "solver.lower_optimizer=adam"]
+    solver = ["solver.inner_lr=0.5", "solver.lower_optimizer=adam"]
     solver += (
         ["solver.inner_optimizer=momentum", "solver.inner_momentum=0.5"] if name == "bome" else []
     )
 
     def run(where: str, *keys: str) -> bomemeta.Result:
         return bomemeta.train(
-            "mixing_quickstart", [*SMALL, *solver, f"output_dir={tmp_path / where}", *keys]
+            "mixing_quickstart",
+            [f"solver={{name: {name}}}", *SMALL, *solver, f"output_dir={tmp_path / where}", *keys],
         )
 
     straight = run("serial", "steps=7", "workers=0")
@@ -296,7 +297,7 @@ def resumed(straight: bomemeta.Result) -> list[str]:
 
 @pytest.mark.parametrize("name", ["bome", "amigo_cg"])
 def test_doctor_counts_the_steps_without_x_as_a_run_has_them(name: str, tmp_path: Path) -> None:
-    keys = [*SMALL, f"solver.name={name}", "solver.inner_lr=0.5", "steps=9", "workers=0"]
+    keys = [f"solver={{name: {name}}}", *SMALL, "solver.inner_lr=0.5", "steps=9", "workers=0"]
     report = bomemeta.doctor("mixing_quickstart", overrides=keys)
     kinds = report.values["steps_without_x"]
     assert [kind["steps"] for kind in kinds.values()] == [2, 4]

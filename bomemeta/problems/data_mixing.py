@@ -33,7 +33,7 @@ from bomemeta.registry import problems
 Size = Annotated[int, Field(ge=1)]
 
 # Second number of a key of what is drawn from the config's seed.
-TRAIN, TARGET, NETWORK = range(3)
+TRAIN, TARGET, NETWORK, DOMAINS = range(4)
 # Of the target's text: what f sees, and what the result is tested on. The rest is its domain's own.
 HELD_OUT = 0.1
 
@@ -48,8 +48,11 @@ class DataMixing(SharedProblem):
                       a softmax over the step's sequences of a block; from equal weights
 
     `mixture`: x's start, uniform, proportional to the domains' sizes, or a number for each domain;
-    with solver `lower_only` it is a fixed mixture. The target's text is cut: its last tenth is for
-    f, one half, and for testing, the other; its domain keeps the rest. A subclass may define
+    with solver `lower_only` it is a fixed mixture. `sampled`: as many sequences in all, each of a
+    domain drawn by `mixture` and with weight w_d(x) / mixture_d (of a fixed mixture: 1), as language
+    models are trained; else `sequences` of every domain, weighed by w_d. The target's text is cut:
+    its last tenth is for f, one half, and for testing, the other; its domain keeps the rest. A
+    subclass may define
     `network`, and `init_lower` with `logits` where y is a part of it (docs/howto/language_model.md).
     """
 
@@ -61,6 +64,7 @@ class DataMixing(SharedProblem):
     mixture: Literal["uniform", "proportional"] | dict[str, Annotated[float, Field(gt=0)]] = (
         "uniform"
     )
+    sampled: bool = False  # the sequences' domains are drawn by `mixture`, and not as many of each
     width: Size = 96
     layers: Size = 3
     heads: Size = 4
@@ -90,6 +94,10 @@ class DataMixing(SharedProblem):
         if not isinstance(self.data, TextDomains):
             raise ConfigError(
                 f"data.dataset: data_mixing wants texts by domain (installed_texts), and {type(self.data).__name__} has none"
+            )
+        if self.sampled and self.weights == "rater":
+            raise ConfigError(
+                "problem.sampled: got true with weights: rater, which knows no shares of domains to draw by: take one of the two out"
             )
         if self.width % self.heads:
             raise ConfigError(
@@ -155,23 +163,35 @@ class DataMixing(SharedProblem):
         return self._drawn(task_ids, step, 1 + inner)
 
     def _drawn(self, blocks: Sequence[int], step: int, number: int) -> Batch:
+        domains = np.stack([self._domains((step, number, block)) for block in blocks])
         each = [
-            np.stack(
+            np.concatenate(
                 [
-                    self._windows(text, self.sequences, (TRAIN, step, number, block, domain))
-                    for domain, text in enumerate(self._texts)
+                    self._windows(text, int((own == d).sum()), (TRAIN, step, number, block, d))
+                    for d, text in enumerate(self._texts)
                 ]
-            )
-            for block in blocks
+            ).reshape(*own.shape, -1)
+            for block, own in zip(blocks, domains, strict=True)
         ]
         target = [
             self._windows(self._target, self.target_sequences, (TARGET, step, number, block))
             for block in blocks
         ]
-        return {
+        found = {
             "tokens": torch.from_numpy(np.stack(each)),
             "target": torch.from_numpy(np.stack(target)),
         }
+        return found | ({"domains": torch.from_numpy(domains)} if self.sampled else {})
+
+    def _domains(self, key: tuple[int, ...]) -> np.ndarray:
+        """Of each of a block's sequences, `[domains, sequences]` in rising order."""
+        count = len(self.domains)
+        every = np.repeat(np.arange(count), self.sequences)
+        if self.sampled:
+            draw = np.random.default_rng((self.seed, DOMAINS, *key))
+            every = np.sort(draw.choice(count, len(every), p=self._start.numpy()))
+        found: np.ndarray = every.reshape(count, self.sequences)
+        return found
 
     def _windows(self, text: Bytes, count: int, key: tuple[int, ...]) -> np.ndarray:
         """Random windows `[count, context + 1]` of the text."""
@@ -199,17 +219,21 @@ class DataMixing(SharedProblem):
             )
         rows = max(self.sequences * len(self.domains), self.target_sequences)
         parts = min(-(-rows // size), self.sequences, self.target_sequences)
-        tokens, target = (
-            batch["tokens"].tensor_split(parts, 2),
-            batch["target"].tensor_split(parts, 1),
-        )
-        return [{"tokens": a, "target": b} for a, b in zip(tokens, target, strict=True)]
+        cut = {
+            name: tensor.tensor_split(parts, 1 if name == "target" else 2)
+            for name, tensor in batch.items()
+        }
+        return [{name: each[part] for name, each in cut.items()} for part in range(parts)]
 
     def encode(self, upper: Params, batch: Batch) -> Encoded:
         """The sequences' weights `[domains, sequences]`, which add up to 1."""
         if self.weights == "domains":
-            shares = upper["logits"].softmax(0) / self.sequences
-            return {"weights": shares[:, None].expand(-1, batch["tokens"].shape[1])}
+            shares = upper["logits"].softmax(0)
+            if self.sampled:
+                each = shares / self._start.to(shares) / (self.sequences * len(self.domains))
+                return {"weights": each[batch["domains"]], "shares": shares}
+            weights = (shares / self.sequences)[:, None]
+            return {"weights": weights.expand(-1, batch["tokens"].shape[1])}
         often = functional.one_hot(batch["tokens"], BYTES).to(self.dtype).mean(-2)
         hidden = torch.tanh(functional.linear(often, upper["hidden.weight"], upper["hidden.bias"]))
         scores = hidden @ upper["weight"]
@@ -244,7 +268,7 @@ class DataMixing(SharedProblem):
 
     def evaluate(self, encoded: Encoded, lower: Params, batch: Batch) -> dict[str, Tensor]:
         """`test_loss` on the target's test part, in nats a byte, and each domain's weight."""
-        shares = encoded["weights"].sum(1)
+        shares = encoded["shares"] if self.sampled else encoded["weights"].sum(1)
         return {
             "test_loss": (batch["test_scale"] * self.losses(lower, batch["test"])).sum(),
             **{f"domain_weights_{name}": shares[d] for d, name in enumerate(self.domains)},
