@@ -112,7 +112,23 @@ def test_mwn_is_its_own_config() -> None:
         from bomemeta.evaluation import own_metrics
 
         trainer.advance(4)
-        assert runs["mwn"][-1] == {"step": 4.0, **own_metrics(trainer)}
+        last = {name: x for name, x in runs["mwn"][-1].items() if not name.startswith("f1_")}
+        assert last == {"step": 4.0, **own_metrics(trainer)}
+
+
+def test_first_by_a_score_are_as_many_as_are_wrong() -> None:
+    from benchmarks.reweighting import SIGNALS, first_wrong, of_seed, signals_table
+
+    wrong = torch.tensor([True, False, True, False])
+    assert first_wrong(torch.tensor([3.0, 2.0, 1.0, 0.0]), wrong) == 0.5
+    assert first_wrong(torch.tensor([3.0, 0.0, 1.0, 0.5]), wrong) == 1
+    runs = of_seed(SMALL, [], 0, 2, 2, 1, None)
+    # One point: the means are its own.
+    for name in ("loss", "weight"):
+        assert runs["learned"][-1][f"f1_{name}"] == runs["learned"][-1][f"f1_mean_{name}"]
+    assert runs["plain"][-1]["f1_loss"] == runs["plain"][-1]["f1"]
+    text = signals_table([runs])
+    assert (text.count("| learned |"), text.count("| plain |")) == (len(SIGNALS), 2)
 
 
 def test_the_table_has_paired_differences(tmp_path: Path) -> None:
