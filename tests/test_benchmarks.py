@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -528,3 +529,18 @@ def test_hyper_cleaning_from_searches_to_a_table(
     )
     curve = json.loads((tmp_path / "out" / "runs" / "bome-digits-seed_0.json").read_text())["curve"]
     assert curve[-1]["gradients"] == 16
+
+
+def test_every_benchmark_is_named_beside_its_table_or_is_a_part_of_one_that_is() -> None:
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
+    files = sorted((ROOT / "benchmarks").rglob("*.py"))
+    code = {path: path.read_text(encoding="utf-8") for path in files}
+    orphans = []
+    for path in files:
+        others = "\n".join(text for each, text in code.items() if each != path)
+        named = re.search(rf"benchmarks[./]{path.stem}\b", pages)
+        # `from benchmarks.x import`, `from benchmarks import x`, or its path as a config's import.
+        used = re.search(rf"import .*\b{path.stem}\b|\.{path.stem} import|{path.name}", others)
+        if path.stem != "__init__" and not named and not used:
+            orphans.append(path.name)
+    assert orphans == []
