@@ -25,7 +25,7 @@ from bomemeta.distributed.summation import TreeSum
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.errors import ClusterError, DivergenceError
 
-WORKERS = 4
+WORKERS = 3
 # Lower variables that persist; two leaders, of eight shards and three.
 JOB: dict[str, Any] = {
     "imports": [str(Path(__file__).with_name("mortal.py"))],
@@ -34,7 +34,7 @@ JOB: dict[str, Any] = {
     "steps": 8, "tasks_per_step": 12, "shards": 11,
     "log": {"tensorboard": False},
 }  # fmt: skip
-LED = [f"workers={WORKERS}", "leaders_above=3", "cpus_per_worker=0.1", "start_timeout_s=900"]
+LED = [f"workers={WORKERS}", "leaders_above=2", "cpus_per_worker=0.1", "start_timeout_s=900"]
 
 
 @pytest.fixture(scope="module")
