@@ -6,9 +6,10 @@ workers as far as memory goes.
 Stubbed: every call takes 1 s and up to 0.2 s more of a clock of its own, so that each answer comes
 for itself, which is the dearest case. Steps are counted (bytecodes of bomemeta.distributed, which
 do not depend on the machine's load) and CPU time is measured, least of the repetitions, less what
-a loop of the stub alone takes. With deaths: one call in a hundred kills its worker. Real workers,
-each number without leaders and with them, are given a module without content in the place of torch:
-60 MB each instead of 340.
+a loop of the stub alone takes. Above the default of `leaders_above` it is taken with leaders too,
+whose own work is that of as many workers as they lead. With deaths: one call in a hundred kills its
+worker, or its leader. Real workers, each number without leaders and with them, are given a module
+without content in the place of torch: 60 MB each instead of 340.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.stubbed_ray import StubbedRay
+from bomemeta.config import Settings
 from bomemeta.distributed.cluster import RayOptions
-from bomemeta.distributed.leaders import LedTransport
+from bomemeta.distributed.leaders import LedTransport, group_sizes
 from bomemeta.distributed.ray_transport import RayTransport
 from bomemeta.distributed.transport import ShardCall
 from bomemeta.environment import environment
 from bomemeta.files import written_whole
 
 WORKERS = (16, 64, 256, 1024, 4096)
+LEADERS_ABOVE: int = Settings.model_fields["leaders_above"].default
 DEATHS = 0.01
 NUMBERS = 1000  # in a message: 4 KB
 
@@ -49,12 +52,14 @@ class Null:
 
 
 @contextmanager
-def stubbed(workers: int, deaths: float = 0.0, **options: Any) -> Iterator[RayTransport]:
+def stubbed(
+    workers: int, deaths: float = 0.0, led: bool = False, **options: Any
+) -> Iterator[RayTransport]:
     """A transport on a cluster that computes nothing."""
     stub = StubbedRay(workers, deaths=deaths)
     with stub.instead():
         given = RayOptions(workers=workers, max_replacements=10**9, **options)
-        with closing(RayTransport(Null, given)) as transport:
+        with closing((LedTransport if led else RayTransport)(Null, given)) as transport:
             yield transport
 
 
@@ -85,9 +90,9 @@ def steps_of(action: Callable[[], Any]) -> int:
     return count
 
 
-def counted(workers: int, calls: int, deaths: float = 0.0, warm: int = 2) -> int:
+def counted(workers: int, calls: int, deaths: float = 0.0, warm: int = 2, led: bool = False) -> int:
     """Steps of one round, after some that the scheduler learned from."""
-    with stubbed(workers, deaths) as transport:
+    with stubbed(workers, deaths, led) as transport:
         for _ in range(warm):
             play(transport, calls)
         return steps_of(lambda: play(transport, calls))
@@ -120,19 +125,22 @@ def least_ms(action: Callable[[], Any], repetitions: int) -> float:
     return 1000 * min(found)
 
 
-def stubbed_row(workers: int, repetitions: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"workers": workers}
+def stubbed_row(workers: int, repetitions: int, led: bool) -> dict[str, Any]:
+    """`led`: with leaders, each of whose calls is answered as one; a death is a leader's."""
+    row: dict[str, Any] = {"workers": workers, "led": led}
     for name, calls, deaths in (
         ("S = W", workers, 0.0),
         ("S = 2W", 2 * workers, 0.0),
         ("deaths", workers, DEATHS),
     ):
-        with stubbed(workers, deaths) as transport:
+        with stubbed(workers, deaths, led) as transport:
             for _ in range(2):
                 play(transport, calls)
             whole = least_ms(lambda: play(transport, calls), repetitions)  # noqa: B023
-        own = whole - least_ms(lambda: bare(workers, calls), repetitions)  # noqa: B023
-        row[name] = {"ms": own, "steps": counted(workers, calls, deaths)}
+        alone = (len(group_sizes(workers)),) * 2 if led else (workers, calls)
+        own = whole - least_ms(lambda: bare(*alone), repetitions)  # noqa: B023
+        row[name] = {"ms": own, "steps": counted(workers, calls, deaths, led=led)}
+    print(row, flush=True)
     return row
 
 
@@ -180,13 +188,14 @@ def real_row(workers: int, repetitions: int, led: bool) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| workers | S = W, ms | steps an answer | S = 2W, ms | steps, times S = W | with deaths, ms |",
-        "|---|---|---|---|---|---|",
+        "| workers | leaders | S = W, ms | steps an answer | S = 2W, ms | steps, times S = W | with deaths, ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result["stubbed"]:
         one, two, deaths = row["S = W"], row["S = 2W"], row["deaths"]
+        leaders = len(group_sizes(row["workers"])) if row["led"] else "-"
         lines.append(
-            f"| {row['workers']} | {one['ms']:.1f} | {one['steps'] / row['workers']:.0f} | {two['ms']:.1f} | "
+            f"| {row['workers']} | {leaders} | {one['ms']:.1f} | {one['steps'] / row['workers']:.0f} | {two['ms']:.1f} | "
             f"{two['steps'] / one['steps']:.2f} | {deaths['ms']:.1f} |"
         )
     if result["real"]:
@@ -207,9 +216,17 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4))
-    workers = [row["workers"] for row in result["stubbed"]]
-    for name in ("S = W", "S = 2W", "deaths"):
-        axes.loglog(workers, [row[name]["ms"] for row in result["stubbed"]], "o-", label=name)
+    for led, line, end in ((False, "o-", ""), (True, "^:", ", with leaders")):
+        rows = [row for row in result["stubbed"] if row["led"] is led]
+        for name, colour in zip(("S = W", "S = 2W", "deaths"), ("C0", "C1", "C2"), strict=True):
+            # What the stub itself takes is taken off, and may be more than what there is.
+            axes.loglog(
+                [row["workers"] for row in rows],
+                [max(0.1, row[name]["ms"]) for row in rows],
+                line,
+                color=colour,
+                label=name + end,
+            )
     if result["real"]:
         for led, name in ((False, "real, S = W"), (True, "real, S = W, with leaders")):
             real = [row for row in result["real"] if row["led"] is led]
@@ -238,7 +255,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args(argv)
     result = {
-        "stubbed": [stubbed_row(workers, options.repetitions) for workers in options.workers],
+        "stubbed": [
+            stubbed_row(workers, options.repetitions, led)
+            for workers in options.workers
+            for led in (False, True)
+            if not led or workers > LEADERS_ABOVE
+        ],
         "real": [
             real_row(workers, options.repetitions, led)
             for workers in options.real

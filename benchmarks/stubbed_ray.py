@@ -1,5 +1,6 @@
 """A Ray that computes nothing, on a clock of its own: what is left of a round is the driver's own
-scheduling. Workers die, hang and are slow in a seeded order.
+scheduling. Workers die, hang and are slow in a seeded order. Of leaders there are their reports,
+with as many members in each as `group_sizes` gives a leader.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import heapq
 import importlib
 import itertools
+import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,8 @@ from typing import Any
 from unittest import mock
 
 import ray.exceptions as errors
+
+from bomemeta.distributed.leaders import LeaderReport, Led, group_sizes
 
 # Modules of bomemeta.distributed that know Ray or the clock.
 PATCHED = ("actor", "capacity", "cluster", "fleet", "ray_round", "ray_transport", "slots")
@@ -61,6 +65,7 @@ class StubbedRay:
     def __init__(self, workers: int, seed: int = 0, deaths: float = 0.0, slow: float = 0.0) -> None:
         self.now, self.calls, self.losses = 0.0, 0, 0
         self._workers, self._deaths, self._slow = workers, deaths, slow
+        self._members = group_sizes(workers)[0]
         self._dice, self._numbers = random.Random(seed), itertools.count()
         self._events: list[tuple[float, int, list[Ref]]] = []
         self._unheard: dict[Ref, None] = {}  # answers that are there, in the order of their coming
@@ -150,26 +155,28 @@ class StubbedRay:
 
         def method(name: str) -> Any:
             def call(returns: int, *given: Any) -> Any:
-                return self._call(actor, name, returns, speed)
+                return self._call(actor, name, returns, speed, given)
 
             return SimpleNamespace(
-                remote=lambda *given: call(1),
+                remote=lambda *given: call(1, *given),
                 options=lambda num_returns=1, **_: SimpleNamespace(
-                    remote=lambda *given: call(num_returns)
+                    remote=lambda *given: call(num_returns, *given)
                 ),
             )
 
-        names = ("build", "execute", "merge", "ping")
+        names = ("build", "lead", "execute", "merge", "ping")
         return SimpleNamespace(behind=actor, **{name: method(name) for name in names})
 
-    def _call(self, actor: Actor, name: str, returns: int, speed: float) -> Any:
+    def _call(
+        self, actor: Actor, name: str, returns: int, speed: float, given: Sequence[Any]
+    ) -> Any:
         self.calls += 1
         refs = [Ref(next(self._numbers), actor) for _ in range(returns)]
         if not actor.alive:
             self._answer(refs, self.now, errors.ActorDiedError())
         else:
             begun = max(actor.free_at, self.now)
-            seconds = {"build": BUILD_S, "ping": 0.001}.get(name, CALL_S * speed)
+            seconds = {"build": BUILD_S, "lead": BUILD_S, "ping": 0.001}.get(name, CALL_S * speed)
             end = begun + seconds * (1 + JITTER * self._dice.random())
             while actor.calls and actor.calls[0][1][0].done:
                 actor.calls.popleft()
@@ -179,7 +186,12 @@ class StubbedRay:
             else:
                 process = importlib.import_module("bomemeta.distributed.actor").Process
                 node = f"node {actor.number % max(1, self._workers // PER_NODE)}"
-                answer = process(10**9 + actor.number, "", node) if name == "build" else None
+                pid = 10**9 + actor.number
+                answer = process(pid, "", node) if name in ("build", "lead") else None
+                if given and isinstance(given[0], Led):
+                    replies = [pickle.dumps(None)] * len(given[0].parts)
+                    members = list(range(pid, pid + self._members))
+                    answer = LeaderReport(replies, pid, members, [node] * self._members, 0, [])
                 actor.free_at = end
                 actor.calls.append((begun, refs))
                 self._answer(refs, end, answer)
