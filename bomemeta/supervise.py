@@ -40,6 +40,8 @@ ASKED = {
     *STOPS,
     *(getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name)),
 }
+# The pipe on which a run announces its begin and its end, as a number in its environment.
+PIPE, BEGUN, ENDED = "BOMEMETA_PIPE", b"b", b"e"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SI_KERNEL = 0x80  # asm-generic/siginfo.h: not sent by a process; here, typed at the terminal
 LISTING = "import sys; from bomemeta.storage import Mirror; print(*Mirror(sys.argv[1]).names(), sep='\\n')"
@@ -98,7 +100,8 @@ def supervise(
 
     Where a signal killed it that nobody sent to stop it, it is started again; not more than
     `restarts` times in a row without a new checkpoint in `location`. A run that ends with TRY_AGAIN,
-    as where its cluster is lost, counts as killed, and the cluster is waited for. SIGTERM and SIGINT are passed
+    as where its cluster is lost, counts as killed, and the cluster is waited for; so does one of a
+    `cluster` that was cut off (`announced`). SIGTERM and SIGINT are passed
     on, and the command's own end is waited for. It does not outlive this process.
     Raises ConfigError where the system is not Linux.
     """
@@ -112,13 +115,19 @@ def supervise(
     begun = 0
     with _held_back() as mask:
         while True:
-            code, stopped = _run(command, mask, begun)
+            code, stopped, cut_off = _run(command, mask, begun)
             begun += 1
+            by_ray = code > 0 and cut_off and cluster is not None
+            code = TRY_AGAIN if by_ray else code
             if code >= 0 and (code != TRY_AGAIN or stopped):
                 return code
             killer = _name(-code)
             how = (
-                "ended for want of its cluster or store" if code > 0 else f"was killed by {killer}"
+                "was ended by Ray, as where this machine's part of the cluster is lost"
+                if by_ray
+                else "ended for want of its cluster or store"
+                if code > 0
+                else f"was killed by {killer}"
             )
             end = code if code > 0 else 128 - code
             if code < 0 and (stopped or -code in ASKED):
@@ -182,16 +191,39 @@ def _held_back() -> Iterator[set[Any]]:
         signal.signal(signal.SIGCHLD, chld)
 
 
-def _run(command: Sequence[str], mask: set[Any], before: int) -> tuple[int, bool]:
-    """Runs the command once, `before` times after the first; its code (-N: signal N), and whether it
-    was asked to stop.
+@contextmanager
+def announced() -> Iterator[None]:
+    """In the run: tells its supervisor, if it has one, when the block begins, and when it ends in
+    whatever way Python knows. Ray ends a process whose raylet is gone with exit code 1 and without.
     """
+    pipe = os.environ.pop(PIPE, "")
+    if not pipe.isdigit():
+        yield
+        return
+    os.write(int(pipe), BEGUN)
+    try:
+        yield
+    finally:
+        os.write(int(pipe), ENDED)
+
+
+class _Ended(NamedTuple):
+    code: int  # -N: signal N
+    stopped: bool  # it was asked to
+    cut_off: bool  # it had begun, and ended without a word: see `announced`
+
+
+def _run(command: Sequence[str], mask: set[Any], before: int) -> _Ended:
+    """Runs the command once, `before` times after the first."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl
+    reads, writes = os.pipe()
     child = subprocess.Popen(
         command,
         preexec_fn=partial(_tie, prctl, os.getpid(), mask),
-        env=os.environ | {RESTARTS: str(before)},
+        env=os.environ | {RESTARTS: str(before), PIPE: str(writes)},
+        pass_fds=(writes,),
     )
+    os.close(writes)
     stopped = False
     while child.poll() is None:
         info = signal.sigwaitinfo({*STOPS, signal.SIGCHLD})
@@ -203,7 +235,11 @@ def _run(command: Sequence[str], mask: set[Any], before: int) -> tuple[int, bool
         if info.si_code != SI_KERNEL:
             child.send_signal(info.si_signo if stopped else signal.SIGTERM)
         stopped = True
-    return child.returncode, stopped or bool(signal.sigpending() & STOPS)
+    os.set_blocking(reads, False)
+    with open(reads, "rb") as pipe:
+        heard = pipe.read() or b""
+    stopped = stopped or bool(signal.sigpending() & STOPS)
+    return _Ended(child.returncode, stopped, BEGUN in heard and ENDED not in heard)
 
 
 def _tie(prctl: Any, parent: int, mask: set[Any]) -> None:

@@ -117,6 +117,36 @@ def test_after_n_restarts_without_a_new_checkpoint_it_gives_up(killer, hint, tmp
     assert process.returncode == 128 + signal.Signals[f"SIG{killer}"]
 
 
+# What a run of a cluster does, and how Ray ends a process without a raylet: at once, with code 1.
+CUT_OFF = """
+import os, sys
+from bomemeta.supervise import announced
+print("begun", flush=True)
+with announced():
+    if not os.path.exists("again"):
+        open("again", "w").close()
+        os._exit(1)
+    sys.exit(int(sys.argv[1]))
+"""
+JOINED = SUPERVISOR.replace(
+    "flush=True)))", "flush=True), supervise.Cluster('127.0.0.1', 9, 0.0)))"
+)
+
+
+@pytest.mark.parametrize(("joined", "code"), [(True, 0), (True, 1), (False, 1)])
+def test_what_ray_ends_without_a_word_is_started_again(joined, code, tmp_path):
+    """A failure of its own, with the same exit code, is not; nor is what has no cluster."""
+    arguments = [sys.executable, "-c", JOINED if joined else SUPERVISOR, "0", "run", "2"]
+    done = subprocess.run(
+        [*arguments, sys.executable, "-c", CUT_OFF, str(code)],
+        cwd=tmp_path, text=True, capture_output=True,
+    )  # fmt: skip
+    note = "note: the run was ended by Ray, as where this machine's part of the cluster is lost; restart 1 of 2"
+    lines = done.stdout.splitlines()
+    assert (done.returncode, lines.count("begun")) == (code, 2 if joined else 1), done
+    assert any(line.startswith(note) for line in lines) is joined, done
+
+
 def test_a_new_checkpoint_gives_all_restarts_back(tmp_path):
     """Also one of a seed. Of 5 deaths none but the fourth has the checkpoints of the one before."""
     script = """

@@ -41,8 +41,10 @@ def train(
     """
     if restarts:
         raise typer.Exit(_supervised(config, overrides or (), auto_resume, restarts))
+    from bomemeta.supervise import announced
+
     again = "the same command" if auto_resume else None
-    with reported():
+    with announced(), reported():
         from bomemeta import runs
 
         run_and_show(
