@@ -75,6 +75,23 @@ def test_runs_beside_centroids(tmp_path: Path) -> None:
     assert all(line.endswith("(unit) |") for line in lines[2:])
 
 
+def test_settings_compared_by_folds_of_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    folds = importlib.import_module("benchmarks.class_folds")
+    monkeypatch.setattr(folds, "EPISODES", 20)
+    generator = torch.Generator().manual_seed(0)
+    # What tells the 24 classes apart lies in 6 features; the other 6 are noise, and louder.
+    means = torch.randn(24, 1, 6, generator=generator)
+    inside = means + 0.5 * torch.randn(24, 25, 6, generator=generator)
+    noise = 2 * torch.randn(24, 25, 6, generator=generator)
+    table = torch.cat([inside, noise], -1).flatten(0, 1)
+    classes = list(torch.arange(24 * 25).split(25))
+    held = [set(fold.held.tolist()) for fold in folds.folds_of(classes)]
+    assert sum(map(len, held)) == len(set().union(*held)) == 24 * 25
+    lines = folds.compared(table, classes, ["scale:adam:0.02:10:10:5:80"])
+    centred, learned = (float(line.split("|")[4].split("±")[0]) for line in lines[2:])
+    assert learned > centred + 5  # points: the loud half has to go
+
+
 def net() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 8))

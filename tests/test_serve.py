@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib
 import io
 import os
 import shutil
@@ -280,39 +281,34 @@ def _command(pid: str) -> bytes:
 @pytest.mark.slow(
     reason="a real browser, half a minute: apt install chromium-driver, pip install selenium, pytest -m slow -k page"
 )
-def test_the_page_fits_and_predicts_in_a_browser(run_dir: str, tmp_path: Path) -> None:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+def test_the_page_fits_and_predicts_in_a_browser(
+    run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs"))
+    pytest.importorskip("selenium.webdriver", reason="pip install selenium")
     if shutil.which("chromedriver") is None:
         pytest.skip("no chromedriver here: apt install chromium-driver")
     images = [tmp_path / f"{kind}-{seed}.png" for kind in (0, 1) for seed in (0, 1)]
     for path in images:
         kind, seed = path.stem.split("-")
         path.write_bytes(png(int(kind), int(seed)))
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu"):
-        options.add_argument(argument)
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    page = importlib.import_module("screenshots")
     with served(run_dir, tmp_path) as url:
-        browser = webdriver.Chrome(options, service)
+        browser = page.chrome()
         try:
             browser.get(url)
-            boxes = browser.find_elements("class name", "class")
-            for box, name, files in zip(boxes, ("a", "b"), (images[:1], images[2:3]), strict=True):
-                box.find_element("css selector", "input:not([type=file])").send_keys(name)
-                chosen = box.find_element("css selector", "input[type=file]")
-                chosen.send_keys("\n".join(map(str, files)))
-            fit = browser.find_element("id", "fit")
-            assert fit.is_enabled()
-            fit.click()
-            _wait(lambda: "a (1), b (1)" in browser.find_element("id", "known").text)
-            browser.find_element("id", "ask").send_keys(f"{images[1]}\n{images[3]}")
-            _wait(lambda: len(browser.find_elements("class name", "result")) == 2)
-            best = [bar.text.split()[0] for bar in browser.find_elements("css selector", ".bar:first-child")]  # fmt: skip
-            assert best == ["b", "a"]  # the last one on top
+            page.fit(browser, {"a": images[:1], "b": images[2:3]})
+            assert page.ask(browser, [images[1], images[3]]) == ["a", "b"]
+            for width, path in zip(page.WIDTHS, page.photographed(browser, tmp_path), strict=True):
+                with Pillow.open(path) as shown:
+                    assert shown.size[0] == width
+                assert path.stat().st_size < 150_000
+            wide = browser.execute_script("return document.documentElement.scrollWidth")
+            assert wide <= min(page.WIDTHS)  # nothing sticks out on a telephone
             (tmp_path / "text.png").write_bytes(b"no image")
             browser.find_element("id", "ask").send_keys(str(tmp_path / "text.png"))
             message = browser.find_element("id", "message")
-            _wait(lambda: "text.png cannot be read" in message.text)
+            page.wait(lambda: "text.png cannot be read" in message.text)
             errors = [
                 entry for entry in browser.get_log("browser") if "422" not in entry["message"]
             ]

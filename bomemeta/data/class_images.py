@@ -75,8 +75,9 @@ def check_ways(
 ) -> None:
     """Raises DataError where the split has fewer classes than an episode asks for."""
     if classes < spec.ways:
+        also = "" if split == "train" else ". problem.test_ways is of validation and test alone"
         raise DataError(
-            f"{dataset}: the {split} split has {classes} classes; problem.ways is {spec.ways}: {advice}"
+            f"{dataset}: the {split} split has {classes} classes; problem.ways is {spec.ways}: {advice}{also}"
         )
 
 
