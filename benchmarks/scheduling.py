@@ -220,9 +220,10 @@ def draw(result: dict[str, Any], folder: Path) -> None:
         rows = [row for row in result["stubbed"] if row["led"] is led]
         for name, colour in zip(("S = W", "S = 2W", "deaths"), ("C0", "C1", "C2"), strict=True):
             # What the stub itself takes is taken off, and may be more than what there is.
+            there = [row for row in rows if row[name]["ms"] > 0]
             axes.loglog(
-                [row["workers"] for row in rows],
-                [max(0.1, row[name]["ms"]) for row in rows],
+                [row["workers"] for row in there],
+                [row[name]["ms"] for row in there],
                 line,
                 color=colour,
                 label=name + end,
