@@ -270,7 +270,7 @@ def test_a_y_that_was_trained_on_the_upper_loss_is_found_out(tmp_path):
     assert any("what x is worth" in note for note in longer.notes)
 
 
-def test_solved_figures_are_those_of_the_solved_lower_problem(tmp_path):
+def test_solved_metrics_are_those_of_the_solved_lower_problem(tmp_path):
     job = {
         "problem": {"name": "analytic", "case": "quadratic", "tasks": 3, "dim_lower": 4, "condition": 2.0},
         "solver": {"name": "bome"}, "steps": 3, "dtype": "float64", "evaluation": {"solve_steps": 500},

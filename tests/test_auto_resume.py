@@ -69,7 +69,7 @@ def stopped_after(
 # The same call again
 
 
-def test_it_begins_goes_on_and_shows_what_is_finished(reference, tmp_path, monkeypatch):
+def test_it_begins_resumes_and_shows_what_is_finished(reference, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     stopped_after(7, QUADRATIC, folder, monkeypatch)
     result = go(QUADRATIC, folder, "workers=0", "log.every_steps=1")
@@ -175,7 +175,7 @@ def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(reference, tmp_
     assert go(job, folder, "steps=12").upper_sha256 == straight.upper_sha256
 
 
-def test_seeds_go_on_too(tmp_path, monkeypatch):
+def test_seeds_resume_too(tmp_path, monkeypatch):
     whole = go(QUADRATIC, tmp_path / "whole", "seeds=2")
     folder = tmp_path / "run"
     stopped_after(5, {**QUADRATIC, "seeds": 2}, folder, monkeypatch)

@@ -133,7 +133,7 @@ def test_a_bug_keeps_its_traceback(api: Any) -> None:
     assert isinstance(invoke("train", "x").exception, ZeroDivisionError)
 
 
-def test_an_interrupted_run_says_how_to_go_on(api: Any) -> None:
+def test_an_interrupted_run_says_how_to_resume(api: Any) -> None:
     api.ends = lambda: Ended(interrupted=True)
     result = invoke("train", "x")
     assert result.exit_code == 130

@@ -238,7 +238,7 @@ def test_other_solvers_take_a_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["sequential", "shuffled"])
-def test_figures_are_those_of_a_pass_of_each_length(order: Any) -> None:
+def test_metrics_are_those_of_a_pass_of_each_length(order: Any) -> None:
     problem = attached(order=order)
     x = start_of(problem)
     oracle = oracle_of(problem, x, "test")

@@ -43,7 +43,7 @@ def test_a_stream_is_learned(name: str, tmp_path: Path) -> None:
     assert " ".join(STEPS[name]) in page
 
 
-def test_figures_are_in_the_folder_and_in_tensorboard(tmp_path: Path) -> None:
+def test_metrics_are_in_the_folder_and_in_tensorboard(tmp_path: Path) -> None:
     """Whatever PNG a problem leaves, with the picture's own bits."""
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -83,7 +83,7 @@ def test_what_changed_is_named(change, begun):
     assert all("measured on other data than that of training" in note for note in notes[:1])
 
 
-def test_the_same_data_written_again_goes_on(begun, tmp_path):
+def test_the_same_data_written_again_resumes(begun, tmp_path):
     write(begun / "data.npz")
     straight = bomemeta.train(
         STREAM | {"data": {"dataset": "labelled_array", "path": str(begun / "data.npz")}},

@@ -148,7 +148,7 @@ def test_features_that_are_damaged_are_named(tmp_path: Path) -> None:
         features()
 
 
-def test_an_interrupted_encoding_goes_on_where_it_stopped(
+def test_an_interrupted_encoding_resumes_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_cache, "IMAGES_PER_FILE", 14)

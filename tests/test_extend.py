@@ -94,7 +94,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_stream_that_goes_on_has_the_bits_of_a_longer_one(
+def test_a_stream_that_continues_has_the_bits_of_a_longer_one(
     case: str, files: dict[str, str], tmp_path: Path
 ) -> None:
     solver, problem = CASES[case]

@@ -92,7 +92,7 @@ def test_momentum_is_what_lower_momentum_was() -> None:
         ("ctn", "momentum"),
     ],
 )
-def test_runs_go_on_with_what_an_optimiser_keeps(solver: str, name: str, tmp_path: Path) -> None:
+def test_runs_continue_with_what_an_optimiser_keeps(solver: str, name: str, tmp_path: Path) -> None:
     """Two steps and a resumed third and fourth end with the bits of four."""
     keys = [
         f"solver.name={solver}", f"solver.lower_optimizer={name}", "solver.lower_clip_norm=0.5", "solver.lower_decay=0.01",

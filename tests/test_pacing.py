@@ -211,7 +211,7 @@ def test_lancbio_keeps_its_basis_between() -> None:
     assert float(size.abs().max()) < 1e-9
 
 
-def test_an_optimiser_of_y_goes_on_through_all_of_them() -> None:
+def test_an_optimiser_of_y_continues_through_all_of_them() -> None:
     """adam's count of steps is that of y's, with x or without."""
     problem = whole()
     found = bench("bome", problem, 5, warm_start_steps=2, upper_every=3, lower_optimizer="adam")

@@ -295,7 +295,7 @@ def test_a_second_run_never_overwrites_the_first(reference):
     assert (folder / "result.json").read_bytes() == before
 
 
-def test_longer_training_goes_on_from_a_finished_run(tmp_path):
+def test_longer_training_resumes_from_a_finished_run(tmp_path):
     job = {**QUADRATIC, "solver": {**QUADRATIC["solver"], "upper_schedule": "constant"}}
     short = bomemeta.train(job, [f"output_dir={tmp_path / 'short'}"])
     longer = bomemeta.resume(short.run_dir, ["steps=12"])
@@ -325,6 +325,6 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path):
         bomemeta.train({**job, "solver": solver}, [f"output_dir={tmp_path / 'run'}"])
 
 
-def test_evaluate_repeats_the_final_figures(reference):
+def test_evaluate_repeats_the_final_metrics(reference):
     for result in reference.values():
         assert bomemeta.evaluate(result.run_dir).metrics == result.metrics

@@ -169,7 +169,7 @@ def test_y_starts_as_the_first_block_has_it():
     assert torch.equal(reduced.init_lower()["y"], local.init_lower()["y"][:1])
 
 
-def test_figures_are_means_over_the_blocks():
+def test_metrics_are_means_over_the_blocks():
     reduced, local, _ = oracles(3)
     y = {"y": normal(1, Y, seed=2)}
     want = local.evaluate(repeated({"y": y["y"][0]}, 3))

@@ -51,7 +51,7 @@ def watch(
         ({"grad_upper_gap_norm": 1e-7}, ["|grad_x q| is negligible", "|grad_x q| 1.00e-07, |grad_y q| 5.00e-01, q 1.00e-01"]),
     ],
 )  # fmt: skip
-def test_each_silent_failure_is_said_once_with_figures_and_advice(
+def test_each_silent_failure_is_said_once_with_metrics_and_advice(
     broken: dict[str, float], fragments: list[str]
 ) -> None:
     reported = watch(lambda step: broken, 200)

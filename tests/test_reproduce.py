@@ -245,7 +245,7 @@ def names_of(name: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_interrupted_experiment_keeps_its_runs_and_goes_on(
+def test_an_interrupted_experiment_keeps_its_runs_and_resumes(
     tiny: Callable[[PaperRun], PaperRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[str] = []

@@ -135,7 +135,7 @@ def test_seeds_go_below_a_uri_with_options(bucket: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(reason="Ray Tune twice, half a minute: pytest -m slow -k without_a_shared_disk")
-def test_a_search_without_a_shared_disk_goes_on_after_the_death_of_its_driver(
+def test_a_search_without_a_shared_disk_resumes_after_the_death_of_its_driver(
     tmp_path: Path,
 ) -> None:
     """Its one trial stands still in the middle, and the driver is killed. With a trial that is done:

@@ -80,7 +80,7 @@ def test_resume_runs_what_is_missing_and_keeps_what_is_done(serial, tmp_path):
     assert [record(folder / f"seed-{seed}")["first_step"] for seed in (4, 5, 6)] == [2, 0, 2]
 
 
-def test_evaluate_repeats_the_figures_and_writes_nothing(serial):
+def test_evaluate_repeats_the_metrics_and_writes_nothing(serial):
     before = (serial.run_dir / "result.json").read_bytes()
     assert bomemeta.evaluate(serial.run_dir).metrics == serial.metrics
     assert (serial.run_dir / "result.json").read_bytes() == before

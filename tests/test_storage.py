@@ -133,7 +133,7 @@ def command(location: Path, scratch: Path, *overrides: str) -> subprocess.Popen[
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_another_machine_goes_on_to_the_same_bits(ending, tmp_path, reference):
+def test_another_machine_resumes_to_the_same_bits(ending, tmp_path, reference):
     """SIGKILL: from the last checkpoint that was due. SIGTERM, at most three seconds before SIGKILL:
     from the last committed step.
     """

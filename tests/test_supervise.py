@@ -311,7 +311,7 @@ def child_of(process: subprocess.Popen[str]) -> int:
     return int(number)
 
 
-def test_a_killed_run_goes_on_by_itself_to_the_same_bits(reference, tmp_path):
+def test_a_killed_run_resumes_by_itself_to_the_same_bits(reference, tmp_path):
     folder = tmp_path / "run"
     process = begin(folder, "SIGKILL")
     output, message = process.communicate(timeout=120)

@@ -28,7 +28,7 @@ def train(folder: Path, to: str, *keys: str) -> bomemeta.Result:
     return bomemeta.train(JOB, [f"output_dir={folder / 'run'}", f"log.to=[{to}]", *keys])
 
 
-def test_mlflow_has_every_step_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+def test_mlflow_has_every_step_and_resumes_in_the_same_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason='uv pip install -e ".[mlflow]" brings it')
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)

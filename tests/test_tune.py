@@ -492,7 +492,7 @@ def replayed(lineage: list[dict[str, Any]], folder: Path) -> str:
     return sha256
 
 
-def test_pbt_goes_on_from_another_trial_with_other_values(
+def test_pbt_continues_from_another_trial_with_other_values(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     file = changed(
@@ -558,7 +558,7 @@ def test_trainable_in_a_tuner_of_ones_own(ray_cluster: None, tmp_path: Path) -> 
     )
 
 
-def test_a_search_goes_on_after_ctrl_c_of_its_driver(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_search_resumes_after_ctrl_c_of_its_driver(ray_cluster: None, tmp_path: Path) -> None:
     """Trial 1 is done; trial 2 stands still in the middle. After `kill -9`: tests/test_s3.py."""
     problem = {"doom": "wait", "doom_mark": str(tmp_path / "mark")}
     file = changed(

@@ -110,7 +110,7 @@ def test_a_copy_goes_its_own_way_to_the_same_bits(optimizer: OptimizerName) -> N
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("steps", [0, 3])
-def test_a_checkpoint_goes_on_to_the_same_bits(optimizer: OptimizerName, steps: int) -> None:
+def test_a_checkpoint_resumes_to_the_same_bits(optimizer: OptimizerName, steps: int) -> None:
     upper, other = variable(optimizer), variable(optimizer)
     move(upper, range(steps))
     other.load(upper.params, copy.deepcopy(upper.state_dict()))

@@ -91,19 +91,19 @@ def run_and_show(start: Callable[[Listener], Result], again: str | None = None) 
             _say_failed(error)
             _leave_if_headless(error)
             raise typer.Exit(_code(error)) from error
-        typer.echo(f"interrupted; {_how_to_go_on(listener.run_dir, again)}", err=True)
+        typer.echo(f"interrupted; {_how_to_resume(listener.run_dir, again)}", err=True)
         raise typer.Exit(INTERRUPTED) from error
     location = result.uri or result.run_dir
     if result.interrupted:
         typer.echo(
-            f"interrupted after {result.steps} steps; {_how_to_go_on(location, again)}", err=True
+            f"interrupted after {result.steps} steps; {_how_to_resume(location, again)}", err=True
         )
         raise typer.Exit(INTERRUPTED)
     show_result(result)
     typer.echo(f"done after {result.steps} steps; run folder: {location}", err=True)
 
 
-def _how_to_go_on(location: Path | str | None, again: str | None) -> str:
+def _how_to_resume(location: Path | str | None, again: str | None) -> str:
     return (
         f"resume with {again or f'`bomemeta resume {location}`'}"
         if location is not None
