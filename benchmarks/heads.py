@@ -2,16 +2,17 @@
 the steps, ANIL and MAML, each with the same CPU seconds, the same number of settings tried, the same episodes.
 
     python -m benchmarks.heads --task omniglot --cpu-s 90 --out OUT
-    python -m benchmarks.heads --task mixed --cpu-s 90 --out OUT
+    python -m benchmarks.heads --task mixed --cpu-s 90 --out OUT_MIXED
 
 | task | |
 |---|---|
 | omniglot | 20-way 1-shot |
+| tiny_imagenet | 5-way 1-shot |
 | mixed | 5-way 15-shot, a class being three characters thrown together: its mean is no character |
 | glyphs | 5-way 1-shot without a download, for a try |
 
-A method's number of steps is its budget over the CPU time of its own step, measured first; its Adam step is the best of
-`--rates` on 100 validation episodes after a quarter of the budget. Differences are paired by test episode, with 95 %
+A method's Adam step is the best of `--rates` on 100 validation episodes after a quarter of the budget; its number of
+steps is its budget over the CPU time that a step took in those trials. Differences are paired by test episode, with 95 %
 intervals and Holm's correction over the table. The same command again resumes: what OUT has is not run anew.
 """
 
@@ -40,8 +41,7 @@ from bomemeta.engine import Trainer
 from bomemeta.environment import environment, environment_line
 from bomemeta.evaluation import EVALUATION_SHARD, validate
 
-CONFIG = "omniglot_20w1s"
-RATES = (0.001, 0.003, 0.006)  # of Adam
+RATES = (0.003, 0.006, 0.012)  # of Adam
 TOGETHER = 3  # characters in a class of task `mixed`
 WARM_UP, TIMED = 3, 10  # steps before the clock of a step's cost starts, and on it
 
@@ -67,6 +67,8 @@ METHODS: dict[str, tuple[str, ...]] = {
         *ADAM,
     ),
     "ANIL": ("solver.name=anil", *NETWORK, *ADAM),
+    "BOME, whole network": NETWORK,
+    "MAML, first order": ("solver.name=fomaml", *NETWORK, *ADAM),
     "MAML, second order": ("solver.name=maml", *NETWORK, *ADAM),
 }
 REFERENCE = "BOME, prototype head"
@@ -89,26 +91,28 @@ def _apart(spec: EpisodeSpec) -> EpisodeSpec:
     return EpisodeSpec(spec.ways * TOGETHER, spec.shots // TOGETHER, spec.queries // TOGETHER)
 
 
-# A task: the keys of its problem, and its data.
-TASKS: dict[str, tuple[tuple[str, ...], Any]] = {
-    "omniglot": ((), None),
+# A task: the config that it starts from, keys of its problem, and its data where the config has others.
+TASKS: dict[str, tuple[str, tuple[str, ...], Any]] = {
+    "omniglot": ("omniglot_20w1s", (), None),
+    "tiny_imagenet": ("tiny_imagenet_5w1s", ("problem.width=32",), None),
     "mixed": (
+        "omniglot_20w1s",
         ("problem.ways=5", "problem.shots=15", "problem.queries=15"),
         Mixed(),
     ),
-    "glyphs": (("problem.ways=5", "data={dataset: glyphs}"), None),
+    "glyphs": ("omniglot_20w1s", ("problem.ways=5", "data={dataset: glyphs}"), None),
 }
 
 
 def settings(task: str, method: str, keys: Sequence[str]) -> Config:
     """The config of one run; steps are set when its cost is known."""
-    of_task, data = TASKS[task]
+    name, of_task, data = TASKS[task]
     own = ("workers=0", "threads=1", "evaluation.every_steps=null")
     solver = METHODS[method]
     if any(key.startswith("solver.name") for key in solver):  # BOME's own keys do not belong to it
-        name = next(key for key in solver if key.startswith("solver.name")).partition("=")[2]
-        solver = (f"solver={{name: {name}}}", *solver)
-    config = load_config(CONFIG, [*of_task, *own, *solver, *keys])
+        own_name = next(key for key in solver if key.startswith("solver.name")).partition("=")[2]
+        solver = (f"solver={{name: {own_name}}}", *solver)
+    config = load_config(name, [*of_task, *own, *solver, *keys])
     return config if data is None else config.model_copy(update={"data": data})
 
 
@@ -157,12 +161,11 @@ def per_episode(trainer: Trainer, episodes: int, steps: int | None = None) -> li
 
 def of_method(options: argparse.Namespace, method: str) -> dict[str, Any]:
     """The rate that a quarter of the budget chose, and a run with it for each seed."""
-    cost = step_cost(options.task, method)
-    steps = max(round(options.cpu_s / cost), 4)
-    tried = {
-        rate: trained(options.task, method, rate, max(steps // 4, 1), 100, 0)["validation"]
-        for rate in options.rates
-    }
+    quarter = max(round(options.cpu_s / 4 / step_cost(options.task, method)), 1)
+    trials = [trained(options.task, method, rate, quarter, 100, 0) for rate in options.rates]
+    cost = sum(trial["cpu_s"] for trial in trials) / (quarter * len(trials))
+    steps = max(round(options.cpu_s / cost), 1)
+    tried = {trial["rate"]: trial["validation"] for trial in trials}
     best = max(tried, key=lambda rate: tried[rate])
     runs = [
         trained(options.task, method, best, steps, seed, options.episodes)
@@ -250,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             found[method] = of_method(options, method)
             record["environment"] = where
             file.write_text(json.dumps(record, indent=1) + "\n")
+    if REFERENCE not in found:
+        parser.error(f"--methods: the table compares with {REFERENCE!r}, which {file} has not")
     text = table(found, compared(found))
     tried = f"{options.seeds} seeds, {options.episodes} test episodes, {len(options.rates)} steps of Adam tried"
     text += f"\n{tried}; {environment_line(where)}\n"
