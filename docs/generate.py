@@ -48,6 +48,8 @@ def api() -> str:
                     lines += ["", f"::: {module}.{name}"]
                     if group not in OBJECTS_MEMBERS:
                         lines += ["    options:", "      members: false"]
+                    elif group == "Base classes":
+                        lines += ["    options:", "      inherited_members: true"]
     lines += ["", "## Modules"]
     for module in MODULES:
         lines += ["", f"::: {module}"]

@@ -12,39 +12,41 @@ task in plain PyTorch; the oracle maps them over a stack of tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import FunctionType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from bomemeta.core.arguments import Recorded
+from bomemeta.core.optional import (
+    Batch,
+    ClosedForms,
+    Encoded,
+    Encoding,
+    Loss,
+    LossGradient,
+    Reporting,
+    StartedFromUpper,
+)
 from bomemeta.core.tree import Params
 from bomemeta.errors import ConfigError
 
-Batch = dict[str, Tensor]
-Encoded = dict[str, Tensor]
+__all__ = [
+    "Batch",
+    "Encoded",
+    "Encoding",
+    "Loss",
+    "LossGradient",
+    "Problem",
+    "SharedProblem",
+    "Split",
+    "StreamProblem",
+    "must_define",
+]
+
 Split = Literal["train", "validation", "test"]
-Loss = Literal["upper", "lower"]
-
-
-class Encoding(NamedTuple):
-    """What `encode` makes of a whole stack, and its derivative."""
-
-    encoded: Encoded  # [B, ...], without a graph
-    pull_back: Callable[
-        [Encoded], Params
-    ]  # the gradient in x, summed over the tasks, from those in every entry of `encoded`
-
-
-class LossGradient(NamedTuple):
-    """One loss and its gradients, per task."""
-
-    value: Tensor  # [B]
-    lower: Params  # [B, ...]
-    # [B, ...], where it was asked for; an entry that the loss does not contain may be left out
-    encoded: Encoded
 
 
 # Names that a problem may have had before November 2026, and what to write instead.
@@ -65,9 +67,10 @@ _BELONGS = dict.fromkeys(
 ) | {"num_blocks": "SharedProblem"}
 
 
-class Problem(Recorded):
+class Problem(ClosedForms, StartedFromUpper, Reporting, Recorded):
     """Base class of all problems. A subclass must define `init_upper`, `load`, `init_lower`,
-    `upper_loss` and `lower_loss`.
+    `upper_loss` and `lower_loss`; what else there is has a default. What few problems need is in
+    `core/optional.py`: closed forms, what MAML's family asks, and what a run reports.
 
     Raises ConfigError, where a subclass is defined, for names that mean nothing any more.
     """
@@ -180,48 +183,6 @@ class Problem(Recorded):
         """g_i, shape [], for one task."""
         raise must_define(self, "lower_loss")
 
-    # What solvers of MAML's family ask of a problem whose y starts from x: `init_lower` then makes
-    # y of `encoded`, differentiably.
-
-    @property
-    def head_names(self) -> tuple[str, ...]:
-        """The entries of y that are its head, for ANIL, which adapts them alone. Default: none."""
-        return ()
-
-    def adaptation(
-        self, encoded: Encoded, lower: Params, batch: Batch, names: tuple[str, ...]
-    ) -> Callable[[Params], Tensor]:
-        """What is descended from y = `lower`, as a function of y's entries `names`; the others stay
-        as they are. For one task.
-
-        Default: `lower_loss`. A problem may leave out a term that only holds y near x, and compute
-        here, once, what does not depend on these entries.
-        """
-        return lambda part: self.lower_loss(encoded, {**lower, **part}, batch)
-
-    # Closed forms on a whole STACK. Each is optional: where it gives None (the default), the oracle
-    # takes what is above, with autograd.
-
-    def encode_tasks(self, upper: Params, batch: Batch, differentiable: bool) -> Encoding | None:
-        """`encode` of every task, and its derivative. `differentiable=False`: the derivative will
-        not be asked for.
-        """
-        return None
-
-    def loss_gradient(
-        self, loss: Loss, encoded: Encoded, lower: Params, batch: Batch, in_encoded: bool
-    ) -> LossGradient | None:
-        """f or g with its gradient in y and, with `in_encoded`, in what `encode` returned; without
-        it `encoded` of the answer is not read.
-        """
-        return None
-
-    def lower_steps(
-        self, encoded: Encoded, lower: Params, batch: Batch, steps: int, lr: float
-    ) -> Params | None:
-        """y after `steps` steps y <- project_lower(y - lr grad_y g)."""
-        return None
-
     def project_upper(self, upper: Params) -> Params:
         """The nearest admissible x. Default: no constraint."""
         return upper
@@ -235,44 +196,6 @@ class Problem(Recorded):
         f alone, as `loss`.
         """
         return {"loss": self.upper_loss(encoded, lower, batch)}
-
-    def classified(
-        self, encoded: Encoded, lower: Params, batch: Batch
-    ) -> tuple[Tensor, Tensor] | None:
-        """The predicted and the true classes of one task's test samples at an adapted y, int64 `[n]`
-        each: what `bomemeta report` counts. Default: None, the problem is no classification.
-        """
-        return None
-
-    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-        """What is reported, from the means over tasks or blocks of what `evaluate` gave. Default:
-        these, as they are.
-
-        Where a metric is no mean, as F1 is none, `evaluate` gives the counts that it follows from.
-        """
-        return dict(means)
-
-    def reported(self, upper: Params) -> dict[str, Any]:
-        """What of x is to be read under `final` in result.json, by name: plain values. Default:
-        nothing beside x itself, where it is small.
-        """
-        return {}
-
-    def artefacts(
-        self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
-    ) -> dict[str, bytes]:
-        """Files for the run's folder, by name, that follow from the milestones' metrics and the
-        result's metrics. Default: none.
-
-        Those that end in .png are shown in TensorBoard too.
-        """
-        return {}
-
-    def evaluation_variants(self) -> Mapping[str, Mapping[str, Any]]:
-        """Named field changes under which meta-testing is reported too (BatchNorm policies).
-        Default: none.
-        """
-        return {}
 
 
 class SharedProblem(Problem):
