@@ -20,7 +20,7 @@ from bomemeta.core.oracle import Term
 from bomemeta.data.labelled import LabelledArray
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.problems.reweighting import Reweighting
-from bomemeta.problems.reweighting_samples import Cut, samples
+from bomemeta.problems.reweighting_samples import Selection, samples
 from bomemeta.registry import solvers
 
 DATA = ToyLabelled()
@@ -33,8 +33,8 @@ def made(**fields: Any) -> Reweighting:
     return problem
 
 
-def cut(**fields: Any) -> Cut:
-    return Cut(**{"train": None, "clean": 30, "labels": "own", "noise": 0.0, "imbalance": 1.0,
+def cut(**fields: Any) -> Selection:
+    return Selection(**{"train": None, "clean": 30, "labels": "own", "noise": 0.0, "imbalance": 1.0,
                   "seed": 0, **fields})  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch.distributed
 
-from bomemeta.distributed.process_group import GroupBroken, Member, ProcessGroup
+from bomemeta.distributed.process_group import GroupBroken, GroupMember, ProcessGroup
 from bomemeta.distributed.resident import Kept, Residents
 from bomemeta.distributed.slices import SlicedSum, gathered, nodes_of, parts
 from bomemeta.distributed.summation import TreeSum
@@ -50,7 +50,7 @@ def work(rank: int, port: int, answers: Any) -> None:
     """A member of a group of each size that has room for it."""
     peers = ProcessGroup()
     for world in range(max(rank + 1, 1), MOST + 1):
-        peers.join(Member(world, rank, world, "127.0.0.1", port, 60.0))
+        peers.join(GroupMember(world, rank, world, "127.0.0.1", port, 60.0))
         for shards, size in CASES:
             answers.put((world, rank, (shards, size), added(peers, shards, size).tobytes()))
         ranks = gathered(peers, np.array([rank]))

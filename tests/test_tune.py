@@ -441,7 +441,7 @@ def test_asha_with_workers_and_a_trial_that_is_killed(ray_cluster: None, tmp_pat
         ],
     )
     assert serial.upper_sha256 == best.upper_sha256
-    assert serial.metrics["upper_error"] == best.figure
+    assert serial.metrics["upper_error"] == best.metric
     run = tmp_path / "out" / best.run_dir
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(STEPS))
     assert (
@@ -598,7 +598,7 @@ def test_a_search_resumes_after_ctrl_c_of_its_driver(ray_cluster: None, tmp_path
     assert any(line.startswith("trial 2/2 resumes at step 4") for line in lines), lines
     reference = plain({"solver.upper_lr": 0.03}, tmp_path / "plain")
     assert {row.upper_sha256 for row in result.rows} == {reference.upper_sha256}
-    assert {row.figure for row in result.rows} == {reference.metrics["upper_error"]}
+    assert {row.metric for row in result.rows} == {reference.metrics["upper_error"]}
 
     before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
     with pytest.raises(ConfigError, match="holds this search, finished"):
@@ -617,7 +617,7 @@ def test_a_trial_that_diverges_is_no_reason_to_stop(ray_cluster: None, tmp_path:
     lines: list[str] = []
     result = search(file, tmp_path / "out", lines)
     assert [(row.trial, row.ended) for row in result.rows] == [(2, "done"), (1, "diverged")]
-    assert result.rows[1].figure is None
+    assert result.rows[1].metric is None
     assert "DivergenceError: step" in (result.rows[1].reason or "")
     assert any(line.startswith("trial 1/2 diverged after ") for line in lines), lines
     assert (
