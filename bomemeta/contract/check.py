@@ -315,7 +315,7 @@ class _Check(Asker):
         for method, function, stacks in asked[0 if problem.encodes else 1 :]:
             try:
                 with torch.no_grad():
-                    map_tasks(function, stacks, n, "vmap", lambda location: location)
+                    map_tasks(function, stacks, n, "vmap", lambda position: position)
             except BomemetaError:
                 raise
             except Exception as error:

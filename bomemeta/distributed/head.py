@@ -14,6 +14,7 @@ from bomemeta.errors import HeadLost
 EVERY_S = 1.0
 CONNECT_S = 2.0
 # Without an answer for so long: something is wrong; what is committed is to be saved.
+# Where this machine's raylet goes with the head, Ray ends this process about 3 s later.
 SILENT_S = 1.2
 # The head is given up. Ray itself ends the process after 60 s, and what has to be said and saved
 # takes some of them. Beyond a head that restarts with its state at the same address.
