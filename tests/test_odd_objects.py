@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from house import Heated
 
 import bomemeta as bm
 from bomemeta.errors import ConfigError
@@ -17,23 +18,11 @@ from bomemeta.errors import ConfigError
 KEYS: dict[str, Any] = {"steps": 2, "log": {"tensorboard": False}}
 
 
-class Plain(bm.Problem):
-    num_tasks = 4
+class Plain(Heated):
+    num_tasks, _curvature = 4, 1.0
 
-    def init_upper(self, generator: torch.Generator) -> Any:
-        return {"x": torch.randn(3, generator=generator)}
-
-    def load(self, task_ids: Any, step: int, split: str) -> Any:
-        return {"goal": torch.stack([torch.full((3,), float(task)) for task in task_ids])}
-
-    def init_lower(self, encoded: Any, batch: Any) -> Any:
-        return {"y": torch.zeros(3)}
-
-    def upper_loss(self, encoded: Any, lower: Any, batch: Any) -> torch.Tensor:
-        return ((lower["y"] - batch["goal"]) ** 2).sum()
-
-    def lower_loss(self, encoded: Any, lower: Any, batch: Any) -> torch.Tensor:
-        return ((lower["y"] - encoded["x"]) ** 2).sum()
+    def __init__(self) -> None:
+        pass
 
 
 class Raises(Plain):
