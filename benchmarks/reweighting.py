@@ -12,6 +12,9 @@ solver, and its honest controls, at equal steps of the network.
 | clean | the clean set alone |
 | fine_tuned | plain, and then steps on the clean set alone from there |
 
+`--control-steps` gives plain and the clean set alone more steps, where a step with learned weights costs more gradients
+than theirs. What is done is read and not run again.
+
 Every run of a seed has the same samples and starts at the same y. `last_*` is at the end (of `stopped`: where it
 stopped), `best_*` is the best along the way, which no user can have: it is there because papers report it. `f1` is of
 the labels declared wrong: by their weights, and in the runs that have none by their losses, as many of the largest as
@@ -26,9 +29,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,45 +176,92 @@ def metrics(points: Sequence[Point], last: Point | None = None) -> Point:
     return found
 
 
+class Record:
+    """Every run's points by seed and name, in a file if there is one: what it has is not run again."""
+
+    def __init__(self, file: Path | None = None, asked: Mapping[str, Any] | None = None) -> None:
+        self._file, self._asked = file, dict(asked or {})
+        there: dict[str, Any] = {"asked": self._asked, "curves": {}}
+        if file is not None and file.exists():
+            there = json.loads(file.read_text())
+        if there["asked"] != self._asked:
+            raise SystemExit(
+                f"--out: {file} was made with {there['asked']}; this asks for {self._asked}: take another folder"
+            )
+        self.curves: dict[str, dict[str, list[Point]]] = there["curves"]
+
+    def __call__(self, seed: int, name: str, make: Callable[[], dict[str, list[Point]]]) -> None:
+        of_seed = self.curves.setdefault(str(seed), {})
+        if name in of_seed:
+            return
+        began = time.process_time()
+        made = make()
+        of_seed.update(made)
+        if self._file is None:
+            return
+        self._file.write_text(json.dumps({"asked": self._asked, "curves": self.curves}) + "\n")
+        for run, points in made.items():
+            spent = time.process_time() - began
+            print(f"seed {seed} {run}: {metrics(points)} {spent:.0f} CPU-s", flush=True)
+
+
+class Plan(NamedTuple):
+    """Steps of the runs: `steps` is the config's; `control` those of plain and of the clean set alone."""
+
+    steps: int
+    control: int
+    every: int
+    fine: int
+    rate: float | None = None  # of fine-tuning; none: the config's
+
+
 def of_seed(
-    source: Any,
-    keys: Sequence[str],
-    seed: int,
-    steps: int,
-    every: int,
-    fine: int,
-    rate: float | None,
+    source: Any, keys: Sequence[str], seed: int, plan: Plan, record: Record
 ) -> dict[str, list[Point]]:
-    """Every run's points. `steps` is the config's; the others have as many steps of y in all."""
+    """Every run's points; of runs that the record has, those."""
 
     def settings(*more: str) -> Config:
         own = (f"seed={seed}", "workers=0", "evaluation.every_steps=null")
         return load_config(source, [*keys, *own, *more])
 
-    base = settings(f"steps={steps}")
+    base = settings(f"steps={plan.steps}")
     inner = int(getattr(base.solver, "inner_steps", 1))
-    with trainer_of(base) as trainer:
-        found = {"learned": walked(trainer, steps, every, weighted=True)}
-        found["learned"][-1] |= histogram(trainer)
-    one = ("solver.name=itd", "solver.inner_steps=1", f"steps={steps * inner}")
-    with trainer_of(settings("problem.weights=loss_net", *one, *MWN)) as trainer:
-        found["mwn"] = walked(trainer, steps * inner, every * inner, weighted=True)
-
     descent = ("problem.weights=sample", "solver.name=lower_only")
-    config = settings(*descent, f"steps={steps}")
-    with trainer_of(config) as trainer:
-        found["plain"] = walked(trainer, steps, every)
-        at = trainer.state.lower
-    with trainer_of(CleanAlone.of(config)) as trainer:
-        found["clean"] = walked(trainer, steps, every)
-    slower = [] if rate is None else [f"solver.inner_lr={rate}"]
-    with trainer_of(CleanAlone.of(settings(*descent, f"steps={fine}", *slower))) as trainer:
-        trainer.state.lower = LowerStates(at.layout, dict(at.handles))
-        found["fine_tuned"] = found["plain"] + [
-            {**point, "step": steps + point["step"]}
-            for point in walked(trainer, fine, min(every, fine))
-        ]
-    return found
+    alone = [] if plan.rate is None else [f"solver.inner_lr={plan.rate}"]
+    every = max(plan.every * plan.control // plan.steps, 1)
+
+    def learned() -> dict[str, list[Point]]:
+        with trainer_of(base) as trainer:
+            points = walked(trainer, plan.steps, plan.every, weighted=True)
+            points[-1] |= histogram(trainer)
+        return {"learned": points}
+
+    def mwn() -> dict[str, list[Point]]:
+        steps = plan.steps * inner  # one step of y each
+        one = ("solver.name=itd", "solver.inner_steps=1", f"steps={steps}")
+        with trainer_of(settings("problem.weights=loss_net", *one, *MWN)) as trainer:
+            return {"mwn": walked(trainer, steps, plan.every * inner, weighted=True)}
+
+    def plain() -> dict[str, list[Point]]:
+        config = settings(*descent, f"steps={plan.control}")
+        with trainer_of(config) as trainer:
+            points = walked(trainer, plan.control, every)
+            at = trainer.state.lower
+        tuned = settings(*descent, f"steps={plan.fine}", *alone)
+        with trainer_of(CleanAlone.of(tuned)) as trainer:
+            trainer.state.lower = LowerStates(at.layout, dict(at.handles))
+            more = walked(trainer, plan.fine, min(every, plan.fine))
+        later = [{**point, "step": plan.control + point["step"]} for point in more]
+        return {"plain": points, "fine_tuned": points + later}
+
+    def clean() -> dict[str, list[Point]]:
+        config = settings(*descent, f"steps={plan.control}")
+        with trainer_of(CleanAlone.of(config)) as trainer:
+            return {"clean": walked(trainer, plan.control, every)}
+
+    for make in (learned, mwn, plain, clean):
+        record(seed, make.__name__, make)
+    return record.curves[str(seed)]
 
 
 def summaries(runs: Mapping[str, list[Point]]) -> dict[str, Point]:
@@ -238,27 +289,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument(
+        "--control-steps", type=int, default=None, help="of plain and clean; default: steps"
+    )
     parser.add_argument("--every", type=int, default=50, help="steps between two points")
     parser.add_argument("--fine-steps", type=int, default=None, help="default: steps / 4")
     parser.add_argument("--fine-rate", type=float, default=None, help="default: the config's")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     options = parser.parse_args(argv)
+    control = options.control_steps or options.steps
     fine = options.fine_steps or max(options.steps // 4, 1)
     options.out.mkdir(parents=True, exist_ok=True)
-    given = (options.steps, options.every, fine, options.fine_rate)
-    curves: dict[int, dict[str, list[Point]]] = {}
-    for seed in range(options.seeds):
-        curves[seed] = of_seed(options.config, options.set, seed, *given)
-        for name, point in summaries(curves[seed]).items():
-            print(f"seed {seed} {name}: {point}", flush=True)
-        (options.out / "curves.json").write_text(json.dumps(curves, indent=1) + "\n")
+    plan = Plan(options.steps, control, options.every, fine, options.fine_rate)
+    asked = {"config": options.config, "set": options.set, "plan": list(plan)}
+    record = Record(options.out / "curves.json", asked)
+    curves = {
+        seed: of_seed(options.config, options.set, seed, plan, record)
+        for seed in range(options.seeds)
+    }
     seeds = {seed: summaries(runs) for seed, runs in curves.items()}
     table = compared(seeds, load_config(options.config, options.set).to_dict())
     where = environment()
     weights = histogram_table([runs["learned"][-1] for runs in curves.values()])
     signals = signals_table(list(curves.values()))
-    text = f"{markdown(table)}\n{signals}{weights}* {options.steps} steps, {fine} of fine-tuning; {environment_line(where)}\n"
+    spent = f"{options.steps} steps, {control} of plain and of the clean set alone, {fine} of fine-tuning"
+    text = f"{markdown(table)}\n{signals}{weights}* {spent}; {environment_line(where)}\n"
     (options.out / "table.md").write_text(text)
     result = {"comparison": json.loads(as_json(table)), "seeds": seeds, "environment": where}
     (options.out / "table.json").write_text(json.dumps(result, indent=1) + "\n")

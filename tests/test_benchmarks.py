@@ -473,6 +473,11 @@ def test_mixing_compares_learned_weights_with_fixed_ones(tmp_path: Path) -> None
     assert first["target_only"]["weights"]["english"] == pytest.approx(1, abs=1e-4)
     assert first["retrained"]["weights"] == pytest.approx(first["learned"]["weights"], rel=1e-4)
     assert first["learned"]["gradients"] > first["uniform"]["gradients"] == 8
+    for each in first.values():  # at every step, the last with it
+        assert len(each["test_losses"]) == 8
+        assert each["test_losses"][-1] == each["test_loss"] >= each["best_test_loss"]
+        assert each["best_test_loss"] == min(each["test_losses"])
+    assert len(result["comparison"]["rows"]["best_test_loss"]) == len(rows)
     assert not {"mixture1", *larger} & {*second}
     # Nothing is run again.
     assert run("mixing", *sizes, "--set", *small)["runs"] == result["runs"]

@@ -63,9 +63,9 @@ def descended(problem: Any, y: Any, steps: int, lr: float, clean: bool) -> Any:
 
 
 def test_each_control_is_what_it_says() -> None:
-    from benchmarks.reweighting import of_seed, summaries
+    from benchmarks.reweighting import Plan, Record, of_seed, summaries
 
-    runs = of_seed(SMALL, [], 0, STEPS, EVERY, FINE, 0.05)
+    runs = of_seed(SMALL, [], 0, Plan(STEPS, STEPS, EVERY, FINE, 0.05), Record())
     problem: Any = build_problem(load_config(SMALL, ["seed=0"]))
     start = problem.init_lower({}, {"scale": torch.zeros(1, dtype=torch.float64)})
     plain = descended(problem, start, STEPS, 0.2, clean=False)
@@ -97,9 +97,9 @@ def test_each_control_is_what_it_says() -> None:
 
 
 def test_mwn_is_its_own_config() -> None:
-    from benchmarks.reweighting import MWN, of_seed
+    from benchmarks.reweighting import MWN, Plan, Record, of_seed
 
-    runs = of_seed(SMALL, [], 1, 2, 2, 1, None)
+    runs = of_seed(SMALL, [], 1, Plan(2, 2, 2, 1), Record())
     keys = [
         "problem.weights=loss_net",
         "solver.inner_steps=1",
@@ -117,12 +117,12 @@ def test_mwn_is_its_own_config() -> None:
 
 
 def test_first_by_a_score_are_as_many_as_are_wrong() -> None:
-    from benchmarks.reweighting import SIGNALS, first_wrong, of_seed, signals_table
+    from benchmarks.reweighting import SIGNALS, Plan, Record, first_wrong, of_seed, signals_table
 
     wrong = torch.tensor([True, False, True, False])
     assert first_wrong(torch.tensor([3.0, 2.0, 1.0, 0.0]), wrong) == 0.5
     assert first_wrong(torch.tensor([3.0, 0.0, 1.0, 0.5]), wrong) == 1
-    runs = of_seed(SMALL, [], 0, 2, 2, 1, None)
+    runs = of_seed(SMALL, [], 0, Plan(2, 2, 2, 1), Record())
     # One point: the means are its own.
     for name in ("loss", "weight"):
         assert runs["learned"][-1][f"f1_{name}"] == runs["learned"][-1][f"f1_mean_{name}"]
@@ -159,3 +159,19 @@ def test_the_table_has_paired_differences(tmp_path: Path) -> None:
     half = 12.7062 * statistics.stdev(differences) / 2**0.5  # Student's t, one degree of freedom
     assert found["half_width"] == pytest.approx(half, rel=1e-4)
     assert "fine_tuned" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_an_ended_run_is_read_and_controls_may_have_more_steps(tmp_path: Path) -> None:
+    from benchmarks.reweighting import Plan, Record, of_seed
+
+    file, plan = tmp_path / "curves.json", Plan(2, 4, 1, 1)
+    found = of_seed(SMALL, [], 0, plan, Record(file, {"plan": 1}))
+    assert [point["step"] for point in found["plain"]] == [2, 4]
+    assert [point["step"] for point in found["learned"]] == [1, 2]
+    there = json.loads(file.read_text())
+    there["curves"]["0"]["mwn"] = [{"read": 1.0}]
+    file.write_text(json.dumps(there))
+    again = of_seed(SMALL, [], 0, plan, Record(file, {"plan": 1}))
+    assert again == {**found, "mwn": [{"read": 1.0}]}
+    with pytest.raises(SystemExit, match=r"--out: .*curves.json was made with .*another folder"):
+        Record(file, {"plan": 2})

@@ -18,7 +18,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from bomemeta.errors import ConfigError
 from bomemeta.nets import adapters
 from bomemeta.nets.backbones import Conv4, ResNet12
-from bomemeta.nets.batch_norm import TaskBatchNorm
 from bomemeta.nets.task_norms import (
     Statistics,
     check_running,
@@ -46,11 +45,10 @@ class Backbone:
         module.eval()
         self._takes_rows = isinstance(module, Conv4 | ResNet12)
         if norms == "running":
-            if any(isinstance(layer, TaskBatchNorm) for layer in module.modules()):
+            if self._takes_rows:
                 raise ConfigError(
-                    "problem.batch_norm: running, but without problem.weights conv4 and resnet12 keep no running "
-                    "statistics; use transductive or inductive, weights with running statistics, or a network of "
-                    "torch.nn's layers"
+                    "problem.batch_norm: running, but conv4 and resnet12 keep no running statistics; use "
+                    "transductive or inductive, or a network of torch.nn's layers"
                 )
             check_running(module)
         self._statistics = Statistics()
