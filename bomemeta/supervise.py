@@ -1,5 +1,6 @@
 """`bomemeta train --auto-resume --restarts N`: the run as a child process, which is started again
-where a signal killed it, or where it lost its cluster.
+where a signal killed it, or where it lost its cluster. Without --restarts, a run that joins a
+cluster is such a child too, so that a line and an exit code are left where the cluster takes it along.
 
 What kills a driver without a word (the system short of memory, a crash in a library, kill -9)
 cannot be handled by the driver. So this small process, which imports neither torch nor Ray, waits
@@ -53,12 +54,21 @@ ADDRESS_WAIT_S = 600.0
 Say = Callable[[str], None]
 
 
-def same_command(config: str, overrides: Sequence[str]) -> list[str]:
+def same_command(config: str, overrides: Sequence[str], auto_resume: bool = True) -> list[str]:
     """This process's own command without --restarts, by the interpreter and the way (script, -m)
     that it was called.
     """
     how = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
-    return [sys.executable, *how, "train", config, *overrides, "--auto-resume"]
+    resumes = ["--auto-resume"] if auto_resume else []
+    return [sys.executable, *how, "train", config, *overrides, *resumes]
+
+
+def is_needed(config: str, overrides: Sequence[str]) -> bool:
+    """Whether a run is watched without --restarts: it joins a cluster, and is not watched already.
+    Raises ConfigError where the file or an override cannot be read.
+    """
+    here = hasattr(signal, "sigtimedwait") and PIPE not in os.environ  # Linux; not the child itself
+    return here and cluster_of(config, overrides) is not None
 
 
 def location_of(config: str, overrides: Sequence[str]) -> str | None:
@@ -85,7 +95,8 @@ def cluster_of(config: str, overrides: Sequence[str]) -> Cluster | None:
     if not host or not port.isdigit() or not data.get("workers"):
         return None
     wait_s = data.get("address_wait_s", ADDRESS_WAIT_S)
-    return Cluster(host.strip("[]"), int(port), float(wait_s))
+    known = isinstance(wait_s, int | float)  # else the run itself refuses it
+    return Cluster(host.strip("[]"), int(port), float(wait_s) if known else ADDRESS_WAIT_S)
 
 
 def supervise(
@@ -94,6 +105,7 @@ def supervise(
     restarts: int,
     say: Say,
     cluster: Cluster | None = None,
+    again: str = "the same command",
 ) -> int:
     """Runs the command to its end and returns its exit code, 128 + N where signal N ended it, as
     shells do.
@@ -102,7 +114,8 @@ def supervise(
     `restarts` times in a row without a new checkpoint in `location`. A run that ends with TRY_AGAIN,
     as where its cluster is lost, counts as killed, and the cluster is waited for; so does one of a
     `cluster` that was cut off (`announced`). SIGTERM and SIGINT are passed
-    on, and the command's own end is waited for. It does not outlive this process.
+    on, and the command's own end is waited for. It does not outlive this process. `again`: what
+    resumes the run.
     Raises ConfigError where the system is not Linux.
     """
     if not hasattr(signal, "sigtimedwait"):  # nor is there a prctl
@@ -131,15 +144,21 @@ def supervise(
             )
             end = code if code > 0 else 128 - code
             if code < 0 and (stopped or -code in ASKED):
-                say(f"interrupted: the run was ended by {killer}; resume with the same command")
+                say(f"interrupted: the run was ended by {killer}; resume with {again}")
                 return 128 - code
+            if not restarts:
+                if code < 0 or by_ray:  # else it has said itself what happened
+                    say(
+                        f"failed: the run {how}{_hint(-code)}; {again} resumes from its last checkpoint"
+                    )
+                return end
             there = _checkpoints(location)
             alike = alike + 1 if there == seen else 1
             seen = there
             if alike > restarts:
                 say(
                     f"failed: the run {how}, {alike} times in a row without a new checkpoint{_hint(-code)}; "
-                    "the same command resumes from its last checkpoint"
+                    f"{again} resumes from its last checkpoint"
                 )
                 return end
             pause_s = min(FIRST_PAUSE_S * 2 ** (alike - 1), LONGEST_PAUSE_S)

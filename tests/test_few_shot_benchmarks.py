@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 import bomemeta
 
@@ -95,3 +98,62 @@ def test_settings_compared_by_folds_of_the_classes(monkeypatch: pytest.MonkeyPat
 def net() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 8))
+
+
+@pytest.mark.parametrize("backbone", ["conv4", "resnet12"])
+def test_a_backbone_trained_by_classes_then_meta_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str
+) -> None:
+    pretraining = importlib.import_module("benchmarks.pretraining")
+    monkeypatch.setattr(pretraining, "EPISODES", 4)
+    draw = np.random.default_rng(0)
+    for name, colour in {f"c{i}": draw.integers(40, 216, 3) for i in range(18)}.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = (colour + draw.integers(-20, 20, (16, 16, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    file = tmp_path / f"{backbone}.safetensors"
+    settings = [
+        "problem={name: few_shot, head: cosine, neck: linear, trainable: none, batch_norm: running, width: 4, "
+        f"backbone: {backbone}, weights: {file}}}",
+        f"data={{dataset: image_folder, root: {tmp_path}/photos, size: 16, cache: {tmp_path}/cache, split: [6, 6, 6]}}",
+        "solver={name: bome, barrier: per_task, inner_steps: 1, adapt_steps: 0, barrier_steps: 0}",
+        "steps=2", "tasks_per_step=2", "shards=1", "workers=0", "threads=1",
+        "evaluation={episodes: 5, validation_episodes: 5}",
+    ]  # fmt: skip
+    command = ["caltech101_pretrained", *settings, "--epochs", "2"]
+    found = pretraining.main(command)
+    assert found["validation_5shot"] > 0.3  # of colours alone; chance is 0.2
+    weights = load_file(file)
+    assert not any(torch.all(t == 0) for name, t in weights.items() if "running_mean" in name)
+
+    # The same bits where the first command ends after an epoch.
+    file.unlink()
+    file.with_name(f"{file.name}.state").unlink()
+    with monkeypatch.context() as patched:
+        epoch = pretraining.Training.run_epoch
+
+        def once(self: Any) -> float:
+            if self.epoch == 1:
+                raise KeyboardInterrupt
+            loss: float = epoch(self)
+            return loss
+
+        patched.setattr(pretraining.Training, "run_epoch", once)
+        with pytest.raises(KeyboardInterrupt):
+            pretraining.main(command)
+    assert not file.exists()
+    pretraining.main(command)
+    again = load_file(file)
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+    result = bomemeta.train("caltech101_pretrained", settings, output_dir=str(tmp_path / "run"))
+    assert result.metrics["test_accuracy"] > 0.3
+    # The features are the network's in eval mode: an image's do not depend on the others.
+    module = result.module().eval()
+    images = torch.randn(3, 3, 16, 16)
+    apart = torch.cat([module(image[None]) for image in images])
+    torch.testing.assert_close(module(images), apart, rtol=1e-4, atol=1e-5)  # rounding
+    assert {name for name, _ in module.named_buffers()} == {
+        name for name in weights if "running" in name or "tracked" in name
+    }

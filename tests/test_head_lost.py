@@ -30,7 +30,7 @@ from bomemeta.errors import HeadLost
 from bomemeta.metrics import read_metrics
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not get there in time"
@@ -107,13 +107,52 @@ def test_where_the_cluster_is_stands_in_the_config(monkeypatch, tmp_path):
     assert supervise.cluster_of(str(config), ["workers=0"]) is None
 
 
-def kill_gcs(at: Head) -> None:
-    (pid,) = [
+def kill(at: Head, *names: bytes) -> None:
+    """All of them at once."""
+    doomed = [
         pid
         for pid in processes_of(at.folder)
-        if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+        if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].endswith(names)
     ]
-    os.kill(pid, signal.SIGKILL)
+    assert len(doomed) == len(names)
+    for pid in doomed:
+        os.kill(pid, signal.SIGKILL)
+
+
+SLOW = {
+    **QUADRATIC,
+    "imports": [str(Path(__file__).with_name("wide.py"))],
+    "problem": {"name": "wide"},
+    "steps": 30,
+    "checkpoint": {"every_steps": 1000},  # what is saved is saved because of the loss
+}
+
+
+@pytest.mark.slow(reason="a head starts for it: pytest -m slow -k goes_with_its_raylet")
+def test_a_head_that_goes_with_its_raylet_leaves_a_line_and_75(tmp_path):
+    """Without --restarts. What was due before is there."""
+    config, folder, hurry = tmp_path / "a.yaml", tmp_path / "run", tmp_path / "hurry"
+    config.write_text(yaml.safe_dump({**SLOW, "checkpoint": {"every_steps": 2}}))
+    with ray_head("disabled") as head:
+        arguments = [
+            "train", str(config), f"output_dir={folder}", "workers=1", f"address={head.address}", "problem.load_s=1.0",
+            f"problem.hurry={hurry}",
+        ]  # fmt: skip
+        run = subprocess.Popen(
+            [sys.executable, "-m", "bomemeta", *arguments],
+            env=head.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        wait_for(lambda: (folder / "checkpoints" / "step_00000002.pt").exists())
+        kill(head, b"gcs_server", b"raylet")
+        _, message = run.communicate(timeout=300)
+    assert run.returncode == TRY_AGAIN, message
+    assert message.splitlines()[-1] == (
+        "failed: the run was ended by Ray, as where this machine's part of the cluster is lost; "
+        f"`bomemeta resume {folder}` resumes from its last checkpoint"
+    )
+    hurry.touch()
+    resumed = bomemeta.resume(folder, ["address=null", "workers=0"])
+    assert resumed.upper_sha256 == bomemeta.train(SLOW).upper_sha256
 
 
 @pytest.mark.slow(
@@ -121,16 +160,9 @@ def kill_gcs(at: Head) -> None:
 )
 @pytest.mark.parametrize("workers", ["1", "auto"])
 def test_a_run_survives_kill_9_of_the_gcs(workers, tmp_path):
-    slow = {
-        **QUADRATIC,
-        "imports": [str(Path(__file__).with_name("wide.py"))],
-        "problem": {"name": "wide"},
-        "steps": 30,
-        "checkpoint": {"every_steps": 1000},  # what is saved is saved because of the loss
-    }
-    reference = bomemeta.train(slow, [f"output_dir={tmp_path / 'reference'}"])
+    reference = bomemeta.train(SLOW, [f"output_dir={tmp_path / 'reference'}"])
     config, folder = tmp_path / "a.yaml", tmp_path / "run"
-    config.write_text(yaml.safe_dump(slow))
+    config.write_text(yaml.safe_dump(SLOW))
     with ray_head("disabled") as first:
         arguments = [
             "train", str(config), f"output_dir={folder}", f"workers={workers}", f"address={first.address}",
@@ -144,7 +176,7 @@ def test_a_run_survives_kill_9_of_the_gcs(workers, tmp_path):
                 stderr=subprocess.STDOUT,
             )
         wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) >= 3)
-        kill_gcs(first)
+        kill(first, b"gcs_server")
         wait_for(lambda: "waiting for a cluster" in (tmp_path / "log").read_text())
         message = (tmp_path / "log").read_text()
     assert "does not answer; what is committed is saved now" in message

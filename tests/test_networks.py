@@ -200,7 +200,7 @@ def test_trainable_patterns() -> None:
     assert len(names("all")) == 10
     with pytest.raises(ConfigError, match=r"no parameter is called 'fc.*'; wanted all, none"):
         names(["fc.*"])
-    with pytest.raises(ConfigError, match="conv4 and resnet12 keep no running statistics"):
+    with pytest.raises(ConfigError, match=r"without problem\.weights conv4 and resnet12"):
         Backbone(Conv4(1, 4), "all", "running")
     with pytest.raises(ConfigError, match=r"layer 1 \(BatchNorm2d\) keeps no running"):
         Backbone(

@@ -39,10 +39,12 @@ def train(
     again by itself; what ends with an error or was stopped is not. The last line says how the run
     ended.
     """
-    if restarts:
-        raise typer.Exit(_supervised(config, overrides or (), auto_resume, restarts))
-    from bomemeta.supervise import announced
+    from bomemeta.supervise import announced, is_needed
 
+    with reported():
+        watched = restarts > 0 or is_needed(config, overrides or ())
+    if watched:
+        raise typer.Exit(_supervised(config, overrides or (), auto_resume, restarts))
     again = "the same command" if auto_resume else None
     with announced(), reported():
         from bomemeta import runs
@@ -64,17 +66,18 @@ def _supervised(config: str, overrides: Sequence[str], auto_resume: bool, restar
         from bomemeta.errors import ConfigError
         from bomemeta.supervise import cluster_of, location_of, same_command, supervise
 
-        if not auto_resume:
+        if restarts and not auto_resume:
             raise ConfigError(
                 f"--restarts {restarts}: a run that is started again resumes where it was; give --auto-resume too"
             )
         location = location_of(config, overrides)
         return supervise(
-            same_command(config, overrides),
+            same_command(config, overrides, auto_resume),
             location,
             restarts,
             lambda text: typer.echo(text, err=True),
             cluster_of(config, overrides),
+            "the same command" if auto_resume else f"`bomemeta resume {location or 'RUN_DIR'}`",
         )
 
 

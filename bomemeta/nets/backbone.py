@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from bomemeta.errors import ConfigError
 from bomemeta.nets import adapters
 from bomemeta.nets.backbones import Conv4, ResNet12
+from bomemeta.nets.batch_norm import TaskBatchNorm
 from bomemeta.nets.task_norms import (
     Statistics,
     check_running,
@@ -45,10 +46,11 @@ class Backbone:
         module.eval()
         self._takes_rows = isinstance(module, Conv4 | ResNet12)
         if norms == "running":
-            if self._takes_rows:
+            if any(isinstance(layer, TaskBatchNorm) for layer in module.modules()):
                 raise ConfigError(
-                    "problem.batch_norm: running, but conv4 and resnet12 keep no running statistics; use "
-                    "transductive or inductive, or a network of torch.nn's layers"
+                    "problem.batch_norm: running, but without problem.weights conv4 and resnet12 keep no running "
+                    "statistics; use transductive or inductive, weights with running statistics, or a network of "
+                    "torch.nn's layers"
                 )
             check_running(module)
         self._statistics = Statistics()

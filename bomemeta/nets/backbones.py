@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bomemeta.nets.batch_norm import TaskBatchNorm
+from bomemeta.nets.batch_norm import RunningBatchNorm, TaskBatchNorm
+
+Norm = type[TaskBatchNorm] | type[RunningBatchNorm]
 
 
 class Conv4(nn.Module):
@@ -17,14 +19,14 @@ class Conv4(nn.Module):
     `[n, width * h * w]`.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, norm: Norm = TaskBatchNorm) -> None:
         super().__init__()
         sizes = [channels, width, width, width, width]
         # no bias: BatchNorm subtracts it again
         self.convolutions = nn.ModuleList(
             nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes)
         )
-        self.norms = nn.ModuleList(TaskBatchNorm(width) for _ in range(4))
+        self.norms = nn.ModuleList(norm(width) for _ in range(4))
 
     def forward(self, images: Tensor, statistics_rows: int | None = None) -> Tensor:
         hidden = _channels_last(images)
@@ -39,15 +41,15 @@ class Conv4(nn.Module):
 class _Residual(nn.Module):
     """Three 3x3 convolutions beside a 1x1 shortcut, leaky ReLU, 2x2 max-pool."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, norm: Norm = TaskBatchNorm) -> None:
         super().__init__()
         sizes = [channels, width, width, width]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes)
         )
-        self.norms = nn.ModuleList(TaskBatchNorm(width) for _ in range(3))
+        self.norms = nn.ModuleList(norm(width) for _ in range(3))
         self.shortcut = nn.Conv2d(channels, width, 1, bias=False)
-        self.shortcut_norm = TaskBatchNorm(width)
+        self.shortcut_norm = norm(width)
 
     def forward(self, hidden: Tensor, statistics_rows: int | None) -> Tensor:
         skip = self.shortcut_norm(self.shortcut(hidden), statistics_rows)
@@ -63,10 +65,10 @@ class ResNet12(nn.Module):
     usual width (Lee et al. 2019).
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, norm: Norm = TaskBatchNorm) -> None:
         super().__init__()
         sizes = [channels, width, width * 5 // 2, width * 5, width * 10]
-        self.blocks = nn.ModuleList(_Residual(a, b) for a, b in pairwise(sizes))
+        self.blocks = nn.ModuleList(_Residual(a, b, norm) for a, b in pairwise(sizes))
 
     def forward(self, images: Tensor, statistics_rows: int | None = None) -> Tensor:
         hidden = _channels_last(images)
@@ -88,14 +90,20 @@ def _channels_last(images: Tensor) -> Tensor:
     )
 
 
-BACKBONES: dict[str, Callable[[int, int], nn.Module]] = {"conv4": Conv4, "resnet12": ResNet12}
+BACKBONES: dict[str, Callable[[int, int, Norm], nn.Module]] = {"conv4": Conv4, "resnet12": ResNet12}
 
 
-def build_backbone(name: str, channels: int, width: int, generator: torch.Generator) -> nn.Module:
+def build_backbone(
+    name: str,
+    channels: int,
+    width: int,
+    generator: torch.Generator,
+    norm: Norm = TaskBatchNorm,
+) -> nn.Module:
     """The named backbone, its convolutions drawn from `generator` (He normal, fan-out as for ReLU
     networks).
     """
-    net = BACKBONES[name](channels, width)
+    net = BACKBONES[name](channels, width, norm)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(

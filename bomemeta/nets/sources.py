@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bomemeta.errors import ConfigError
 from bomemeta.nets.backbones import BACKBONES, build_backbone
+from bomemeta.nets.batch_norm import RunningBatchNorm, TaskBatchNorm
 
 Source = str | nn.Module | Callable[[], nn.Module]
 
@@ -40,13 +41,14 @@ def check_source(source: object) -> None:
 
 
 def build_module(
-    source: Source, channels: int, width: int, generator: torch.Generator
+    source: Source, channels: int, width: int, generator: torch.Generator, running: bool = False
 ) -> nn.Module:
     """A new module. What the source initialises at random is drawn from `generator`; weights that it
-    brings are kept. Raises ConfigError.
+    brings are kept. `running`: conv4 and resnet12 with running averages. Raises ConfigError.
     """
     if isinstance(source, str) and source in BACKBONES:
-        return build_backbone(source, channels, width, generator)
+        norm = RunningBatchNorm if running else TaskBatchNorm
+        return build_backbone(source, channels, width, generator, norm)
     if isinstance(source, nn.Module):
         return copy.deepcopy(source)
     seed = int(torch.randint(2**62, (), generator=generator))

@@ -167,7 +167,9 @@ class FewShot(NetworkForm):
         return frozen_features(self.data, encode, weights, self.micro_batch, self.dtype)
 
     def _built(self, generator: torch.Generator) -> Backbone:
-        module = build_module(self.backbone, self.data.image_shape[0], self.width, generator)
+        running = self.batch_norm == "running" and self.weights is not None
+        channels = self.data.image_shape[0]
+        module = build_module(self.backbone, channels, self.width, generator, running)
         if self.weights is not None:
             self.notes += load_weights(module, self.weights)
         return Backbone(module.to(self.dtype), self.trainable, self.batch_norm)
