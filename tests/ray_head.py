@@ -4,6 +4,7 @@ its own, all gone at the end.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,12 @@ class Head:
 
 
 @contextmanager
-def ray_head(authentication: str, cpus: int = 2, port: int | None = None) -> Iterator[Head]:
-    """`authentication`: "token" or "disabled". Everything listens on the loopback address alone."""
+def ray_head(
+    authentication: str, cpus: int = 2, port: int | None = None, system: Mapping[str, float] = {}
+) -> Iterator[Head]:
+    """`authentication`: "token" or "disabled". Everything listens on the loopback address alone.
+    `system`: Ray's system config.
+    """
     with ExitStack() as stack:
         # Not pytest's folder: a socket's path may have 107 characters.
         folder = Path(tempfile.mkdtemp(prefix="bmh", dir="/tmp"))
@@ -65,7 +70,7 @@ def ray_head(authentication: str, cpus: int = 2, port: int | None = None) -> Ite
             [
                 Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--num-cpus={cpus}", "--num-gpus=0", f"--port={port}",
                 "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
-                "--object-store-memory=100000000", *options,
+                "--object-store-memory=100000000", f"--system-config={json.dumps(dict(system))}", *options,
             ],
             env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip

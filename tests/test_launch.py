@@ -17,6 +17,8 @@ import jsonschema
 import pytest
 import yaml
 
+from bomemeta.cli.app import TRY_AGAIN
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = ["local.sh", "job_submit.sh", "slurm.sbatch"]
@@ -125,27 +127,46 @@ def test_job_submit_is_one_submission(tmp_path):
     assert done.stdout.splitlines() == wanted  # tests/test_submit.py sends it to a real cluster
 
 
-def test_slurm_runs_the_command_on_the_first_node(tmp_path):
-    """With stand-ins for Slurm and for `ray symmetric-run`, which runs what comes after `--`."""
-    tools = tmp_path / "venv" / "bin"
+def slurm(folder: Path, bomemeta: str, output: Path) -> subprocess.CompletedProcess[str]:
+    """The job's script with stand-ins for Slurm, for `ray symmetric-run`, which runs what comes
+    after `--`, and for bomemeta.
+    """
+    tools = folder / "venv" / "bin"
     tools.mkdir(parents=True)
     (tools / "activate").write_text(f"PATH={tools}:$PATH\n")
-    stand_in(tools, "scontrol", 'printf "%s\\n" node7 node8')
+    stand_in(
+        tools,
+        "scontrol",
+        f'if [ "$1" = requeue ]; then echo "$@" > {folder}/requeued; else printf "%s\\n" node7 node8; fi',
+    )
     stand_in(
         tools,
         "srun",
-        f'printf "%s\\n" "$@" > {tmp_path}/srun; while [ "$1" != ray ]; do shift; done; "$@"',
+        f'printf "%s\\n" "$@" > {folder}/srun; while [ "$1" != ray ]; do shift; done; "$@"',
     )
-    stand_in(
-        tools, "ray", f'env > {tmp_path}/env; while [ "$1" != -- ]; do shift; done; shift; "$@"'
-    )
-    stand_in(tools, "bomemeta", f'printf "%s\\n" "$@" > {tmp_path}/bomemeta; exec {COMMAND} "$@"')
-    output = tmp_path / "out"
-    done = execute(
+    stand_in(tools, "ray", f'env > {folder}/env; while [ "$1" != -- ]; do shift; done; shift; "$@"')
+    stand_in(tools, "bomemeta", bomemeta)
+    return execute(
         ["bash", str(LAUNCH / "slurm.sbatch"), str(CONFIG), str(output), *SHORT],
-        tmp_path, VENV=str(tmp_path / "venv"),
+        folder, VENV=str(folder / "venv"),
         SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_ID="123456", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="16",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [0, 1, 75, 130])
+def test_slurm_requeues_what_is_worth_another_try(code, tmp_path):
+    assert slurm(tmp_path, f"exit {code}", tmp_path / "out").returncode == code
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == (
+        "requeue 123456\n" if code == TRY_AGAIN else ""
+    )
+
+
+def test_slurm_runs_the_command_on_the_first_node(tmp_path):
+    output = tmp_path / "out"
+    done = slurm(
+        tmp_path, f'printf "%s\\n" "$@" > {tmp_path}/bomemeta; exec {COMMAND} "$@"', output
+    )
     assert done.returncode == 0, done.stderr
     finished(output)
     srun = (tmp_path / "srun").read_text().splitlines()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 import bomemeta
 from bomemeta import checkpoint, submit
 from bomemeta.cli import app
+from bomemeta.cli.app import TRY_AGAIN
 from bomemeta.errors import ClusterError, ConfigError
 
 TESTS = Path(__file__).parent
@@ -347,21 +349,21 @@ def test_a_killed_driver_is_started_again_by_its_job_and_reaches_the_same_bits(
     assert (result["upper_sha256"], result["first_step"]) == (reference.upper_sha256, 3)
 
 
-def test_a_job_that_fails_says_why_on_its_last_line(head, project, tmp_path):
-    arguments = [
-        "bomemeta",
-        "submit",
-        "job",
-        f"output_dir={tmp_path / 'run'}",
-        "workers=50",
-        "--address",
-        head.dashboard,
+def test_a_job_that_fails_says_why_and_whether_another_try_is_worth_it(head, project, tmp_path):
+    """Both at once: one that would fail again, one whose cluster is not there."""
+    common = ["bomemeta", "submit", "job", "--address", head.dashboard, "--restarts", "0"]
+    cases = [
+        (["workers=50"], 1, "failed: 50 workers of 1 CPU"),
+        (["workers=1", "address=127.0.0.1:1"], TRY_AGAIN, "failed: no Ray cluster could be joined"),
     ]
-    failed = run(head, project, *arguments)
-    assert failed.returncode == 1
-    last = [line for line in failed.stdout.splitlines() if line][-1]
-    assert last.startswith("failed: 50 workers of 1 CPU"), failed.stdout
-    assert failed.stderr.splitlines()[-1].startswith("failed: raysubmit_")
+    jobs = [[*common, f"output_dir={tmp_path / str(code)}", *keys] for keys, code, _ in cases]
+    with ThreadPoolExecutor(len(jobs)) as beside:
+        done = beside.map(lambda arguments: run(head, project, *arguments), jobs)
+    for failed, (_, code, reason) in zip(done, cases, strict=True):
+        assert failed.returncode == code, failed.stdout + failed.stderr
+        last = [line for line in failed.stdout.splitlines() if line][-1]
+        assert last.startswith(reason), failed.stdout
+        assert failed.stderr.splitlines()[-1].startswith("failed: raysubmit_")
 
 
 def test_a_client_without_a_token_is_refused(head, project, tmp_path):

@@ -243,12 +243,14 @@ class Fleet(Slots):
         if self._lost_since > self.options.max_replacements:
             raise ClusterLost(
                 f"{self._lost_since} workers were lost in the same round, max_replacements is {self.options.max_replacements}; the last: "
-                f"{what}. Look for what kills them (memory, a failing node) and resume from the last checkpoint"
+                f"{what}{loss.advice}. Look for what kills them (memory, a failing node) and resume from the last checkpoint"
             )
         if self.options.elastic and (self.silent() or capacity.room(self.options) < 1):
-            self._on_event(f"{what}; a replacement starts when the cluster has room for it")
+            self._on_event(
+                f"{what}; a replacement starts when the cluster has room for it{loss.advice}"
+            )
         else:
-            self._on_event(f"{what}; a replacement is starting")
+            self._on_event(f"{what}; a replacement is starting{loss.advice}")
             self._begin_start(slot)
         # What took this worker may have taken idle ones of its node too. To find that out by giving
         # them shards would count against the shards.
@@ -365,12 +367,12 @@ class Fleet(Slots):
         if len(self.in_phase(Phase.ABSENT)) == len(self.slots):
             error = ClusterError if isinstance(loss, WorkerCrashed) else ClusterLost
             raise error(
-                f"no worker could be started; the last one {loss}. Free are {ray.available_resources().get('CPU', 0):g} "
+                f"no worker could be started; the last one {loss}{loss.advice}. Free are {ray.available_resources().get('CPU', 0):g} "
                 f"CPU, a worker takes {self.options.cpus_per_worker:g}; start_timeout_s is "
                 f"{self.options.start_timeout_s:g}. {LOGS}"
             )
         self._on_event(
-            f"{slot} could not be started: it {loss}; the other workers continue without it"
+            f"{slot} could not be started: it {loss}; the other workers continue without it{loss.advice}"
         )
 
     def _kill(self, slot: Slot, hung: bool) -> None:

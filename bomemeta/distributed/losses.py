@@ -38,6 +38,8 @@ class WorkerLost(Exception):
     killed from outside, as far as is known: no fault of what it computed.
     """
 
+    advice = ""  # what to do about it, from the full stop before it on
+
 
 class WorkerCrashed(WorkerLost):
     """It ended by a fault of its own: a crash, an exit."""
@@ -63,7 +65,7 @@ def loss_of(error: RayError, starting: bool) -> WorkerLost:
     if isinstance(error, ActorUnavailableError):
         return WorkerUnavailable(f"could not be reached ({last_line(error)})")
     if isinstance(error, OutOfMemoryError) or "low on memory" in text or SHORT.search(text):
-        return WorkerLost(_out_of_memory(text))
+        return _out_of_memory(text)
     # Ray has no class of its own for this; should the words change, it counts as a failed start.
     if starting and "never ran" in text:
         return WorkerUnplaced(f"died ({last_line(error)})")
@@ -74,15 +76,17 @@ def loss_of(error: RayError, starting: bool) -> WorkerLost:
     return WorkerLost(f"died ({last_line(error)})")
 
 
-def _out_of_memory(text: str) -> str:
+def _out_of_memory(text: str) -> WorkerLost:
     found = SHORT.search(text)
     where = (
         f" on {found['node']}: {found['used']} GiB of {found['all']} in use there" if found else ""
     )
-    return (
-        f"was killed for memory{where}. Ray's memory killer did that; lower the number of workers on a node (a "
-        "larger cpus_per_worker), or use more shards, so that each is smaller"
+    loss = WorkerLost(f"was killed for memory{where}")
+    loss.advice = (
+        ". Ray's memory killer did that; lower the number of workers on a node (a larger cpus_per_worker), or use more "
+        "shards, so that each is smaller"
     )
+    return loss
 
 
 def crash_in(log: Path) -> str | None:

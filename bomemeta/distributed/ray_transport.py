@@ -175,6 +175,7 @@ class RayTransport:
             )
 
             self._collective = Collective(self._fleet)
+        self._note_spilling(broadcast.nbytes)
         answer: tuple[Any, Resident] = self._collective.run(broadcast, request, shards)
         self._fleet.progress()
         return answer
