@@ -22,6 +22,7 @@ from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, TaskCancelledError
 
 import bomemeta
+from bomemeta.data import archives
 from bomemeta.distributed import cluster, ray_round
 from bomemeta.distributed.actor import actor_class
 from bomemeta.distributed.fleet import Fleet
@@ -46,6 +47,7 @@ class Order(NamedTuple):
     trouble: str = ""
     once: str = ""
     times: int = 1
+    reads: str = ""  # an archive whose x it reads and holds
 
 
 def lines_in(path: str) -> int:
@@ -62,7 +64,13 @@ class Toy:
                 with open(order.once, "a") as file:
                     print(os.getpid(), file=file)
             make_trouble(order.trouble)
+        if order.reads:
+            os.environ["BOMEMETA_CACHE"] = str(Path(order.reads).with_suffix(".cache"))
+            self.held = archives.read(Path(order.reads), ["x"])["x"]
+            float(self.held.sum())
         time.sleep(order.sleep_s)
+        if order.reads:
+            return (memory_of("x.npy"), os.getpid())
         total = (torch.tensor(broadcast) * order.scale).sum().numpy()
         moved = [state + total for state in states]
         return (
@@ -72,6 +80,19 @@ class Toy:
             self.device,
             broadcast.flags.writeable,
         ), *moved
+
+
+def memory_of(name: str) -> tuple[int, int]:
+    """KiB of this process's maps of the file: in memory, and of those its own."""
+    there, resident, own = False, 0, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            there = line.endswith(name)
+        elif there:
+            resident += int(rest[0]) if first == "Rss:" else 0
+            own += int(rest[0]) if first == "Anonymous:" else 0
+    return resident, own
 
 
 def make_trouble(trouble: str) -> None:
@@ -217,6 +238,16 @@ def test_serial_and_any_number_of_workers_agree(x, sent, home, single):
                     transport.fetch(reply.states), states, strict=True
                 ):
                     assert np.array_equal(state, expected_state)
+
+
+def test_workers_of_one_node_hold_what_they_read_once(home, tmp_path):
+    all_ready(home, 3)
+    size = 4 * 2**20
+    np.savez_compressed(tmp_path / "a.npz", x=np.ones(size, np.uint8))
+    order = Order(sleep_s=1.0, reads=str(tmp_path / "a.npz"))
+    replies = [reply.reply for reply in home.run(X, [ShardCall(order)] * 3).replies]
+    assert len({pid for _, pid in replies}) > 1
+    assert [(resident >= size / 1024, own) for (resident, own), _ in replies] == [(True, 0)] * 3
 
 
 def test_replies_come_in_the_order_of_the_calls(home):
