@@ -70,7 +70,7 @@ class Toy:
             float(self.held.sum())
         time.sleep(order.sleep_s)
         if order.reads:
-            return (memory_of("x.npy"), os.getpid())
+            return ((memory_of("x.npy"), os.getpid()),)
         total = (torch.tensor(broadcast) * order.scale).sum().numpy()
         moved = [state + total for state in states]
         return (
