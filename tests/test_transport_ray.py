@@ -24,7 +24,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Tas
 import bomemeta
 from bomemeta.data import archives
 from bomemeta.distributed import cluster, ray_round
-from bomemeta.distributed.actor import actor_class
+from bomemeta.distributed.actor import LATE, actor_class
 from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.losses import WorkerLost, WorkerUnavailable, loss_of
 from bomemeta.distributed.ray_round import RayRound
@@ -47,6 +47,7 @@ class Order(NamedTuple):
     trouble: str = ""
     once: str = ""
     times: int = 1
+    imported: str = ""  # it answers whether it has this module
     reads: str = ""  # an archive whose x it reads and holds
 
 
@@ -64,6 +65,8 @@ class Toy:
                 with open(order.once, "a") as file:
                     print(os.getpid(), file=file)
             make_trouble(order.trouble)
+        if order.imported:
+            return (order.imported in sys.modules,)
         if order.reads:
             os.environ["BOMEMETA_CACHE"] = str(Path(order.reads).with_suffix(".cache"))
             self.held = archives.read(Path(order.reads), ["x"])["x"]
@@ -238,6 +241,13 @@ def test_serial_and_any_number_of_workers_agree(x, sent, home, single):
                     transport.fetch(reply.states), states, strict=True
                 ):
                     assert np.array_equal(state, expected_state)
+
+
+def test_what_the_check_of_a_problem_had_imported_is_there_before_the_first_shard(home):
+    torch.vmap(torch.nn.functional.cross_entropy)(torch.zeros(2, 3, 4), torch.zeros(2, 3).long())
+    with closing(RayTransport(Toy, RayOptions(workers=1, cpus_per_worker=SMALL))) as transport:
+        got = transport.run(X, [ShardCall(Order(imported=module)) for module in (*LATE, "sympy")])
+    assert [reply.reply for reply in got.replies] == [True, True]
 
 
 def test_workers_of_one_node_hold_what_they_read_once(home, tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,10 @@ from bomemeta.distributed.transport import checked_returns
 from bomemeta.errors import ClusterError
 from bomemeta.paths import SHARED_DATA
 
+# What torch imports in the middle of a first call (in a vmap of cross_entropy: sympy, 500 modules, 2.6 s
+# of CPU). Where the driver has it, from its check of the problem, a worker has it before its first
+# shard.
+LATE = ("torch.fx.experimental.symbolic_shapes",)
 # How long another node is asked how a worker there ended.
 CRASH_ANSWER_S = 5.0
 # How a call's answer is cut into objects: no share; reply and share as one, for the driver; the
@@ -114,7 +119,9 @@ class ShardActor:
     its type there.
     """
 
-    def build(self, factory: bytes, threads: int, paths: list[str]) -> Process:
+    def build(
+        self, factory: bytes, threads: int, paths: list[str], late: Sequence[str] = ()
+    ) -> Process:
         # Before torch is imported: these are read once, and Ray has set OMP_NUM_THREADS to the
         # actor's CPUs.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -124,6 +131,8 @@ class ShardActor:
         import torch
 
         torch.set_num_threads(threads)
+        for name in late:
+            importlib.import_module(name)
         context = ray.get_runtime_context()
         # Not torch.cuda.is_available(): an actor without GPUs sees all of them. Ray shows an actor
         # only its own, so 0.

@@ -8,6 +8,7 @@ and how a worker is lost.
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,6 +30,7 @@ from ray.exceptions import (
 
 from bomemeta.distributed import capacity, cluster
 from bomemeta.distributed.actor import (
+    LATE,
     actor_class,
     birth_of,
     crash_on,
@@ -334,7 +336,8 @@ class Fleet(Slots):
     def build(self, slot: Slot) -> Any:
         """Has the slot's actor make its worker."""
         paths = cluster.importable_paths()
-        return slot.actor.build.remote(self._factory, self.options.threads, paths)
+        late = [name for name in LATE if name in sys.modules]
+        return slot.actor.build.remote(self._factory, self.options.threads, paths, late)
 
     def _begin_start(self, slot: Slot) -> None:
         options = self.options
