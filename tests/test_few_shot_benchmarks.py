@@ -34,6 +34,23 @@ def test_sinusoids_by_every_method(tmp_path: Path) -> None:
     assert [line.split(" | ")[1] for line in lines[2:5]] == ["ridge", "bome", "maml"]
 
 
+def test_sinusoids_with_settings_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sinusoid = importlib.import_module("benchmarks.sinusoid")
+    own = sinusoid.SETTINGS
+    first = next(iter(own["bome"]))
+    bad = {**own["bome"], first: [*own["bome"][first], "solver.inner_lr=1e6"]}
+    monkeypatch.setattr(sinusoid, "SETTINGS", {**own, "bome": bad})
+    small = ["--cpu-s", "0.01", "--seeds", "1", "--shots", "5", "--episodes", "3"]
+    result = sinusoid.main([*small, "--tune-s", "0.01", "--out", str(tmp_path)])
+    for method in ("bome", "maml"):
+        tries = {one["setting"]: one["mse"] for one in result["tries"] if one["method"] == method}
+        assert list(tries) == list(sinusoid.SETTINGS[method])  # as many of each
+        run = next(run for run in result["runs"] if run["method"] == method)
+        assert tries[run["setting"]] == min(tries.values())
+        assert method == "maml" or tries[first] == float("inf")  # it diverged
+    assert "Settings tried: 8 (bome weight 100" in (tmp_path / "table.md").read_text()
+
+
 def test_nearest_centroids() -> None:
     right = importlib.import_module("benchmarks.centroids").right
     support = torch.tensor(
