@@ -16,7 +16,9 @@ from sklearn.pipeline import Pipeline
 from typer.testing import CliRunner
 
 from bomemeta.api import load, train
+from bomemeta.assembly import build_problem
 from bomemeta.cli import app
+from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.data.episodes import Episode, EpisodeSpec
 from bomemeta.errors import ConfigError, DataError
 from bomemeta.predict import FewShotClassifier, load_classifier
@@ -88,6 +90,23 @@ def test_it_answers_as_the_runs_own_evaluation(tmp_path: Path, problem: dict[str
             for one in episodes(result)
         ]
         assert np.mean(scores) == pytest.approx(result.metrics[key], abs=1e-7), policy
+
+
+def test_its_logits_have_the_bits_of_the_runs_own_evaluation(result: Result) -> None:
+    assert result.config is not None
+    problem: Any = build_problem(result.config)
+    model = result.classifier().trained
+    batch = problem.load(range(EPISODES), 0, "test")
+    oracle = LocalOracle(problem, model.upper, batch, "loop", differentiable=False)
+    lower = model.solver.adapt(oracle, None)
+    for task, episode in enumerate(episodes(result)):
+        encoded, y, one = (
+            {name: tensor[task] for name, tensor in parts.items()}
+            for parts in (oracle.encoded, lower, batch)
+        )
+        classifier = fitted(result, episode, batch_norm="transductive")
+        logits = problem.query_logits(encoded, y, one).double().numpy()
+        assert np.array_equal(classifier.decision_function(episode.query), logits)
 
 
 def test_an_image_alone_gets_the_class_that_it_gets_among_others(result: Result) -> None:
@@ -184,6 +203,49 @@ def test_a_graph_computes_the_same(result: Result, tmp_path: Path) -> None:
         classifier.export(tmp_path / "model.bin")
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        {},
+        {"head": "span", "feature_scale": 1.0},  # longer features make its steps diverge
+        {"head": "cosine", "neck": "linear", "backbone": "test_predict:own_net"},
+        {"head": "r2d2", "backbone": "test_predict:own_net", "batch_norm": "running"},
+    ],
+    ids=str,
+)
+def test_a_graph_with_the_fit_in_it(tmp_path: Path, problem: dict[str, Any]) -> None:
+    result = trained(tmp_path, **problem)
+    graph = torch.export.load(result.classifier().export(tmp_path / "m.pt2")).module()
+    one = episodes(result)[0]
+    # Other sizes than any that it was made with, unequal, and not class after class.
+    for labels in ([2, 0, 1, 1, 0, 0], [1, 0, 1, 0]):
+        support = one.support[: len(labels)]
+        fitted = FewShotClassifier(result.classifier().model).fit(support, labels)
+        hot = torch.nn.functional.one_hot(torch.tensor(labels)).float()
+        logits, features = graph(support, hot, one.query[:5])
+        assert logits.numpy() == pytest.approx(fitted.decision_function(one.query[:5]), abs=1e-3)
+        assert features.numpy() == pytest.approx(fitted.transform(one.query[:5]), abs=1e-4)
+
+
+def own_net() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, stride=4), torch.nn.BatchNorm2d(4), torch.nn.Flatten()
+    )
+
+
+def test_what_has_no_graph_with_the_fit_in_it_says_so(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "a", form="network")
+    with pytest.raises(ConfigError, match="adapts its whole network"):
+        whole.classifier().export(tmp_path / "m.pt2")
+    svm = trained(tmp_path / "c", head="svm")
+    with pytest.raises(ConfigError, match="head svm is solved by an iteration"):
+        svm.classifier().export(tmp_path / "m.pt2")
+    config: Any = {**CONFIG, "solver": {**CONFIG["solver"], "inner_optimizer": "adam"}}  # type: ignore[dict-item]
+    other = train(config, output_dir=str(tmp_path / "b"))
+    with pytest.raises(ConfigError, match="fit the classifier and export that"):
+        other.classifier().export(tmp_path / "m.pt2")
+
+
 def test_onnx(result: Result, tmp_path: Path) -> None:
     runtime = pytest.importorskip(
         "onnxruntime", reason="needs the extra onnx: uv sync --extra onnx"
@@ -193,6 +255,12 @@ def test_onnx(result: Result, tmp_path: Path) -> None:
     classifier = fitted(result, one)
     session = runtime.InferenceSession(classifier.export(tmp_path / "m.onnx").read_bytes())
     logits, _ = session.run(None, {"images": one.query.numpy()})
+    assert logits == pytest.approx(classifier.decision_function(one.query), abs=1e-4)
+    # With the fit in it, for other numbers of images and classes.
+    file = result.classifier().export(tmp_path / "learner.onnx")
+    hot = np.eye(3, dtype=np.float32)[one.support_labels.numpy()]
+    given = {"support": one.support.numpy(), "labels": hot, "query": one.query.numpy()}
+    logits, _ = runtime.InferenceSession(file.read_bytes()).run(None, given)
     assert logits == pytest.approx(classifier.decision_function(one.query), abs=1e-4)
 
 

@@ -190,12 +190,17 @@ def export(
     ],
     trust: Trust = False,
 ) -> None:
-    """Write a fitted classifier as one graph, and check it against the original."""
+    """Write one graph, and check it against the original: of a fitted classifier images to logits, of
+    a run support images, their labels (one-hot) and queries to logits.
+    """
     with reported():
         from bomemeta.predict.classifier import few_shot_classifier
 
-        written = few_shot_classifier(clf, trust=trust).export(file)
-        typer.echo(f"{written}: images [n, C, H, W] -> logits [n, classes], features [n, d]")
+        classifier = few_shot_classifier(clf, trust=trust)
+        written = classifier.export(file)
+        given = "support [s, C, H, W], labels [s, ways] one-hot, query [n, C, H, W]"
+        given = "images [n, C, H, W]" if classifier.is_fitted else given
+        typer.echo(f"{written}: {given} -> logits [n, classes], features [n, d]")
 
 
 def _say(text: str) -> None:

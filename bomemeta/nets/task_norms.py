@@ -32,10 +32,10 @@ class TaskNorm(nn.Module):
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers():
             self.register_buffer(name, buffer)
-        self._statistics = statistics
+        self.statistics = statistics
 
     def forward(self, images: Tensor) -> Tensor:
-        rows = self._statistics.rows
+        rows = self.statistics.rows
         if rows is None:
             return functional.batch_norm(
                 images, None, None, self.weight, self.bias, training=True, eps=self.eps

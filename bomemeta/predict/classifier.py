@@ -166,7 +166,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def export(
         self, file: str | os.PathLike[str], *, format: Literal["torch.export", "onnx"] | None = None
     ) -> Path:
-        """Writes the fitted classifier as one graph, images to logits: see `predict/export.py`."""
+        """Writes one graph: fitted, images to logits; not fitted yet, support images, their labels and
+        queries to logits, with the fit in it. See `predict/export.py`.
+        """
         from bomemeta.predict.export import export
 
         return export(self, Path(file), format)
@@ -235,8 +237,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, self.n_examples_ = classes, np.array(sizes)
         return self
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it has classes."""
+        return "classes_" in self.__dict__
+
     def _check_fitted(self) -> None:
-        if "classes_" not in self.__dict__:
+        if not self.is_fitted:
             raise NotFittedError("this classifier has no classes yet: call fit(X, y) first")
 
     def task(self) -> Task:
