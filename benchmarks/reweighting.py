@@ -222,11 +222,13 @@ def of_seed(
 
     def settings(*more: str) -> Config:
         own = (f"seed={seed}", "workers=0", "evaluation.every_steps=null")
-        return load_config(source, [*keys, *own, *more])
+        # A run that leaves x where it is has no step of x.
+        given = [key for key in keys if more[:2] != descent or not key.startswith("solver.upper_")]
+        return load_config(source, [*given, *own, *more])
 
+    descent = ("problem.weights=sample", "solver.name=lower_only")
     base = settings(f"steps={plan.steps}")
     inner = int(getattr(base.solver, "inner_steps", 1))
-    descent = ("problem.weights=sample", "solver.name=lower_only")
     alone = [] if plan.rate is None else [f"solver.inner_lr={plan.rate}"]
     every = max(plan.every * plan.control // plan.steps, 1)
 

@@ -165,13 +165,14 @@ def test_an_ended_run_is_read_and_controls_may_have_more_steps(tmp_path: Path) -
     from benchmarks.reweighting import Plan, Record, of_seed
 
     file, plan = tmp_path / "curves.json", Plan(2, 4, 1, 1)
-    found = of_seed(SMALL, [], 0, plan, Record(file, {"plan": 1}))
+    keys = ["solver.upper_lr=40.0"]  # which the runs without a step of x do not get
+    found = of_seed(SMALL, keys, 0, plan, Record(file, {"plan": 1}))
     assert [point["step"] for point in found["plain"]] == [2, 4]
     assert [point["step"] for point in found["learned"]] == [1, 2]
     there = json.loads(file.read_text())
     there["curves"]["0"]["mwn"] = [{"read": 1.0}]
     file.write_text(json.dumps(there))
-    again = of_seed(SMALL, [], 0, plan, Record(file, {"plan": 1}))
+    again = of_seed(SMALL, keys, 0, plan, Record(file, {"plan": 1}))
     assert again == {**found, "mwn": [{"read": 1.0}]}
     with pytest.raises(SystemExit, match=r"--out: .*curves.json was made with .*another folder"):
         Record(file, {"plan": 2})
