@@ -49,6 +49,7 @@ def ray_head(
             "RAY_AUTH_MODE": authentication,
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # one machine: loopback only
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # as conftest.py has it
             # Tests run under `uv run`: the head would find it among its parents and start every job
             # with it, in the job's folder.
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",

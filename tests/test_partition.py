@@ -132,7 +132,7 @@ def test_a_partition_is_survived(parted, tmp_path):
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_worker_niceness": "0",
     }  # fmt: skip
     with ExitStack() as stack:
         started: list[subprocess.Popen[bytes]] = []

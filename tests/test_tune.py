@@ -31,6 +31,7 @@ from bomemeta import checkpoint as checkpoints
 from bomemeta.checkpoint import upper_sha256
 from bomemeta.config import load_config
 from bomemeta.errors import ClusterError, ConfigError
+from bomemeta.extras import installed
 from bomemeta.metrics import RunFolder, read_metrics
 from bomemeta.sections import label
 from bomemeta.tune.space import KINDS, Domain, flat, read_space
@@ -521,8 +522,19 @@ def test_pbt_continues_from_another_trial_with_other_values(
     assert ("does not repeat the trial" in text) == (len(result.rows[0].lineage) > 1)
 
 
-def test_trainable_in_a_tuner_of_ones_own(ray_cluster: None, tmp_path: Path) -> None:
+def test_trainable_in_a_tuner_of_ones_own(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Tune's own callback for MLflow, where that is installed."""
     from ray import tune
+
+    callbacks: list[Any] = []
+    if installed("mlflow"):
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        store = (tmp_path / "store").as_uri()
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        callbacks.append(MLflowLoggerCallback(tracking_uri=store, experiment_name="own"))
 
     file = based(problem={"doom_step": 9, "doom_mark": str(tmp_path / "mark")})["base"]
     function = bomemeta.tune.trainable(
@@ -535,11 +547,20 @@ def test_trainable_in_a_tuner_of_ones_own(ray_cluster: None, tmp_path: Path) -> 
             name="own",
             storage_path=str(tmp_path),
             failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=callbacks,
             verbose=0,
         ),
     )
     (result,) = tuner.fit()
     assert (tmp_path / "mark.0").exists()
+    if callbacks:
+        import mlflow
+
+        client = mlflow.MlflowClient(store)
+        (run,) = client.search_runs([client.get_experiment_by_name("own").experiment_id])
+        reported = client.get_metric_history(run.info.run_id, "upper_error")
+        assert reported[-1].value == result.metrics["upper_error"]
+        assert len(reported) >= STEPS // EVERY
     metrics = result.metrics
     assert (result.error, metrics["steps"], metrics["ended"]) == (None, STEPS, "done")
     assert (

@@ -23,8 +23,8 @@ from bomemeta.distributed.transport import checked_returns
 from bomemeta.errors import ClusterError
 from bomemeta.paths import SHARED_DATA
 
-# What torch imports in the middle of a first call (in a vmap of cross_entropy: sympy, 500 modules, 2.6 s
-# of CPU). Where the driver has it, from its check of the problem, a worker has it before its first
+# What torch imports in the middle of a first call (in `autograd.grad` with `grad_outputs`: sympy, 500
+# modules, 2.6 s of CPU at load 12). Where the driver has it, from its check of the problem, a worker has it before its first
 # shard.
 LATE = ("torch.fx.experimental.symbolic_shapes",)
 # How long another node is asked how a worker there ended.
