@@ -266,12 +266,14 @@ def test_a_run_that_loses_a_node_with_lower_state_goes_back_and_reaches_the_same
     assert result.metrics == reference.metrics
 
 
-def test_workers_follow_the_cluster(nodes, reference, tmp_path):
+def test_workers_follow_the_cluster(nodes, tmp_path):
     (first,) = with_nodes(nodes, 1)
+    longer = ["steps=40"]  # a node may take as long as ten steps to start
+    reference = bomemeta.train(WIDE, [f"output_dir={tmp_path / 'reference'}", *longer])
     result = train_through(
         tmp_path / "run",
-        0.5,
-        ["workers=auto", "max_workers=3", "reduce=tree"],
+        0.2,
+        ["workers=auto", "max_workers=3", "reduce=tree", *longer],
         (2, lambda: nodes.add_node(num_cpus=1)),
         (6, lambda: nodes.remove_node(first, allow_graceful=False)),
     )
