@@ -12,6 +12,7 @@ import torch
 import bomemeta
 from bomemeta.data import feature_cache, glyphs
 from bomemeta.data.cifar10n import Cifar10N
+from bomemeta.data.episodes import EpisodeSpec
 from bomemeta.data.feature_cache import frozen_features
 from bomemeta.data.image_sets import Cifar10Subset, Cifar100
 from bomemeta.data.newsgroups import TwentyNewsgroups
@@ -84,6 +85,32 @@ def test_omniglot(change: dict[str, Any], tmp_path: Path) -> None:
         DataError, match=r"omniglot28.npz: wanted uint8 images .* data prepare omniglot"
     ):
         Omniglot(root=str(tmp_path)).prepare()
+
+
+def test_shuffled_characters_are_in_one_split_each_and_the_same_for_everyone(
+    tmp_path: Path,
+) -> None:
+    file, names = tmp_path / "omniglot28.npz", np.array([f"A/{c}" for c in range(1623)])
+    np.savez(
+        file, images=np.zeros((3246, 28, 28), np.uint8), label=np.arange(3246) // 2,
+        class_name=names, class_vinyals_split=np.repeat([0, 1, 2], [1028, 172, 423]),
+    )  # fmt: skip
+    of_split = {
+        split: Omniglot(root=str(tmp_path), characters="shuffled", rotations=False).class_names(
+            split, EpisodeSpec(ways, 1, 1), (0,)
+        )
+        for split, ways in (("train", 1200), ("validation", 100), ("test", 323))
+    }
+    assert sorted(name for names in of_split.values() for name in names) == sorted(names)
+    assert len(set(of_split["test"]) & set(names[:1028])) > 100
+    # The seed is the data's: two people's test characters are the same.
+    assert sorted(of_split["validation"])[:3] == ["A/0", "A/10", "A/1001"]
+
+
+def test_shuffling_another_number_of_characters_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "omniglot28.npz", **OMNIGLOT)
+    with pytest.raises(DataError, match="shuffled splits Omniglot's 1,623 characters and got 2"):
+        Omniglot(root=str(tmp_path), characters="shuffled").prepare()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,11 @@ The split is that of Vinyals et al. (Matching Networks, NeurIPS 2016) as Snell e
 Networks, NeurIPS 2017) gave it: 1,028 training, 172 validation and 423 test characters. With
 `rotations` a character turned by 90, 180 or 270 degrees is a class of its own, in every split, as
 both papers do: four times the classes, and an episode may hold two turns of one character.
+
+That split keeps alphabets apart but one: test characters are of 13 alphabets, 12 of them unseen in
+training. Finn et al. (MAML, ICML 2017) and those who compare with them (MAML++, iMAML) shuffle all
+characters instead, 1,200 / 100 / 323, so that test characters share their alphabets, and their
+drawers' habits, with training ones; `characters: shuffled`. The two are not comparable.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +36,8 @@ FILE = "omniglot28.npz"
 IMAGE_PX = 28
 TURN, SIZE, SLANT, SHIFT = 0.25, 0.15, 0.2, 0.08  # the most that `deform` does
 SPLIT_NUMBER: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}
+SHUFFLED_COUNTS = (1200, 100, 323)  # characters of each split, MAML's
+SHUFFLE_SEED = 0  # of the data, not of a run: all runs have the same test characters
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,12 @@ class Characters:
 @dataclass(frozen=True, kw_only=True)
 class Omniglot:
     """Omniglot's 1,623 hand-written characters. `deform` draws from the episode's key. `root`: the folder that holds `omniglot28.npz`; by
-    default `BOMEMETA_DATA`.
+    default `BOMEMETA_DATA`. `characters`: how they are split, by alphabets (`vinyals`) or at random as MAML does (`shuffled`).
     """
 
     root: str | None = None
     rotations: bool = True
+    characters: Literal["vinyals", "shuffled"] = "vinyals"
     deform: bool = (
         False  # training drawings are turned, scaled, slanted and moved a little, each anew
     )
@@ -73,13 +82,14 @@ class Omniglot:
 
     def check(self, split: Split, spec: EpisodeSpec) -> None:
         """Raises DataError where the split has too few classes, or one of them too few drawings."""
-        _check(archives.find("omniglot", FILE, self.root), self.rotations, split, spec)
+        path = archives.find("omniglot", FILE, self.root)
+        _check(path, self.characters, self.rotations, split, spec)
 
     def episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
         """Ink 1 on 0, `[n, 1, 28, 28]`."""
         path = archives.find("omniglot", FILE, self.root)
-        _check(path, self.rotations, split, spec)
-        characters = _read(path)
+        _check(path, self.characters, self.rotations, split, spec)
+        characters = _read(path, self.characters)
         rng = generator(key)
         draw = characters.classes(split, self.rotations).draw(spec, rng)
         turns = (draw.classes // len(characters.upright[split].count)).tolist()
@@ -94,11 +104,11 @@ class Omniglot:
         return self._characters().classes(split, self.rotations).names_of(spec, key)
 
     def _characters(self) -> Characters:
-        return _read(archives.find("omniglot", FILE, self.root))
+        return _read(archives.find("omniglot", FILE, self.root), self.characters)
 
 
 @functools.cache
-def _read(path: Path) -> Characters:
+def _read(path: Path, characters: str) -> Characters:
     arrays = archives.read(path, ("images", "label", "class_name", "class_vinyals_split"))
     images, label, names, split_number = arrays.values()
     classes = names.size
@@ -119,6 +129,15 @@ def _read(path: Path) -> Characters:
             f"class; got images {images.dtype} {images.shape}, {label.size} labels, {split_number.size} splits. "
             f"Delete it and run `bomemeta data prepare omniglot`"
         )
+    if characters == "shuffled":
+        if classes != sum(SHUFFLED_COUNTS):
+            raise DataError(
+                f"{path}: data.characters: shuffled splits Omniglot's {sum(SHUFFLED_COUNTS):,} characters and got {classes:,}; use "
+                f"vinyals, or delete the file and run `bomemeta data prepare omniglot`"
+            )
+        order = np.random.default_rng(SHUFFLE_SEED).permutation(classes)
+        split_number = np.empty(classes, np.int64)
+        split_number[order] = np.repeat(tuple(SPLIT_NUMBER.values()), SHUFFLED_COUNTS)
     start = np.cumsum(count) - count
     splits: dict[Split, ClassRows] = {}
     for split, number in SPLIT_NUMBER.items():
@@ -132,8 +151,8 @@ def _read(path: Path) -> Characters:
 
 
 @functools.cache  # episodes ask again and again; what raises is not kept
-def _check(path: Path, rotations: bool, split: Split, spec: EpisodeSpec) -> None:
-    rows = _read(path).classes(split, rotations)
+def _check(path: Path, characters: str, rotations: bool, split: Split, spec: EpisodeSpec) -> None:
+    rows = _read(path, characters).classes(split, rotations)
     check_size("omniglot", split, spec, rows.names, rows.count)
 
 
