@@ -29,6 +29,7 @@ from bomemeta.compare.entries import Entry
 from bomemeta.compare.statistics import compare
 from bomemeta.compare.tables import as_json, markdown
 from bomemeta.environment import environment, environment_line
+from bomemeta.errors import DivergenceError
 from bomemeta.files import written_whole
 
 TUNING_SEED = 100
@@ -130,18 +131,20 @@ def measured(
     folder = out / "folders" / f"{name}-{time.time_ns()}"
     cpu = time.process_time()
     own = [f"seed={seed}", f"output_dir={folder}"]
-    result = api.train(f"configs/{config}.yaml", [*keys, *overrides, *own])
-    if result.interrupted:
-        raise SystemExit(f"{name} was stopped; the same command resumes it")
-    wanted = {key: value for key, value in result.metrics.items() if key in SCORES + COUNTS}
-    spent = time.process_time() - cpu
-    record = {"setting": dict(setting), "seed": seed, "cpu_s": spent, **wanted}
-    record["environment"] = environment()
+    record: dict[str, Any] = {"setting": dict(setting), "seed": seed, "environment": environment()}
+    try:
+        result = api.train(f"configs/{config}.yaml", [*keys, *overrides, *own])
+        if result.interrupted:
+            raise SystemExit(f"{name} was stopped; the same command resumes it")
+        record |= {key: value for key, value in result.metrics.items() if key in SCORES + COUNTS}
+    except DivergenceError as error:
+        record["diverged"] = str(error)
+    record["cpu_s"] = time.process_time() - cpu
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as stream:
         stream.write(json.dumps(record, indent=1).encode())
-    scores = ", ".join(f"{key} {100 * record[key]:.2f}" for key in SCORES)
-    print(f"{name}: {scores}, {record['cpu_s']:.0f} CPU-s", flush=True)
+    scores = ", ".join(f"{key} {100 * record[key]:.2f}" for key in SCORES if key in record)
+    print(f"{name}: {scores or 'diverged'}, {record['cpu_s']:.0f} CPU-s", flush=True)
     return record
 
 
@@ -154,10 +157,14 @@ def entry_of(
     setting = settings[0]
     if not options.default:
         tried = [measured(options.out, name, config, keys, each, TUNING_SEED) for each in settings]
-        setting = max(tried, key=lambda run: float(run["acc"]))["setting"]
+        setting = max(tried, key=lambda run: float(run.get("acc", -1)))["setting"]
     seeds = {}
     for seed in range(options.seeds):
         run = measured(options.out, name, config, keys, setting, seed)
+        if "diverged" in run:
+            raise SystemExit(
+                f"{name}, seed {seed}, with the setting that was best on seed {TUNING_SEED}: {run['diverged']}"
+            )
         scores = {key: 100 * run[key] for key in SCORES}
         seeds[seed] = scores | {key: run[key] for key in (*COUNTS, "cpu_s") if key in run}
     return Entry(method, seeds, {}, run["environment"]["versions"]), setting
