@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -480,6 +481,30 @@ def test_a_slow_start_of_ray_is_tried_again_and_ends_in_an_error_of_ours(monkeyp
     assert [options["num_cpus"] for options in tries] == [1, 1, 1]
     assert len(events) == 2
     assert "it is tried again" in events[0]
+
+
+def test_rays_start_and_the_workers_have_one_deadline(monkeypatch):
+    deadlines: list[float] = []
+
+    @contextmanager
+    def started(options: RayOptions, on_event: object, deadline: float) -> Iterator[None]:
+        deadlines.append(deadline)
+        time.sleep(0.5)
+        yield
+
+    def start(self: Fleet, deadline: float) -> None:
+        deadlines.append(deadline)
+        raise ClusterLost("no worker came up")
+
+    monkeypatch.setattr(cluster, "local", started)
+    monkeypatch.setattr(Fleet, "start", start)
+    begun = time.monotonic()
+    transport = RayTransport(Toy, RayOptions(workers=1, address="local", start_timeout_s=100.0))
+    with pytest.raises(ClusterLost, match="no worker came up"):
+        transport.wait_ready()
+    transport.close()
+    assert deadlines[0] == deadlines[1]
+    assert begun + 99.5 < deadlines[0] < time.monotonic() + 99.5  # the start took half a second
 
 
 def test_the_folder_of_a_run_that_never_began_may_be_used_again(monkeypatch, tmp_path):
