@@ -36,6 +36,12 @@ SLOW: dict[str, Callable[[], object]] = {
 }
 
 
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 200  # the caller then goes on, and the test sees that it did
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 @dataclass(kw_only=True)
 class Strike:
     """The process that first loads training tasks of `strike_step` gets the signal, or is SLOW
@@ -45,8 +51,19 @@ class Strike:
     strike_step: int | None = None
     strike_signal: str = "SIGKILL"
     strike_mark: str = ""
-    # A folder: in every step k, the process that first comes to its load number k there is killed.
+    # A folder: in every step k, the process that first comes to its load number k there gets the signal.
     strike_rounds: str = ""
+    # A folder: who comes new while it has `hold` is built only when somebody is in round k of step k + 1,
+    # who waits for it there.
+    strike_joins: str = ""
+    strike_loads: int = 1  # of a process in a round
+
+    def setup(self) -> None:
+        super().setup()  # type: ignore[misc]
+        if self.strike_joins and (hold := Path(self.strike_joins, "hold")).exists():
+            step = hold.read_text()
+            _wait_for(Path(self.strike_joins, f"go{step}"))
+            Path(self.strike_joins, f"came{step}").touch()
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
         if split == "train" and self.strike_rounds:
@@ -56,9 +73,16 @@ class Strike:
             if loads == step:
                 try:
                     Path(self.strike_rounds, str(step)).touch(exist_ok=False)
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), getattr(signal, self.strike_signal))
                 except FileExistsError:
                     pass
+        if split == "train" and self.strike_joins and step > 0:
+            last, loads = getattr(self, "_loads", (step, 0))
+            loads = loads if last == step else 0
+            self._loads = (step, loads + 1)
+            if loads == (step - 1) * self.strike_loads:
+                Path(self.strike_joins, f"go{step}").touch()
+                _wait_for(Path(self.strike_joins, f"came{step}"))
         if split == "train" and step == self.strike_step:
             try:
                 Path(self.strike_mark).touch(exist_ok=False)

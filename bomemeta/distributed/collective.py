@@ -28,7 +28,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 from bomemeta.distributed import cluster
 from bomemeta.distributed.fleet import Fleet
 from bomemeta.distributed.losses import WorkerLost, WorkerUnavailable, poison
-from bomemeta.distributed.process_group import GroupBroken, GroupMember
+from bomemeta.distributed.process_group import FORM_TIMEOUT_S, GroupBroken, GroupMember
 from bomemeta.distributed.resident import GONE, Resident, Residents
 from bomemeta.distributed.slots import Phase, Slot
 from bomemeta.distributed.transport import JointRequest
@@ -51,6 +51,7 @@ class Collective:
         self._present: list[
             tuple[int, Any]
         ] = []  # the members of the present epoch: slot and process
+        self._holders: list[tuple[int, Any]] = []  # the members of the last kernel that ended
         # The store lives in this process: it has no state that a lost worker could take along. On
         # the driver's own address only, and not on all of them, as torch would have it.
         self._host = ray.util.get_node_ip_address()
@@ -86,6 +87,7 @@ class Collective:
                     self._fleet.drain(slot)
                 raise
             if loss is None:
+                self._holders = self._present
                 return answer, handle
         assert loss is not None
         raise ClusterError(
@@ -110,17 +112,25 @@ class Collective:
                 return array
         raise LowerStateLost(GONE)
 
+    def _have_y(self, there: dict[int, Slot]) -> bool:
+        """Whether one of these may have what is kept. After a loss the others are asked for a sign of
+        life; a kernel of newcomers alone, begun before they answer, would find no y.
+        """
+        if not there or not self._fleet.in_phase(Phase.DRAINING):
+            return bool(there)
+        return any((slot.index, slot.process) in self._holders for slot in there.values())
+
     def _members(self, shards: int) -> list[Slot]:
         """The workers that are there; waits for one."""
         while True:
             there = self._fleet.in_phase(Phase.IDLE)
             if there and not self._fleet.waiting:
                 break
-            heard = False
-            for slot, overdue in self._fleet.heard(time.monotonic() if there else None):
+            heard, enough = False, self._have_y(there)
+            for slot, overdue in self._fleet.heard(time.monotonic() if enough else None):
                 self._fleet.settle(slot, overdue)
                 heard = True
-            if there and not heard:
+            if enough and not heard:
                 break
         idle = [slot for _, slot in sorted(there.items())]
         slots = idle[:shards]
@@ -133,6 +143,11 @@ class Collective:
         self, slots: list[Slot], request: JointRequest, shared: Any, handle: Resident
     ) -> tuple[Any, WorkerLost | None]:
         options = self._fleet.options
+        # Who waits for a member that hangs answers when the exchange's own limit is over, which is after
+        # the call's: with the same limit for both, those who still have y would be taken to hang too.
+        limit_s = options.step_timeout_s
+        if len(slots) > 1:
+            limit_s = FORM_TIMEOUT_S + 2 * limit_s + GRACE_S
         for rank, slot in enumerate(slots):
             member = GroupMember(
                 self._epoch, rank, len(slots), self._host, self._port, options.step_timeout_s
@@ -140,7 +155,7 @@ class Collective:
             slot.job, slot.begun = -1, time.monotonic()
             asked = (request, member, shared, handle.name, self._residents.names)
             answers = [slot.actor.together.remote(*asked)]
-            self._fleet.watch(slot, Phase.BUSY, answers, options.step_timeout_s)
+            self._fleet.watch(slot, Phase.BUSY, answers, limit_s)
         answer, loss, broken = None, None, False
         lost: list[tuple[Slot, WorkerLost]] = []
         while any(slot.phase is Phase.BUSY for slot in slots):
