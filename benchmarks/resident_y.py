@@ -31,7 +31,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.two_layers import BLOCKS, data, logits, start, weighted
+from benchmarks.two_layers import BLOCKS, CLASSES, FEATURES, data, logits, start, weighted
 from bomemeta.assembly import open_transport, trainer_of
 from bomemeta.config import load_config
 from bomemeta.core.tree import Params
@@ -41,7 +41,15 @@ from bomemeta.engine import Trainer
 from bomemeta.environment import environment
 
 dist: Any = torch.distributed  # whose stubs leave out what is used here
-LR, UPPER_LR = 0.05, 1.0
+UPPER_LR = 1.0
+# A wide network's gradients of f and g point the same way: <grad f, grad q> is up to twice |grad q|^2,
+# and BOME moves x only where eta is above that.
+ETA = 4.0
+
+
+def step_size(numbers: int) -> float:
+    """Of y: the loss's curvature grows with the width."""
+    return min(0.05, 4 * (FEATURES + CLASSES) / numbers)
 
 
 class Net(nn.Module):
@@ -69,7 +77,8 @@ def peer(rank: int, store: str, options: argparse.Namespace, numbers: int, pipe:
     batch = data(options.batch, rank)
     y, z = (nn.parallel.DistributedDataParallel(Net(numbers)) for _ in range(2))
     x = torch.zeros(BLOCKS, options.batch, requires_grad=True)
-    inner = torch.optim.SGD(z.parameters(), lr=LR)
+    lr = step_size(numbers)
+    inner = torch.optim.SGD(z.parameters(), lr=lr)
 
     def gradient(of: str, net: Any) -> list[Tensor]:
         net.zero_grad()
@@ -95,9 +104,9 @@ def peer(rank: int, store: str, options: argparse.Namespace, numbers: int, pipe:
         with torch.no_grad():
             square = (x_q**2).sum() + sum((part**2).sum() for part in y_g)
             inner_product = sum((a * b).sum() for a, b in zip(y_f, y_g, strict=True))
-            multiplier = (0.5 - inner_product / square).clamp_min(0)  # phi: grad_norm
+            multiplier = (ETA - inner_product / square).clamp_min(0)  # phi: grad_norm
             for part, a, b in zip(y.parameters(), y_f, y_g, strict=True):
-                part.sub_(LR * (a + multiplier * b))
+                part.sub_(lr * (a + multiplier * b))
             x.sub_(UPPER_LR * multiplier * x_q)
 
     while pipe.recv():
@@ -153,13 +162,14 @@ def reset(pid: int) -> None:
 
 
 def ours(reduce: str, numbers: int, options: argparse.Namespace, stack: ExitStack) -> Trainer:
+    lr = step_size(numbers)
     config = load_config(
         {
             "imports": ["benchmarks.two_layers"],
             "problem": {"name": "two_layers", "numbers": numbers, "batch": options.batch},
             "solver": {
-                "name": "bome", "inner_steps": options.inner_steps, "inner_lr": LR, "lower_lr": LR, "upper_lr": UPPER_LR,
-                "phi": "grad_norm", "eta": 0.5,
+                "name": "bome", "inner_steps": options.inner_steps, "inner_lr": lr, "lower_lr": lr, "upper_lr": UPPER_LR,
+                "phi": "grad_norm", "eta": ETA,
             },
             "steps": 10_000, "shards": BLOCKS, "workers": BLOCKS, "cpus_per_worker": 0.1, "reduce": reduce, "threads": 1,
         }
@@ -173,10 +183,8 @@ def measure(numbers: int, options: argparse.Namespace) -> dict[str, Any]:
     size = sum(part.numel() for part in start(numbers).values())
     here = os.getpid()
     with ExitStack() as stack:
-        trainers = {
-            name: ours(reduce, numbers, options, stack)
-            for name, reduce in (("resident", "collective"), ("driver", "driver"))
-        }
+        ways = [("resident", "collective"), *([] if options.no_driver else [("driver", "driver")])]
+        trainers = {name: ours(reduce, numbers, options, stack) for name, reduce in ways}
         peer_step, peer_pids = stack.enter_context(peers(options, numbers))
         metrics: dict[str, dict[str, float]] = {}
         peer_x: list[float] = []
@@ -213,8 +221,13 @@ def measure(numbers: int, options: argparse.Namespace) -> dict[str, Any]:
                     less = had if kind == "driver" else 0
                     most = max(status(pid, "VmHWM") for pid in pids) - less
                     held[key] = max(held.get(key, 0), most)
-        x = trainers["resident"].state.upper.params["x"].flatten()
-        same = torch.equal(x, trainers["driver"].state.upper.params["x"].flatten())
+        xs = {name: each.state.upper.params["x"].flatten() for name, each in trainers.items()}
+        x = xs["resident"]
+        same = all(torch.equal(x, other) for other in xs.values())
+        if not (x.isfinite().all() and x.norm() > 0):  # it started at 0
+            raise SystemExit(
+                f"{numbers:,} numbers: x is at {x.norm():g}; it was to move and be finite"
+            )
         difference = float((x - torch.tensor(peer_x)).norm() / x.norm())
     return {
         "numbers": size,
@@ -227,6 +240,8 @@ def measure(numbers: int, options: argparse.Namespace) -> dict[str, Any]:
         "exchanged_bytes": metrics["resident"]["exchanged_bytes"],
         "numbers_reduced": metrics["resident"]["bytes_reduced"] / 4 / BLOCKS,
         "same_bits": same,
+        "loss": metrics["resident"]["upper_loss"],
+        "x_norm": float(x.norm()),
         "difference": difference,
     }
 
@@ -247,25 +262,27 @@ def grown(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, str]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
+    names = list(results[0]["over_ddp"])  # resident, and driver if it was measured
+    shown = ", ".join(names)
     head = (
-        "| numbers in y | ms: resident, driver, DDP | over DDP: resident, driver | the same in CPU time "
-        "| MB to the driver: resident, driver "
-        "| MB sent by a worker, over a ring's "
-        "| vectors of y at the peak: worker, driver process; with y at the driver; DDP |"
+        f"| numbers in y | ms: {shown}, ddp | over DDP: {shown} | the same in CPU time "
+        f"| MB to the driver: {shown} | MB sent by a worker, over a ring's "
+        f"| vectors of y at the peak: {', '.join(results[0]['bytes_held'])} | x: apart from DDP's, moved |"
     )
-    lines = [head, "|" + "---|" * 7]
+    lines = [head, "|" + "---|" * 8]
     for before, row in zip([None, *results[:-1]], results, strict=True):
-        ms, over, most = row["milliseconds"], row["over_ddp"], grown(before, row)
         ring = 2 * 4 * row["numbers_reduced"] * (BLOCKS - 1) / BLOCKS
-        lines.append(
-            f"| {row['numbers']:,} | {ms['resident']:.0f}, {ms['driver']:.0f}, {ms['ddp']:.0f} "
-            f"| {over['resident']:.2f}, {over['driver']:.2f} "
-            f"| {row['cpu_over_ddp']['resident']:.2f}, {row['cpu_over_ddp']['driver']:.2f} "
-            f"| {row['driver_bytes']['resident'] / 1e6:.3f}, {row['driver_bytes']['driver'] / 1e6:.1f} "
-            f"| {row['exchanged_bytes'] / 1e6:.1f}, {row['exchanged_bytes'] / ring:.2f} "
-            f"| {most['resident process']}, {most['resident driver']}; {most['driver process']}, "
-            f"{most['driver driver']}; {most['ddp process']} |"
-        )
+        cells = [
+            f"{row['numbers']:,}",
+            ", ".join(f"{row['milliseconds'][name]:.0f}" for name in [*names, "ddp"]),
+            ", ".join(f"{row['over_ddp'][name]:.2f}" for name in names),
+            ", ".join(f"{row['cpu_over_ddp'][name]:.2f}" for name in names),
+            ", ".join(f"{row['driver_bytes'][name] / 1e6:.3f}" for name in names),
+            f"{row['exchanged_bytes'] / 1e6:.1f}, {row['exchanged_bytes'] / ring:.2f}",
+            ", ".join(grown(before, row).values()),
+            f"{row['difference']:.1e}, {row['x_norm']:.1e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -277,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--inner-steps", type=int, default=10, help="T")
     parser.add_argument("--batch", type=int, default=64, help="samples of a block")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-driver", action="store_true", help="leaves out y at the driver")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(argv)
     with cluster.local(RayOptions(workers=2 * BLOCKS, cpus_per_worker=0.1), print):
