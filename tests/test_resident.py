@@ -95,10 +95,15 @@ def test_who_comes_new_gets_y_from_the_others(ray_cluster):
 
 
 def test_a_step_costs_the_driver_x_and_not_y(ray_cluster):
-    config = load_config(JOB, ["workers=2", *RAY])
+    config = load_config(JOB, ["workers=2", *RAY, "steps=100000"])
     report = examine(config)
     together = report.values["together"]
     with trainer_of(config) as trainer:
+        transport: Any = trainer.transport
+        deadline = time.monotonic() + 400
+        while len(transport.worker_pids()) < 2:
+            trainer.step()  # by whoever is there
+            assert time.monotonic() < deadline, "no second worker came in time"
         metrics = [trainer.step() for _ in range(2)][-1]
         y = trainer.checkpoint().lower[0].numel() // 2  # half of it is the velocity
     # grad_x f, grad_x q and 7 numbers, of which one has half the bytes.
