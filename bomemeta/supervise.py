@@ -64,11 +64,12 @@ def same_command(config: str, overrides: Sequence[str], auto_resume: bool = True
 
 
 def is_needed(config: str, overrides: Sequence[str]) -> bool:
-    """Whether a run is watched without --restarts: it joins a cluster, and is not watched already.
-    Raises ConfigError where the file or an override cannot be read.
-    """
+    """Whether a run is watched without --restarts: it joins a cluster, and is not watched already."""
     here = hasattr(signal, "sigtimedwait") and PIPE not in os.environ  # Linux; not the child itself
-    return here and cluster_of(config, overrides) is not None
+    try:
+        return here and cluster_of(config, overrides) is not None
+    except ConfigError:  # the run itself says what cannot be read
+        return False
 
 
 def location_of(config: str, overrides: Sequence[str]) -> str | None:

@@ -160,6 +160,7 @@ def test_same_bits_with_a_worker_killed_or_stopped_in_every_round(
     assert sum(noted in note for note in notes) >= 5, notes
 
 
+@pytest.mark.slow(reason="a worker starts for every round of a step: pytest -m slow -k coming_in")
 def test_same_bits_with_a_worker_coming_in_every_round(reference, ray_cluster, tmp_path):
     """Before each step one of two is killed. Its replacement is built while the other, alone with all
     three shards, is in round 0 of step 1, round 1 of step 2 and so on; and that other is the next

@@ -349,6 +349,9 @@ def test_a_killed_driver_is_started_again_by_its_job_and_reaches_the_same_bits(
     assert (result["upper_sha256"], result["first_step"]) == (reference.upper_sha256, 3)
 
 
+@pytest.mark.slow(
+    reason="two jobs with environments of their own: pytest -m slow -k job_that_fails"
+)
 def test_a_job_that_fails_says_why_and_whether_another_try_is_worth_it(head, project, tmp_path):
     """Both at once: one that would fail again, one whose cluster is not there."""
     common = ["bomemeta", "submit", "job", "--address", head.dashboard, "--restarts", "0"]

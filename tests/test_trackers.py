@@ -35,7 +35,7 @@ def test_mlflow_has_every_step_and_resumes_in_the_same_run(tmp_path, monkeypatch
     train(tmp_path, "mlflow")
     result = bomemeta.resume(tmp_path / "run", ["steps=5"])
 
-    client = mlflow.MlflowClient()
+    client = mlflow.MlflowClient((tmp_path / "store").as_uri())
     experiment = client.get_experiment_by_name("bomemeta")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
@@ -57,7 +57,7 @@ def test_a_stopped_and_a_failed_run_are_no_finished_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     with pytest.raises(DivergenceError):
         train(tmp_path, "mlflow", "solver.upper_lr=1e308", "solver.lower_lr=1e308")
-    client = mlflow.MlflowClient()
+    client = mlflow.MlflowClient((tmp_path / "store").as_uri())
     experiment = client.get_experiment_by_name("bomemeta")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED"

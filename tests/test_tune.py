@@ -493,6 +493,7 @@ def replayed(lineage: list[dict[str, Any]], folder: Path) -> str:
     return sha256
 
 
+@pytest.mark.slow(reason="its trials start one after another: pytest -m slow -k pbt")
 def test_pbt_continues_from_another_trial_with_other_values(
     ray_cluster: None, tmp_path: Path
 ) -> None:

@@ -41,9 +41,7 @@ def train(
     """
     from bomemeta.supervise import announced, is_needed
 
-    with reported():
-        watched = restarts > 0 or is_needed(config, overrides or ())
-    if watched:
+    if restarts or is_needed(config, overrides or ()):
         raise typer.Exit(_supervised(config, overrides or (), auto_resume, restarts))
     again = "the same command" if auto_resume else None
     with announced(), reported():
