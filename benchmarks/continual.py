@@ -35,7 +35,7 @@ from bomemeta.files import written_whole
 TUNING_SEED = 100
 Grids = list[dict[str, list[float]]]
 STEP = "solver.inner_lr"
-STEPS: Grids = [{STEP: [0.1, 0.03, 0.06, 0.2]}]
+STEPS: Grids = [{STEP: [0.1, 0.03, 0.06, 0.2, 0.15, 0.3, 0.02, 0.01]}]
 PLAIN = ["solver.name=lower_only"]
 CONTROLLED = [
     "problem.method=ctn",
@@ -58,26 +58,32 @@ CTN_GRIDS: dict[str, tuple[str, Grids]] = {
         [{STEP: [0.03, 0.06, 0.1, 0.15], "solver.upper_lr": [0.01, 0.03, 0.1]}],
     ),
 }
-# By method of the other streams: keys over the stream's config, and four settings, the first the default.
+# By method of the other streams: keys over the stream's config, and eight settings, the first the default.
 METHODS: dict[str, tuple[list[str], Grids]] = {
     "bome": (
         [*CONTROLLED, "solver.name=bome", "solver.inner_steps=2", "solver.inner_lr=0.03"],
-        [{"solver.lower_lr": [0.1, 0.03], "solver.eta": [0.5, 2.0]}],
+        [
+            {
+                "solver.lower_lr": [0.06, 0.1],
+                "solver.eta": [2.0, 1.0],
+                "solver.upper_lr": [0.1, 0.01],
+            }
+        ],
     ),
     "ctn": (
         [*CONTROLLED, "solver.name=ctn"],
-        [{STEP: [0.1, 0.03], "solver.upper_lr": [0.1, 0.01]}],
+        [{STEP: [0.1, 0.03, 0.06, 0.2], "solver.upper_lr": [0.1, 0.01]}],
     ),
     "er": (["problem.objective=er", *PLAIN], STEPS),
     "er_ace": (["problem.objective=er_ace", *PLAIN], STEPS),
     "derpp": (
         ["problem.objective=derpp", *PLAIN],
-        [{STEP: [0.1, 0.03], "problem.der_alpha": [0.5, 1.0]}],
+        [{STEP: [0.1, 0.03, 0.06, 0.2], "problem.der_alpha": [0.5, 1.0]}],
     ),
     "agem": (["problem.objective=finetune", "solver.name=agem"], STEPS),
     "ewc": (
         ["problem.objective=ewc", *PLAIN],
-        [{STEP: [0.1, 0.03], "problem.ewc_weight": [100.0, 10.0]}],
+        [{STEP: [0.1, 0.03, 0.06, 0.2], "problem.ewc_weight": [100.0, 10.0]}],
     ),
     "finetune": (["problem.objective=finetune", *PLAIN], STEPS),
 }

@@ -501,7 +501,7 @@ def test_continual_methods_side_by_side(tmp_path: Path) -> None:
 def test_as_many_settings_for_every_continual_method() -> None:
     from benchmarks.continual import METHODS, settings_of
 
-    assert {len(settings_of(grids)) for _, grids in METHODS.values()} == {4}
+    assert {len(settings_of(grids)) for _, grids in METHODS.values()} == {8}
 
 
 def test_hyper_cleaning_from_searches_to_a_table(
