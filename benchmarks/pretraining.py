@@ -9,7 +9,7 @@ statistics of their BatchNorms. `bomemeta train CONFIG problem.weights=FILE ...`
 Cross-entropy over the training classes of a linear layer on the features, of smoothed targets; SGD with Nesterov's momentum,
 a step size that rises for an epoch and falls as a cosine; images mirrored, moved and enlarged at random. After every fifth
 epoch and the last: the nearest class mean by cosine on 5-way episodes of the validation classes. FILE.state has what the
-same command resumes from, after each epoch.
+same command resumes from, after each epoch; another command is refused.
 """
 
 from __future__ import annotations
@@ -109,6 +109,10 @@ class Training:
             parameters, options.lr, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True
         )
         self.options, self.epoch, self.cpu_s = options, 0, 0.0
+        own = {name: getattr(options, name) for name in ("epochs", "lr", "zoom")}
+        self.asked = json.dumps(
+            {"config": config.to_dict(), **own, "data": self.data.digest}, sort_keys=True
+        )
 
     def run_epoch(self) -> float:
         """Once over the images of training; their mean loss."""
@@ -140,6 +144,7 @@ class Training:
             "generator": self.generator.get_state(),
             "epoch": self.epoch,
             "cpu_s": self.cpu_s,
+            "asked": self.asked,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -168,7 +173,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     kept = file.with_name(f"{file.name}.state")
     training = Training(config, options)
     if kept.exists():
-        training.load_state_dict(torch.load(kept, weights_only=True))
+        state = torch.load(kept, weights_only=True)
+        if state.get("asked") != training.asked:
+            raise SystemExit(
+                f"{kept} is of another config, of other options or of other images: take another file for problem.weights, or "
+                "remove it"
+            )
+        training.load_state_dict(state)
     found: dict[str, Any] = {"epoch": training.epoch}
     while training.epoch < options.epochs:
         found = {"loss": training.run_epoch(), "epoch": training.epoch, "cpu_s": training.cpu_s}

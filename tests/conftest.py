@@ -21,7 +21,7 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 # networks took 41 s of CPU time instead of 63. Before torch is imported, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Ray's workers are nice (15): beside the suite's other process they would starve. A search of one
+# Ray's workers are nice (15): beside the suite's other processes they would starve. A search of one
 # trial took 54 s instead of 73 at load 13.
 os.environ.setdefault("RAY_worker_niceness", "0")
 

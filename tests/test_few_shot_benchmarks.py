@@ -163,6 +163,8 @@ def test_a_backbone_trained_by_classes_then_meta_trained(
     pretraining.main(command)
     again = load_file(file)
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+    with pytest.raises(SystemExit, match="is of another config"):
+        pretraining.main([*command, "--lr", "0.2"])
 
     result = bomemeta.train("caltech101_pretrained", settings, output_dir=str(tmp_path / "run"))
     assert result.metrics["test_accuracy"] > 0.3

@@ -132,9 +132,12 @@ def test_a_step_costs_the_driver_x_and_not_y(ray_cluster):
         ("SIGKILL", "died", ()),
         # Each of five is found out after a minute of silence; in less a replacement may not have come
         # through its first step, in which it imports much, on a busy machine.
-        pytest.param("SIGSTOP", "did not answer", ("step_timeout_s=60",), marks=pytest.mark.slow),
+        pytest.param(
+            "SIGSTOP", "did not answer", ("step_timeout_s=60",),
+            marks=pytest.mark.slow(reason="minutes of silence: pytest -m slow -k SIGSTOP"),
+        ),
     ],
-)
+)  # fmt: skip
 def test_same_bits_with_a_worker_killed_or_stopped_in_every_round(
     sent, noted, keys, reference, ray_cluster, tmp_path
 ):
