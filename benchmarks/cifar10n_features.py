@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from bomemeta.data.cifar10n import Cifar10N
 from bomemeta.data.labelled import Examples, Part
+from bomemeta.errors import DataError
 from bomemeta.nets.pretrained import efficientnet_lite0
 from bomemeta.registry import datasets
 
@@ -49,9 +50,14 @@ class Cifar10NFeatures(Cifar10N):
             made = {"train": self._passed("train").numpy(), "test": self._passed("test").numpy()}
             path.parent.mkdir(parents=True, exist_ok=True)
             whole = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-            np.savez(whole, **made)
+            np.savez(whole, size=self.size, **made)
             whole.replace(path)
         with np.load(path) as found:
+            size = int(found["size"]) if "size" in found else None
+            if size != self.size:
+                raise DataError(
+                    f"{path}: features of images of {size} pixels, data.size is {self.size}; take another data.file, or remove it"
+                )
             return {
                 "train": torch.from_numpy(found["train"]),
                 "test": torch.from_numpy(found["test"]),

@@ -38,6 +38,7 @@ from bomemeta.compare.statistics import Comparison, compare
 from bomemeta.compare.tables import as_json, markdown
 from bomemeta.config import load_config
 from bomemeta.environment import environment, environment_line
+from bomemeta.files import written_whole
 from bomemeta.solvers.lower_only import LowerOnly
 
 CONFIG = "configs/mixing_quickstart.yaml"
@@ -120,7 +121,8 @@ class Record:
     def write(self, more: Mapping[str, Any]) -> dict[str, Any]:
         whole = {"asked": self._asked, "runs": self.runs, "environment": environment(), **more}
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(json.dumps(whole, indent=1) + "\n")
+        with written_whole(self._file) as stream:
+            stream.write(f"{json.dumps(whole, indent=1)}\n".encode())
         return whole
 
 

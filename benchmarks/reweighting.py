@@ -48,6 +48,7 @@ from bomemeta.distributed.packing import PackedTasks, unpack_tasks
 from bomemeta.engine import Trainer
 from bomemeta.environment import environment, environment_line
 from bomemeta.evaluation import own_metrics
+from bomemeta.files import written_whole
 from bomemeta.problems.reweighting import Reweighting
 
 CONFIG = "configs/reweighting_cifar10n.yaml"
@@ -199,7 +200,8 @@ class Record:
         of_seed.update(made)
         if self._file is None:
             return
-        self._file.write_text(json.dumps({"asked": self._asked, "curves": self.curves}) + "\n")
+        with written_whole(self._file) as stream:
+            stream.write(json.dumps({"asked": self._asked, "curves": self.curves}).encode())
         for run, points in made.items():
             spent = time.process_time() - began
             print(f"seed {seed} {run}: {metrics(points)} {spent:.0f} CPU-s", flush=True)
