@@ -58,9 +58,13 @@ class ClassRows:
             query[way] = left[np.arange(spec.queries) % len(left)]
         return Draw(support, query, classes)
 
+    def numbers_of(self, spec: EpisodeSpec, key: tuple[int, ...]) -> NDArray[np.int64]:
+        """The classes `[ways]` that `draw` with the generator of this key draws first."""
+        return self.draw(spec, generator(key)).classes
+
     def names_of(self, spec: EpisodeSpec, key: tuple[int, ...]) -> list[str]:
-        """The names of the classes that `draw` with the generator of this key draws first."""
-        return [str(self.names[c]) for c in self.draw(spec, generator(key)).classes]
+        """Their names."""
+        return [str(self.names[c]) for c in self.numbers_of(spec, key)]
 
 
 def check_spec(dataset: str, spec: EpisodeSpec) -> None:

@@ -36,7 +36,8 @@ class EpisodeSource(Protocol):
     It may also have `value_range`, (lowest, highest) of its images' numbers where that is not
     (0, 1), `digest`, a text that tells its content from another's: a resumed run compares it, and
     `class_names(split, spec, key)`, the names of the classes of `episode`, in the order of its labels,
-    for `bomemeta report`.
+    for `bomemeta report`; `class_numbers(split, spec, key)`, int64 `[ways]`, the numbers of these classes
+    among the `class_count(split, spec)` of the split, for `problem.auxiliary_weight`.
     """
 
     @property

@@ -149,6 +149,16 @@ class Glyphs:
         supports = draw.support.size
         return episode_of(images[:supports], images[supports:], spec)
 
+    def class_count(self, split: Split, spec: EpisodeSpec) -> int:
+        """How many classes such episodes are drawn from."""
+        return len(_glyphs(cache_folder(self.root)).splits[split].count)
+
+    def class_numbers(
+        self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]
+    ) -> NDArray[np.int64]:
+        """The numbers `[ways]` of the characters of the episode of this key."""
+        return _glyphs(cache_folder(self.root)).splits[split].numbers_of(spec, key)
+
     def class_names(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> list[str]:
         """The names of the characters of the episode of this key."""
         return _glyphs(cache_folder(self.root)).splits[split].names_of(spec, key)

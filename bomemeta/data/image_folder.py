@@ -118,6 +118,16 @@ class ImageEpisodes(ABC):
         """The names of the classes of the episode of this key."""
         return self._classes(split, spec).names_of(spec, key)
 
+    def class_count(self, split: Split, spec: EpisodeSpec) -> int:
+        """How many classes such episodes are drawn from."""
+        return len(self._classes(split, spec).count)
+
+    def class_numbers(
+        self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]
+    ) -> NDArray[np.int64]:
+        """The numbers `[ways]` of the classes of the episode of this key."""
+        return self._classes(split, spec).numbers_of(spec, key)
+
     def images(self, rows: NDArray[np.int64]) -> Tensor:
         """The images of these rows, without augmentation: float32 `[n, C, H, W]`."""
         return self.preprocessing.floats(torch.from_numpy(self.table.images[rows]))

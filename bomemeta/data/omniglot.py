@@ -103,6 +103,16 @@ class Omniglot:
         """The names of the characters of the episode of this key."""
         return self._characters().classes(split, self.rotations).names_of(spec, key)
 
+    def class_count(self, split: Split, spec: EpisodeSpec) -> int:
+        """How many classes such episodes are drawn from."""
+        return len(self._characters().classes(split, self.rotations).count)
+
+    def class_numbers(
+        self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]
+    ) -> NDArray[np.int64]:
+        """The numbers `[ways]` of the characters of the episode of this key."""
+        return self._characters().classes(split, self.rotations).numbers_of(spec, key)
+
     def _characters(self) -> Characters:
         return _read(archives.find("omniglot", FILE, self.root), self.characters)
 

@@ -31,9 +31,11 @@ from bomemeta.nets.backbone import Backbone, Norms
 from bomemeta.nets.conv4_passes import Conv4Passes
 from bomemeta.nets.neck import Neck, apply_neck, initial_neck
 from bomemeta.nets.passes import MicroBatches
-from bomemeta.nets.sources import build_module, check_source, is_own, load_weights
+from bomemeta.nets.sources import build_module, is_own, load_weights
+from bomemeta.problems import few_shot_auxiliary as auxiliary
 from bomemeta.problems import few_shot_heads as heads
 from bomemeta.problems import few_shot_linear as linear
+from bomemeta.problems.few_shot_checks import check_fields, check_network, check_source_fits
 from bomemeta.problems.few_shot_network import DROPS, NETWORK_HEAD, NetworkForm
 from bomemeta.registry import problems
 
@@ -56,7 +58,8 @@ class FewShot(NetworkForm):
 
     The last five heads have a solution W*(x), differentiated with the features. Their y is the
     distance from it: g = |y|^2 / 2, f = CE(Z_q (W* + y)), y from 0. That has the same minimisers,
-    and a solver that takes no step of y has the exact hypergradient.
+    and a solver that takes no step of y has the exact hypergradient. `auxiliary_weight` adds a
+    term to f: `few_shot_auxiliary.py`.
 
     Z = `feature_scale` times the L2-normalised features. `batch_norm` names whose images make a
     task's BatchNorm statistics: `transductive` lets the queries in (head: support and queries
@@ -91,54 +94,23 @@ class FewShot(NetworkForm):
     feature_scale: Annotated[float, Field(gt=0)] | None = 4.0
     batch_norm: Norms = "transductive"
     dropout: Literal["off", "key"] = "off"
+    auxiliary_weight: Annotated[float, Field(ge=0)] = 0.0
     # so many episodes whose y persists; none: fresh ones for ever
     fixed_tasks: Annotated[int, Field(ge=1)] | None = None
 
     def __post_init__(self) -> None:
-        check_source(self.backbone)
-        if self.head in heads.SOLVED and self.head != "protonet" and not self.regularisation > 0:
-            raise ConfigError(f"regularisation: got 0; head {self.head} needs a number > 0")
-        if self.form == "network":
-            for field, plain in (("neck", "none"), ("micro_batch", None), ("head", "prototype")):
-                if getattr(self, field) != plain:
-                    raise ConfigError(f"{field}: belongs to form head; form is network")
-            if self.test_ways not in (None, self.ways):
-                raise ConfigError(
-                    f"test_ways: got {self.test_ways} and ways {self.ways}; the network of form network has one output "
-                    "per way: use form head"
-                )
-            if self.trainable == "none":
-                raise ConfigError("trainable: none leaves form network no y; use form head")
+        check_fields(self)
 
     def setup(self) -> None:
-        if not hasattr(self.data, "episode"):
-            raise ConfigError(
-                f"data.dataset: problem few_shot draws episodes, which {type(self.data).__name__} does not have; use glyphs, omniglot, "
-                "image_folder or one of learn2learn's"
-            )
+        check_source_fits(self)
         source: EpisodeSource = self.data
-        _, height, width = source.image_shape
-        if self.backbone == "conv4" and min(height, width) < 16:
-            raise ConfigError(
-                f"problem.backbone: conv4 halves its input four times and got images of {height}x{width}; it needs 16x16 or more"
-            )
         self.notes: list[str] = []
         for split in SPLITS:
             source.check(split, self.spec(split))
             if isinstance(source, ImageEpisodes):
                 self.notes += source.small_notes(split, self.spec(split))
         self.network = self._built(torch.Generator().manual_seed(self.seed))
-        if self.micro_batch is not None and self.network.mixes:
-            raise ConfigError(
-                "problem.micro_batch: with BatchNorm statistics of the task an image's features depend on all "
-                "images of the task; set problem.batch_norm=running, or take micro_batch out"
-            )
-        if self.dropout == "key" and (not self.network.drops_out or self.micro_batch is not None):
-            raise ConfigError(
-                "problem.dropout: key, but the backbone has no layer of torch.nn's dropouts; take it out"
-                if self.micro_batch is None
-                else "problem.dropout: key draws in every pass of the backbone, and problem.micro_batch passes twice; take one out"
-            )
+        check_network(self)
         self._backbone_names = self.network.names
         # Written out is the plain case; a subclass that changes it is asked for its own `encode`.
         self._has_passes = (
@@ -148,9 +120,13 @@ class FewShot(NetworkForm):
             and type(self)._backbone is FewShot._backbone
         )
         self._features = self.network.width(source.image_shape, self.dtype)
+        self._classes = (
+            auxiliary.class_count(source, self.spec("train")) if self.auxiliary_weight else 0
+        )
+        self._own_names = list(self._own_entries(torch.Generator()))
         self._table: NDArray[Any] | None = None
         if self.form == "head" and not self._backbone_names:
-            if not self._own_entries():
+            if not self._own_names:
                 raise ConfigError(
                     f"problem.trainable: none, and head {self.head} has nothing to learn either; set problem.neck=scale "
                     "or linear, or problem.head=cosine, r2d2 or svm"
@@ -197,13 +173,15 @@ class FewShot(NetworkForm):
             upper["head.weight"] = torch.zeros(self._features, self.ways, dtype=self.dtype)
             upper["head.bias"] = torch.zeros(self.ways, dtype=self.dtype)
             return upper
-        return upper | self._own_entries()
+        return upper | self._own_entries(generator)
 
-    def _own_entries(self) -> Params:
+    def _own_entries(self, generator: torch.Generator) -> Params:
         """x's entries above the backbone, `form: head`."""
-        return initial_neck(self.neck, self._features, self.dtype) | heads.initial(
-            self.head, self.regularisation, self.dtype
-        )
+        entries = initial_neck(self.neck, self._features, self.dtype)
+        entries |= heads.initial(self.head, self.regularisation, self.dtype)
+        if not self._classes:
+            return entries
+        return entries | auxiliary.initial(self._classes, self._features, self.dtype, generator)
 
     def load(self, task_ids: Sequence[int], step: int, split: Split) -> Batch:
         spec = self.spec(split)
@@ -212,6 +190,8 @@ class FewShot(NetworkForm):
         # Marks the tasks whose features have dropout: the functions of a task are not told the split.
         drops = self.dropout == "key" and split == "train"
         marks = {DROPS: torch.ones(len(keys))} if drops else {}
+        if self._classes and split == "train":
+            marks[auxiliary.CLASSES] = auxiliary.numbers(self.data, spec, keys, self._classes)
         return marks | {
             "support": torch.stack([episode.support for episode in drawn]).to(self.dtype),
             "support_labels": torch.stack([episode.support_labels for episode in drawn]),
@@ -237,10 +217,10 @@ class FewShot(NetworkForm):
             return upper
         images = torch.cat([batch["support"], batch["query"]])
         if self._table is not None:
-            return self._seen_by_head(upper, images, len(batch["support"]))
+            return self._seen_by_head(upper, images, len(batch["support"]), batch)
         seen = None if self.batch_norm == "transductive" else len(batch["support"])
         features = self._backbone(upper, images, seen, DROPS in batch)
-        return self._seen_by_head(upper, features, len(batch["support"]))
+        return self._seen_by_head(upper, features, len(batch["support"]), batch)
 
     def encode_tasks(self, upper: Params, batch: Batch, differentiable: bool) -> Encoding | None:
         by_parts = self.micro_batch is not None and self._table is None
@@ -259,8 +239,8 @@ class FewShot(NetworkForm):
         else:
             passes = Conv4Passes(upper, images, differentiable)
         features = passes.features.requires_grad_(differentiable)
-        seen = self._seen_by_head(upper, features, supports)
-        above = {name: upper[name] for name in self._own_entries()}
+        seen = self._seen_by_head(upper, features, supports, batch)
+        above = {name: upper[name] for name in self._own_names}
 
         def pull_back(cotangent: Encoded) -> Params:
             grads = torch.autograd.grad(
@@ -274,11 +254,19 @@ class FewShot(NetworkForm):
 
         return Encoding(tree.detached(seen), pull_back)
 
-    def _seen_by_head(self, upper: Params, features: Tensor, supports: int) -> Encoded:
-        """From features [..., n, d] of support and queries what the head works on, of one task or
-        of a stack. The first `supports` rows are the support set's.
+    def _seen_by_head(
+        self, upper: Params, features: Tensor, supports: int, batch: Batch
+    ) -> Encoded:
+        """From features [..., n, d] of support and queries what f and g work on, of one task or of a
+        stack. The first `supports` rows are the support set's.
         """
         features = self.scaled_features(upper, features)
+        classes = batch.get(auxiliary.CLASSES)
+        told = auxiliary.encoded(upper, features, supports, classes)
+        return self._inputs(upper, features, supports) | told
+
+    def _inputs(self, upper: Params, features: Tensor, supports: int) -> Encoded:
+        """What the head works on."""
         support, query = features[..., :supports, :], features[..., supports:, :]
         if self.head == "span":
             # W = Z_s' A: the head acts through inner products
@@ -323,9 +311,10 @@ class FewShot(NetworkForm):
         return {"head": encoded["support"].new_zeros(encoded["support"].shape[1], ways)}
 
     def upper_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
-        return functional.cross_entropy(
+        loss = functional.cross_entropy(
             self.query_logits(encoded, lower, batch), batch["query_labels"]
         )
+        return auxiliary.added(loss, encoded, self.auxiliary_weight)
 
     def lower_loss(self, encoded: Encoded, lower: Params, batch: Batch) -> Tensor:
         if self.form == "network":
@@ -343,11 +332,14 @@ class FewShot(NetworkForm):
     ) -> LossGradient | None:
         if self.form == "network":
             return None
-        if "solution" in encoded:
-            return linear.solved_gradient(loss, encoded, lower, batch, in_encoded)
-        return linear.gradient(
-            self.head, self.regularisation, loss, encoded, lower, batch, in_encoded
+        found = (
+            linear.solved_gradient(loss, encoded, lower, batch, in_encoded)
+            if "solution" in encoded
+            else linear.gradient(
+                self.head, self.regularisation, loss, encoded, lower, batch, in_encoded
+            )
         )
+        return auxiliary.added_gradient(found, encoded, self.auxiliary_weight, loss, in_encoded)
 
     def lower_steps(
         self, encoded: Encoded, lower: Params, batch: Batch, steps: int, lr: float
