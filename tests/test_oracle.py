@@ -28,6 +28,8 @@ PROBLEMS = {
     "cosine": lambda: FewShot(**SMALL, head="cosine", shots=2),
     "r2d2": lambda: FewShot(**SMALL, head="r2d2", shots=2),
     "logistic": lambda: FewShot(**SMALL, head="logistic", neck="scale"),
+    "prototype_auxiliary": lambda: FewShot(**SMALL, auxiliary_weight=0.7),
+    "cosine_auxiliary": lambda: FewShot(**SMALL, head="cosine", auxiliary_weight=0.7),
     "network": lambda: FewShot(**SMALL, form="network", shots=2),
     "network_inductive": lambda: FewShot(**SMALL, form="network", batch_norm="inductive", shots=2),
 }

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bomemeta.core import tree
 from bomemeta.core.problem import Problem
@@ -55,7 +56,7 @@ class Toy:
 
     def episode(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> Episode:
         rng = np.random.default_rng(key)
-        chosen = torch.from_numpy(np.sort(rng.choice(self.classes, spec.ways, replace=False)))
+        chosen = torch.from_numpy(self._chosen(spec, rng))
 
         def images(each: int) -> tuple[torch.Tensor, torch.Tensor]:
             labels = torch.arange(spec.ways).repeat_interleave(each)
@@ -65,6 +66,17 @@ class Toy:
             return (self._patterns[chosen[labels]] + self.noise * noise).clamp(0, 1), labels
 
         return Episode(*images(spec.shots), *images(spec.queries))
+
+    def class_count(self, split: Split, spec: EpisodeSpec) -> int:
+        return self.classes
+
+    def class_numbers(
+        self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]
+    ) -> NDArray[np.int64]:
+        return self._chosen(spec, np.random.default_rng(key))
+
+    def _chosen(self, spec: EpisodeSpec, rng: np.random.Generator) -> NDArray[np.int64]:
+        return np.sort(rng.choice(self.classes, spec.ways, replace=False))
 
 
 @datasets.register("toy_labelled")

@@ -21,6 +21,7 @@ from bomemeta.core.tree import Params
 from bomemeta.data.episodes import EpisodeSource
 from bomemeta.data.preprocessing import Preprocessing, preprocessing_of
 from bomemeta.errors import ConfigError, DataError
+from bomemeta.problems import few_shot_auxiliary as auxiliary
 from bomemeta.problems.few_shot import FewShot
 from bomemeta.problems.few_shot_predict import load_frozen
 from bomemeta.run_folder import RunFolder
@@ -77,6 +78,9 @@ class TrainedModel:
         data: Any = settings.data
         if preprocessing is None and getattr(data, "image_shape", None) is not None:
             preprocessing = preprocessing_of(data)
+        if isinstance(problem, FewShot):
+            problem.auxiliary_weight = 0.0  # nothing that predicts has a use for it
+            upper = auxiliary.without(upper)
         given = NoData(preprocessing) if preprocessing is not None else data
         problem.attach(seed=settings.seed, dtype=getattr(torch, settings.dtype), data=given)
         if frozen is not None:

@@ -66,6 +66,11 @@ def initial(classes: int, width: int, dtype: torch.dtype, generator: torch.Gener
     return {VECTORS: vectors.div(width**0.5).to(dtype), LOG_SCALE: log_scale.to(dtype)}
 
 
+def without(upper: Params) -> Params:
+    """x without these entries."""
+    return {name: tensor for name, tensor in upper.items() if name not in (VECTORS, LOG_SCALE)}
+
+
 def encoded(
     upper: Params, features: Tensor, supports: int, classes: Tensor | None
 ) -> dict[str, Tensor]:
