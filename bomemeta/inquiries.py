@@ -41,6 +41,7 @@ def check(
     directions: int = 3,
     run_dir: str | Path | None = None,
     at_step: int | None = None,
+    trials: int | None = None,
     say: Say = nothing,
     **keys: Unpack[RunKeys],
 ) -> CheckReport:
@@ -49,7 +50,8 @@ def check(
 
     The first arguments and `keys` are those of `train`; the others those of `bomemeta check`. x is
     the start's, or that of `run_dir`'s last checkpoint; `at_step` is the step that the solver takes
-    it for. Returns the report: `print(*report.lines(), sep="\\n")`.
+    it for, `trials` the most trials with other keys (None: all). Returns the report:
+    `print(*report.lines(), sep="\\n")`.
     """
     from bomemeta.hypercheck import check as compare
 
@@ -60,6 +62,7 @@ def check(
         directions=directions,
         run_dir=run_dir,
         at_step=at_step,
+        trials=trials,
         say=say,
     )
 

@@ -212,6 +212,14 @@ def test_the_advised_inner_loop_cures() -> None:
     assert cured.verdict == "OK"
 
 
+@pytest.mark.parametrize("most", [0, 1])
+def test_trials_with_other_keys_can_be_bounded(most: int) -> None:
+    solver = {"name": "itd", "inner_steps": 2, "inner_lr": 0.5}  # more than one trial helps it
+    report = run(quadratic(condition=20.0), solver, settle_steps=5, trials=most)
+    assert report.verdict == "POOR"
+    assert len(report.numbers["trials"]) == most
+
+
 def test_too_small_a_subspace_is_named() -> None:
     few_shot = {"name": "few_shot", "ways": 3, "queries": 2, "width": 4, "regularisation": 0.01}
     solver = {"name": "lancbio", "inner_steps": 400, "inner_lr": 0.3, "subspace": 1}

@@ -39,6 +39,13 @@ def check(
             help="The step that the solver is told, for schedules; else the checkpoint's, or 0.",
         ),
     ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="At most so many trials with other keys where the direction is not OK; else all.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there too.")
     ] = None,
@@ -59,6 +66,7 @@ def check(
             directions=directions,
             run_dir=run,
             at_step=at_step,
+            trials=trials,
             say=lambda text: typer.echo(text, err=True),
         )
         for line in report.lines():

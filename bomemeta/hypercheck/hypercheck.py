@@ -1,6 +1,4 @@
-"""The check from start to end: solver, reference, finite differences, trials with other keys,
-verdict.
-"""
+"""The check from start to end: solver, reference, finite differences, other keys, verdict."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ Say = Callable[[str], None]
 # A spread of a direction that did not settle from which on a note says so.
 RESTLESS = 0.01
 
-# The reference is computed in float64 and in this process, whatever the run does.
+# The reference is made in float64 and here, whatever the run does.
 OWN_KEYS = ("dtype=float64", "workers=0")
 
 
@@ -69,23 +67,30 @@ def check(
     directions: int = 3,
     run_dir: str | Path | None = None,
     at_step: int | None = None,
+    trials: int | None = None,
     say: Say = lambda text: None,
 ) -> CheckReport:
     """Compares the config's solver with the implicit hypergradient and with finite differences;
     nothing is written.
 
     x is the start's, or that of `run_dir`'s last checkpoint. `at_step` is the step that the solver
-    is told (default: the checkpoint's, else 0). Raises a BomemetaError where there is nothing to
-    check: a wrong config, missing data, an x of another shape.
+    is told (default: the checkpoint's, else 0), `trials` the most trials with other keys (default:
+    all). Raises a BomemetaError where there is nothing to check: a wrong config, missing data, an x
+    of another shape.
     """
     settings = load_config(config, [*overrides, *OWN_KEYS])
     with trainer_of(settings, say) as trainer:
         subproblem = _subproblem(trainer, tasks, run_dir, at_step, say)
-        return _report(trainer, subproblem, settle_steps, directions, say)
+        return _report(trainer, subproblem, settle_steps, directions, trials, say)
 
 
 def _report(
-    trainer: Trainer, subproblem: Subproblem, settle_steps: int, directions: int, say: Say
+    trainer: Trainer,
+    subproblem: Subproblem,
+    settle_steps: int,
+    directions: int,
+    most: int | None,
+    say: Say,
 ) -> CheckReport:
     solver, seed = trainer.solver.unpaced(), mixed_seed(trainer.config.seed)
     say(f"the direction of {label(trainer.solver)} at a fixed x")
@@ -130,7 +135,7 @@ def _report(
     if known is not None and (
         settled.failure or (now is not None and not reasons and now.word != "OK")
     ):
-        trials = _trials(solver, subproblem, known, settled, settle_steps, say)
+        trials = _trials(solver, subproblem, known, settled, settle_steps, most, say)
         notes = (
             advice.explain(solver, settled, known, now)
             if now is not None
@@ -169,15 +174,16 @@ def _trials(
     known: Reference,
     settled: Settled,
     settle_steps: int,
+    most: int | None,
     say: Say,
 ) -> list[Trial]:
-    """The solver again with other keys, until one is OK; keys that change nothing at all are left
+    """The solver again with other keys, until one is OK or `most` were tried; keys that change nothing at all are left
     out.
     """
     trials: list[Trial] = []
     tried: list[advice.Changes] = []
     waiting = advice.proposals(solver, known)
-    while waiting and not any(one.ok for one in trials):
+    while waiting and not any(one.ok for one in trials) and (most is None or len(tried) < most):
         trial = Trial(waiting.pop(0), None)
         tried.append(trial.changes)
         try:
@@ -292,7 +298,7 @@ def _rows(
             ),
             (
                 "curvature of g",
-                f"mu = {known.smallest:.3g}{_margin(known)}, L = {known.largest:.3g}, L / mu = {_condition(known):.3g}",
+                f"mu = {known.smallest:.3g}{_margin(known)}, L = {known.largest:.3g}, L / mu = {known.condition:.3g}",
             ),
             ("steps of CG for v", f"{known.steps_enough} to 1 %"),
             ("solver's y", f"|y - y*| / |y*| = {known.distance:.1e}"),
@@ -351,7 +357,7 @@ def _numbers(
         "reference": known
         and {
             "length": float(known.direction.norm()),
-            "condition": _condition(known),
+            "condition": known.condition,
             "error_at_solvers_y": compare(known.at_solvers_y, known.direction).error,
             "error_of_inner_steps": compare(known.seen, known.direction).error,
             "direction": _listed(known.direction),
@@ -392,7 +398,3 @@ def _margin(known: Reference) -> str:
         if known.smallest_error > max(0.1 * abs(known.smallest), SINGULAR * known.largest)
         else ""
     )
-
-
-def _condition(known: Reference) -> float:
-    return known.largest / known.smallest if known.smallest > 0 else float("inf")

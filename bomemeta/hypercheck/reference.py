@@ -43,6 +43,11 @@ class Reference(NamedTuple):
     smallest_error: float
     largest: float  # L
 
+    @property
+    def condition(self) -> float:
+        """L / mu; infinite where A is not positive."""
+        return self.largest / self.smallest if self.smallest > 0 else float("inf")
+
 
 class FiniteDifference(NamedTuple):
     """Phi's slope along one unit direction."""
