@@ -502,3 +502,19 @@ def test_a_cluster_that_is_not_there() -> None:
     assert finding.level == "PROBLEM"
     assert "no Ray cluster could be joined at 127.0.0.1:1" in finding.text
     assert of(report, "memory")[0].level == "OK"  # what does not need it is said all the same
+
+
+def test_packages_without_bytecode_are_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # torch's compiled modules are looked for in an empty folder.
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "none"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert machine.keeps_bytecode()  # a process would leave them there
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert not machine.keeps_bytecode()
+    node = Node("worker-7", {"CPU": 2.0}, {"keeps_bytecode": False})
+    found = bundles.bytecode(Machines("cluster", [node], {}))
+    assert [(one.level, one.topic) for one in found] == [("NOTE", "bytecode")]
+    assert "worker-7" in found[0].text
+    assert bundles.bytecode(Machines("cluster", [node._replace(facts={})], {})) == []

@@ -75,6 +75,8 @@ def examine(
         plan = plan_of(settings, problem)
         workers = nodes.workers_of(settings, machines)
         found += bundles.bundles(settings, machines, workers) + _elsewhere(settings, machines)
+        if machines.kind != "serial":
+            found += bundles.bytecode(machines)
         found += bundles.shards(settings, plan, workers)
         if machines.nodes:
             found += bundles.threads(settings, machines, workers)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import importlib.util
 import os
 import pickle
 import platform
@@ -31,7 +32,18 @@ def facts() -> dict[str, Any]:
         "gpus": gpus(),
         "shm_available": shm_available(),
         "data_folder": os.environ.get("BOMEMETA_DATA"),
+        "keeps_bytecode": keeps_bytecode(),
     }
+
+
+def keeps_bytecode() -> bool:
+    """Whether torch's compiled modules are there, or a process that imports it would leave them."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return True
+    cached = Path(importlib.util.cache_from_source(spec.origin))
+    there = next(folder for folder in cached.parents if folder.exists())
+    return cached.exists() or (not sys.dont_write_bytecode and os.access(there, os.W_OK))
 
 
 def version_of(package: str) -> str | None:
