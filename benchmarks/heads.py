@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from bomemeta.data.episodes import Episode, EpisodeSpec, Split
 from bomemeta.data.omniglot import Omniglot
 from bomemeta.engine import Trainer
 from bomemeta.environment import environment, environment_line
+from bomemeta.errors import DataError
 from bomemeta.evaluation import EVALUATION_SHARD, validate
 
 RATES = (0.003, 0.006, 0.012)  # of Adam
@@ -85,6 +86,9 @@ class Mixed(Omniglot):
         # Images lie class after class, so that joining neighbours is giving them one label.
         drawn = super().episode(split, _apart(spec), key)
         return episode_of(drawn.support, drawn.query, spec)
+
+    def class_numbers(self, split: Split, spec: EpisodeSpec, key: tuple[int, ...]) -> NoReturn:
+        raise DataError("task mixed: a class is several characters; use problem.auxiliary_weight=0")
 
 
 def _apart(spec: EpisodeSpec) -> EpisodeSpec:
