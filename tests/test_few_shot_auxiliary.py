@@ -135,6 +135,10 @@ def test_data_that_does_not_number_its_classes_is_refused() -> None:
         problem.attach(seed=0, dtype=torch.float64, data=Unnumbered(wrong))
         with pytest.raises(DataError, match=r"episode 3: class_numbers\(\) gave .* 3 different"):
             problem.load([3], 0, "train")
+    with pytest.raises(
+        ConfigError, match="trainable: none, and head prototype has nothing to learn"
+    ):
+        made(auxiliary_weight=1.0, trainable="none")  # but the vectors, which no test sees
     with pytest.raises(ConfigError, match="auxiliary_weight: belongs to form head"):
         FewShot(form="network", auxiliary_weight=1.0)
 

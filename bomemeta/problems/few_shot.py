@@ -126,7 +126,7 @@ class FewShot(NetworkForm):
         self._own_names = list(self._own_entries(torch.Generator()))
         self._table: NDArray[Any] | None = None
         if self.form == "head" and not self._backbone_names:
-            if not self._own_names:
+            if set(self._own_names) <= {*auxiliary.NAMES}:
                 raise ConfigError(
                     f"problem.trainable: none, and head {self.head} has nothing to learn either; set problem.neck=scale "
                     "or linear, or problem.head=cosine, r2d2 or svm"

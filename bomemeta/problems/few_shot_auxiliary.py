@@ -25,7 +25,7 @@ from bomemeta.errors import ConfigError, DataError
 
 CLASSES = "classes"  # the numbers of an episode's classes, in a batch of training
 LOSS = "auxiliary_loss"  # A, in what `encode` returns
-VECTORS, LOG_SCALE = "auxiliary.vectors", "auxiliary.log_scale"  # x's entries
+NAMES = VECTORS, LOG_SCALE = "auxiliary.vectors", "auxiliary.log_scale"  # x's entries
 START_SCALE = 20.0  # of cosines: a few thousand classes are told apart at 10 and more
 SMOOTHING = 0.1
 
@@ -68,7 +68,7 @@ def initial(classes: int, width: int, dtype: torch.dtype, generator: torch.Gener
 
 def without(upper: Params) -> Params:
     """x without these entries."""
-    return {name: tensor for name, tensor in upper.items() if name not in (VECTORS, LOG_SCALE)}
+    return {name: tensor for name, tensor in upper.items() if name not in NAMES}
 
 
 def encoded(
