@@ -6,7 +6,8 @@ DistributedDataParallel over gloo that takes the same gradients.
 BOME's step on two blocks, two processes of one thread each. The peer is the algorithm box in a
 script: T steps of z on g, then f and g at y and g at z, every gradient of y added by DDP. In turn,
 round by round; ratios are medians within a round, of wall time and of the CPU time of all processes
-together, which other work on the machine hardly changes. All three walk the same path: `difference` is how
+together, which other work on the machine hardly changes. `--apart` takes one way after the other, where
+memory is short; ratios are then of rounds that did not stand side by side. All three walk the same path: `difference` is how
 far x is apart, as a share of how far it has come. Memory is the most that a process held in a step;
 the table has what it grows by from one size to the next, in vectors of y; of the driver what a step
 adds to what the process holds before it.
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ from bomemeta.environment import environment
 
 dist: Any = torch.distributed  # whose stubs leave out what is used here
 UPPER_LR = 1.0
+WAYS = {"resident": "collective", "driver": "driver"}  # ours, and their `reduce`
+DDP = "ddp"
 # A wide network's gradients of f and g point the same way: <grad f, grad q> is up to twice |grad q|^2,
 # and BOME moves x only where eta is above that.
 ETA = 4.0
@@ -178,34 +182,44 @@ def ours(reduce: str, numbers: int, options: argparse.Namespace, stack: ExitStac
     return stack.enter_context(trainer_of(config, transport=transport))
 
 
-def measure(numbers: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One |y|: times, memory and bytes."""
-    size = sum(part.numel() for part in start(numbers).values())
+@dataclass
+class Measured:
+    """What the ways of one |y| left, by name."""
+
+    times: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    xs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def rounds(
+    names: Sequence[str], numbers: int, options: argparse.Namespace, found: Measured
+) -> None:
+    """Steps of these ways in turn, all of which are open together."""
     here = os.getpid()
     with ExitStack() as stack:
-        ways = [("resident", "collective"), *([] if options.no_driver else [("driver", "driver")])]
-        trainers = {name: ours(reduce, numbers, options, stack) for name, reduce in ways}
-        peer_step, peer_pids = stack.enter_context(peers(options, numbers))
-        metrics: dict[str, dict[str, float]] = {}
-        peer_x: list[float] = []
-        held: dict[str, int] = {}
-        times: dict[str, list[float]] = {name: [] for name in (*trainers, "ddp")}
-        cpu: dict[str, list[float]] = {name: [] for name in times}
+        trainers = {
+            name: ours(WAYS[name], numbers, options, stack) for name in names if name in WAYS
+        }
+        if DDP in names:
+            peer_step, peer_pids = stack.enter_context(peers(options, numbers))
 
         def step(name: str) -> None:
-            if name == "ddp":
-                peer_x[:] = peer_step()
+            if name == DDP:
+                found.xs[name] = torch.tensor(peer_step())
             else:
-                metrics[name] = trainers[name].step()
+                found.metrics[name] = trainers[name].step()
+                found.xs[name] = trainers[name].state.upper.params["x"].flatten()
 
         def processes(name: str) -> dict[str, list[int]]:
-            if name == "ddp":
+            if name == DDP:
                 return {"process": peer_pids}
             transport: Any = trainers[name].transport
             return {"process": transport.worker_pids(), "driver": [here]}
 
         for number in range(-1, options.rounds):
-            for name in times:
+            for name in names:
                 everyone = [pid for pids in processes(name).values() for pid in pids]
                 for pid in everyone:
                     reset(pid)
@@ -214,35 +228,41 @@ def measure(numbers: int, options: argparse.Namespace) -> dict[str, Any]:
                 began, used = time.perf_counter(), sum(map(cpu_seconds, everyone))
                 step(name)
                 if number >= 0:  # before: they start
-                    times[name].append(time.perf_counter() - began)
-                    cpu[name].append(sum(map(cpu_seconds, everyone)) - used)
+                    found.times.setdefault(name, []).append(time.perf_counter() - began)
+                    spent = sum(map(cpu_seconds, everyone)) - used
+                    found.cpu.setdefault(name, []).append(spent)
                 for kind, pids in processes(name).items():
                     key = f"{name} {kind}"
                     less = had if kind == "driver" else 0
                     most = max(status(pid, "VmHWM") for pid in pids) - less
-                    held[key] = max(held.get(key, 0), most)
-        xs = {name: each.state.upper.params["x"].flatten() for name, each in trainers.items()}
-        x = xs["resident"]
-        same = all(torch.equal(x, other) for other in xs.values())
-        if not (x.isfinite().all() and x.norm() > 0):  # it started at 0
-            raise SystemExit(
-                f"{numbers:,} numbers: x is at {x.norm():g}; it was to move and be finite"
-            )
-        difference = float((x - torch.tensor(peer_x)).norm() / x.norm())
+                    found.held[key] = max(found.held.get(key, 0), most)
+
+
+def measure(numbers: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One |y|: times, memory and bytes."""
+    size = sum(part.numel() for part in start(numbers).values())
+    names = [name for name in (*WAYS, DDP) if not (options.no_driver and name == "driver")]
+    found = Measured()
+    for together in [[name] for name in names] if options.apart else [names]:
+        rounds(together, numbers, options, found)
+    peer_x, x = found.xs.pop(DDP), found.xs["resident"]
+    if not (x.isfinite().all() and x.norm() > 0):  # it started at 0
+        raise SystemExit(f"{numbers:,} numbers: x is at {x.norm():g}; it was to move and be finite")
+    times, cpu, resident = found.times, found.cpu, found.metrics["resident"]
     return {
         "numbers": size,
         "milliseconds": {name: 1000 * statistics.median(each) for name, each in times.items()},
         "cpu_milliseconds": {name: 1000 * statistics.median(each) for name, each in cpu.items()},
-        "over_ddp": {name: ratio(times[name], times["ddp"]) for name in trainers},
-        "cpu_over_ddp": {name: ratio(cpu[name], cpu["ddp"]) for name in trainers},
-        "bytes_held": held,
-        "driver_bytes": {name: each["driver_bytes"] for name, each in metrics.items()},
-        "exchanged_bytes": metrics["resident"]["exchanged_bytes"],
-        "numbers_reduced": metrics["resident"]["bytes_reduced"] / 4 / BLOCKS,
-        "same_bits": same,
-        "loss": metrics["resident"]["upper_loss"],
+        "over_ddp": {name: ratio(times[name], times[DDP]) for name in found.xs},
+        "cpu_over_ddp": {name: ratio(cpu[name], cpu[DDP]) for name in found.xs},
+        "bytes_held": found.held,
+        "driver_bytes": {name: each["driver_bytes"] for name, each in found.metrics.items()},
+        "exchanged_bytes": resident["exchanged_bytes"],
+        "numbers_reduced": resident["bytes_reduced"] / 4 / BLOCKS,
+        "same_bits": all(torch.equal(x, other) for other in found.xs.values()),
+        "loss": resident["upper_loss"],
         "x_norm": float(x.norm()),
-        "difference": difference,
+        "difference": float((x - peer_x).norm() / x.norm()),
     }
 
 
@@ -295,6 +315,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, default=64, help="samples of a block")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-driver", action="store_true", help="leaves out y at the driver")
+    parser.add_argument(
+        "--apart", action="store_true", help="one way after the other, where memory is short"
+    )
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(argv)
     with cluster.local(RayOptions(workers=2 * BLOCKS, cpus_per_worker=0.1), print):
@@ -306,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "inner_steps": options.inner_steps,
         "batch": options.batch,
         "rounds": options.rounds,
+        "apart": options.apart,
         "results": results,
         "environment": environment(),
     }

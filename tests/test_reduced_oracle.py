@@ -11,11 +11,13 @@ import torch
 from quadratics import SharedSynthetic, kept, shared, small
 from toy import Bench, one_thread
 
+from benchmarks.two_layers import TwoLayers
 from bomemeta.core import tree
 from bomemeta.core.local_oracle import LocalOracle
 from bomemeta.core.oracle import Oracle, Term
 from bomemeta.core.reduced_oracle import ReducedOracle
 from bomemeta.core.solver import take_step
+from bomemeta.live_bytes import LiveBytes
 from bomemeta.solvers.aid_cg import AidCG
 from bomemeta.solvers.aid_neumann import AidNeumann
 from bomemeta.solvers.amigo_cg import AmigoCG
@@ -300,3 +302,37 @@ def test_the_residual_costs_y_numbers_in_the_last_round(every):
         measured = step % every == 0
         assert ("residual" in result.metrics) == measured
         assert run.traffic.bytes_reduced == plain + (FLOAT * Y if measured else 0)
+
+
+class Counted:
+    """A step's rounds, with the names of their kernels."""
+
+    def __init__(self, rounds):
+        self._rounds, self.kernels = rounds, []
+
+    def __getattr__(self, name):
+        return getattr(self._rounds, name)
+
+    def __call__(self, kernel, *arguments, **more):
+        self.kernels.append(kernel.__name__)
+        return self._rounds(kernel, *arguments, **more)
+
+
+def test_one_y_is_measured_and_moved_by_one_kernel():
+    bench = Bench(shared(2), SOLVERS["bome"], 2)
+    rounds = Counted(bench.run(range(2)))
+    take_step(bench.solver, bench.upper, bench.lower, rounds)
+    assert rounds.kernels == ["move_alone"]
+
+
+def test_bytes_of_a_step_with_a_large_y():
+    problem = TwoLayers(numbers=200_000, batch=4)
+    problem.attach(seed=0, dtype=torch.float32, data=None)
+    bench = Bench(problem, replace(SOLVERS["bome"], inner_lr=1e-3, lower_lr=1e-3), 3)
+    bench.advance()
+    (y,) = bench.lower.handles.values()
+    with LiveBytes() as live:
+        bench.advance()
+    # In one process: y, y_T, both again as sent and as received, and two gradients as they come out, are
+    # packed and taken apart. 14 where y is sent once for f and once for g.
+    assert live.peak < 12.5 * y.nbytes

@@ -10,7 +10,7 @@ repeated over its blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -74,9 +74,9 @@ class ReducedOracle(Oracle):
 
     def gradients(self, *asked: tuple[Loss, Params]) -> list[Gradient]:
         self.gradient_evaluations += len(asked)
-        sums = self._ask(
-            gradients, _named(at for _, at in asked), losses=[loss for loss, _ in asked]
-        )
+        sent, names = _distinct([at for _, at in asked])
+        losses = [(loss, name) for (loss, _), name in zip(asked, names, strict=True)]
+        sums = self._ask(gradients, sent, losses=losses)
         return [
             Gradient(sums[f"value{i}"][None], _stacked(sums[f"lower{i}"]))
             for i in range(len(asked))
@@ -85,8 +85,13 @@ class ReducedOracle(Oracle):
     def totals(self, *sums: tuple[Term, ...]) -> list[Total]:
         terms = [term for each in sums for term in each]
         self.gradient_evaluations += len(terms)
-        plain = [[(term.loss, _number(term.weight), term.in_y) for term in each] for each in sums]
-        means = self._ask(totals, _named(term.at for term in terms), sums=plain)
+        sent, names = _distinct([term.at for term in terms])
+        rest = iter(names)
+        plain = [
+            [(term.loss, next(rest), _number(term.weight), term.in_y) for term in each]
+            for each in sums
+        ]
+        means = self._ask(totals, sent, sums=plain)
         found, number = [], 0
         for i, each in enumerate(sums):
             here = range(number, number + len(each))
@@ -173,9 +178,9 @@ def start(solver: object, oracle: Oracle, lower: LowerGroups) -> KernelResult:
 
 
 def gradients(
-    solver: object, oracle: Oracle, lower: LowerGroups, *, losses: list[Loss]
+    solver: object, oracle: Oracle, lower: LowerGroups, *, losses: list[tuple[Loss, str]]
 ) -> KernelResult:
-    found = oracle.gradients(*((loss, lower[str(i)]) for i, loss in enumerate(losses)))
+    found = oracle.gradients(*((loss, lower[name]) for loss, name in losses))
     values = {f"value{i}": gradient.value.sum() for i, gradient in enumerate(found)}
     return KernelResult(
         values | {f"lower{i}": _summed(gradient.lower) for i, gradient in enumerate(found)}, {}
@@ -187,16 +192,13 @@ def totals(
     oracle: Oracle,
     lower: LowerGroups,
     *,
-    sums: list[list[tuple[Loss, float, bool]]],
+    sums: list[list[tuple[Loss, str, float, bool]]],
 ) -> KernelResult:
     answer: Sums = {}
     number = 0
     for i, terms in enumerate(sums):
         total = oracle.total(
-            *(
-                Term(loss, lower[str(number + k)], weight, in_y)
-                for k, (loss, weight, in_y) in enumerate(terms)
-            )
+            *(Term(loss, lower[name], weight, in_y) for loss, name, weight, in_y in terms)
         )
         answer[f"upper{i}"] = total.upper
         for value, in_y in zip(total.values, total.lowers, strict=True):
@@ -270,6 +272,13 @@ def _named(stacks: Any) -> dict[str, Params]:
         str(i): {name: tensor[0] for name, tensor in stack.items()}
         for i, stack in enumerate(stacks)
     }
+
+
+def _distinct(stacks: Sequence[Params]) -> tuple[dict[str, Params], list[str]]:
+    """As `_named`, but each stack once however often it is asked about; and the name of each."""
+    once = list({id(stack): stack for stack in stacks}.values())
+    places = {id(stack): str(place) for place, stack in enumerate(once)}
+    return _named(once), [places[id(stack)] for stack in stacks]
 
 
 def _stacked(params: Params) -> Params:

@@ -23,7 +23,7 @@ from bomemeta.core.problem import Problem, Split
 from bomemeta.core.reduced_oracle import ReducedOracle
 from bomemeta.core.solver import Kernel, LowerGroups, LowerStates, Reduced, Solver, Sums
 from bomemeta.core.tree import Layout, Params
-from bomemeta.distributed.packing import Packed, PackedTasks, pack, pack_tasks, unpack, unpack_tasks
+from bomemeta.distributed.packing import Packed, pack, pack_tasks, unpack
 from bomemeta.distributed.transport import ShardCall, Transport, nothing
 from bomemeta.distributed.worker import Request
 from bomemeta.errors import DivergenceError
@@ -253,7 +253,8 @@ def _groups(lower: LowerStates) -> LowerGroups | None:
     """What is kept of the one y, as stacks of one; None before the first step."""
     if SHARED_TASK not in lower.handles:
         return None
-    return unpack_tasks(PackedTasks(lower.layout, torch.tensor(lower.handles[SHARED_TASK])[None]))
+    groups: LowerGroups = lower.layout.unflatten(lower.handles[SHARED_TASK][None])
+    return groups
 
 
 def _mean(value: Tensor | Params, count: int) -> Tensor | Params:

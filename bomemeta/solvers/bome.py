@@ -89,10 +89,11 @@ class BOME(LowerOptions, PacedOptions):
         return self.solved(oracle, start or oracle.init_lower(), steps)
 
     def joint_step(self, upper: UpperVariable, lower: LowerStates, run: Run) -> StepResult:
+        alone = run.persistent and run.tasks == 1 and self.barrier == "global"
         full = self.barrier == "global" or (
             self.diagnose_every > 0 and run.step % self.diagnose_every == 0
         )
-        kernel = measure if run.persistent else episode
+        kernel = move_alone if alone else measure if run.persistent else episode
         sums, lower = run(kernel, full=full)
         metrics = mean_sums(sums, MEANS, run.tasks)
         if full:
@@ -105,7 +106,7 @@ class BOME(LowerOptions, PacedOptions):
             }
             weight = whole.barrier.weights()
             direction = tree.axpy(weight, sums["grad_upper_gap"], sums["grad_upper_f"])
-            if run.persistent:
+            if run.persistent and not alone:
                 _, lower = run(move_lower, weight=float(weight))
         else:
             direction = sums["direction"]
@@ -198,6 +199,17 @@ def measure(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bo
     if solver.barrier == "global":
         return KernelResult(result.sums, waiting)
     return KernelResult(result.sums, _moved(solver, oracle, waiting, waiting["direction"]))
+
+
+def move_alone(
+    solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bool
+) -> KernelResult:
+    """Kernel for the one task that there is, or the one y of all data: its sums are the whole barrier's,
+    so y is moved at once and no gradient waits.
+    """
+    sums, waiting = measure(solver, oracle, lower, full=full)
+    weight = float(_whole_barrier(solver, sums, 1).barrier.weights())
+    return KernelResult(sums, move_lower(solver, oracle, waiting, weight=weight).lower)
 
 
 def move_lower(solver: BOME, oracle: Oracle, lower: LowerGroups, *, weight: float) -> KernelResult:
