@@ -322,7 +322,7 @@ def test_one_y_is_measured_and_moved_by_one_kernel():
     bench = Bench(shared(2), SOLVERS["bome"], 2)
     rounds = Counted(bench.run(range(2)))
     take_step(bench.solver, bench.upper, bench.lower, rounds)
-    assert rounds.kernels == ["move_alone"]
+    assert rounds.kernels == ["measure_and_move"]
 
 
 def test_bytes_of_a_step_with_a_large_y():

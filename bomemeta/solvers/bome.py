@@ -93,7 +93,7 @@ class BOME(LowerOptions, PacedOptions):
         full = self.barrier == "global" or (
             self.diagnose_every > 0 and run.step % self.diagnose_every == 0
         )
-        kernel = move_alone if alone else measure if run.persistent else episode
+        kernel = measure_and_move if alone else measure if run.persistent else episode
         sums, lower = run(kernel, full=full)
         metrics = mean_sums(sums, MEANS, run.tasks)
         if full:
@@ -201,7 +201,7 @@ def measure(solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bo
     return KernelResult(result.sums, _moved(solver, oracle, waiting, waiting["direction"]))
 
 
-def move_alone(
+def measure_and_move(
     solver: BOME, oracle: Oracle, lower: LowerGroups | None, *, full: bool
 ) -> KernelResult:
     """Kernel for the one task that there is, or the one y of all data: its sums are the whole barrier's,
