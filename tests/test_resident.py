@@ -115,11 +115,11 @@ def test_a_step_costs_the_driver_x_and_not_y(ray_cluster):
     # And that is what doctor says before.
     assert (together["to_driver"], together["kernels"], together["members"]) == (
         metrics["driver_bytes"],
-        2,
+        1,
         2,
     )
     assert together["exchanged"] == pytest.approx(metrics["exchanged_bytes"], abs=8 * 5 + 40)
-    assert together["down"] == 2 * 8 * X_NUMBERS  # x, for each kernel
+    assert together["down"] == 8 * X_NUMBERS  # x, for the one kernel
     assert together["member"] > 5 * 8 * y  # two of y with its velocity, and what is added
     (line,) = (each.text for each in report.findings if each.topic == "bytes per step")
     assert "y stays with 2 members" in line
