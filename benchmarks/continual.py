@@ -10,7 +10,7 @@ with `--tasks` tasks of `--samples` samples; all methods have the same network, 
 reservoir of the whole stream, and for CTN's objective an equal share for each task.
 
 Settings are tried on one seed that is not reported (100), and the best by ACC is run on seeds 0, 1, ..., the same for all
-methods; where one of them diverges, the next best. `--default` takes each method's first setting, untuned. What is done
+methods; where one of them diverges, the next best. `--default` takes the first that does not, untuned. What is done
 already is read and not run again, so the command can be stopped and given again. Writes OUT/runs/*.json, OUT/table.md and
 OUT/table.json; means, differences and ranks are `bomemeta compare`'s.
 """
@@ -161,7 +161,7 @@ def entry_of(
     """The method's figures by seed, and its setting."""
     config, keys, settings = method_of(protocol, method, options)
     name, keys = f"{protocol}-{method}", [*keys, *common]
-    order = settings[:1]
+    order = settings
     if not options.default:
         tried = [measured(options.out, name, config, keys, each, TUNING_SEED) for each in settings]
         tried.sort(key=lambda run: float(run.get("acc", -1)), reverse=True)
