@@ -10,9 +10,9 @@ with `--tasks` tasks of `--samples` samples; all methods have the same network, 
 reservoir of the whole stream, and for CTN's objective an equal share for each task.
 
 Settings are tried on one seed that is not reported (100), and the best by ACC is run on seeds 0, 1, ..., the same for all
-methods; where one of them diverges, the next best. `--default` takes the first that does not, untuned. What is done
-already is read and not run again, so the command can be stopped and given again. Writes OUT/runs/*.json, OUT/table.md and
-OUT/table.json; means, differences and ranks are `bomemeta compare`'s.
+methods; where one of them diverges, the next best. `--default` takes each method's first setting that diverges on no seed,
+untuned. What is done already is read and not run again, so the command can be stopped and given again. Writes
+OUT/runs/*.json, OUT/table.md and OUT/table.json; means, differences and ranks are `bomemeta compare`'s.
 """
 
 from __future__ import annotations
